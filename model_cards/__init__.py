@@ -1,0 +1,1 @@
+"""The templates of the cards that go to the Hub."""

@@ -1,0 +1,225 @@
+"""Stage 1: train networks and keep their checkpoints in a zoo."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from tqdm.auto import tqdm
+
+from .config import load_config, parse, save_run
+from .hub import write_zoo_card
+from .pipelines.neural_network_diffusion import ParameterLayout
+from .tasks import Task, load_task
+from .zoo import WeightZoo, ZooError
+
+
+# What a killed collection loses at most, apart from the training of the base network.
+SECONDS_BETWEEN_FLUSHES = 5.0
+STATE_FILE = "collect.state.pt"
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Trains networks of a task and keeps their checkpoints."""
+
+    task: str = "digits-convnet"
+    """A built-in task, or a class of your own: path/to/file.py:MyTask."""
+    output_dir: str = "runs/zoo"
+    """Folder of the zoo. Where it holds an unfinished one of the same configuration, collection goes on."""
+    num_networks: int = 200
+    """Checkpoints to keep."""
+    protocol: Literal["trajectory", "independent"] = "trajectory"
+    """Consecutive checkpoints of one run (as in the paper), or one network a seed."""
+    save_every: int = 1
+    """Optimizer steps from one kept checkpoint of a trajectory to the next."""
+    epochs: int | None = None
+    """Passes over the training data before the first checkpoint is kept; the task's own number by default."""
+    patterns: tuple[str, ...] | None = None
+    """Shell-style patterns of the tensors that are generated; the task's own by default."""
+    seed: int = 0
+    """Of initialization, data order and dropout; an independent zoo counts up from it."""
+
+
+class Trainer:
+    r"""
+    One training run of a task's network, step by step. What happens in a step depends on the seed, the step and the
+    state alone, so that a resumed run is the uninterrupted one.
+    """
+
+    def __init__(self, task: Task, seed: int):
+        self.task, self.seed, self.step = task, seed, 0
+        device = PartialState().device
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.network = task.build_network().to(device)
+        self.inputs, self.targets = (tensor.to(device) for tensor in task.data("train"))
+        self.optimizer = task.optimizer(list(self.network.parameters()))
+        self.network.train()
+        self.steps_per_epoch = -(-len(self.targets) // task.batch_size)
+
+    def freeze(self, layout: ParameterLayout) -> None:
+        """From now on trains the generated tensors only: the others, batch-norm statistics included, stay put."""
+        generated = {tensor["name"] for tensor in layout.tensors("generated")}
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(name in generated)
+            if name not in generated:
+                parameter.grad = None
+        for name, module in self.network.named_modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase) and f"{name}.running_mean" not in generated:
+                module.eval()
+
+    def train_step(self) -> None:
+        """One optimizer step."""
+        epoch, batch = divmod(self.step, self.steps_per_epoch)
+        order = torch.randperm(len(self.targets), generator=_generator(self.seed, epoch))
+        start = batch * self.task.batch_size
+        indices = order[start : start + self.task.batch_size].to(self.targets.device)
+        with torch.random.fork_rng():
+            generator = _generator(self.seed, self.step)
+            torch.manual_seed(generator.initial_seed())
+            inputs = self.task.augment(self.inputs[indices], generator)
+            loss = self.task.loss(self.network(inputs), self.targets[indices])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        self.step += 1
+
+    def metadata(self, validation: tuple[torch.Tensor, torch.Tensor]) -> dict:
+        """What is to be remembered of the network as it is now."""
+        inputs, targets = (tensor.to(self.targets.device) for tensor in validation)
+        correct = self.task.correct(self.task.predict(self.network, inputs), targets)
+        return {"seed": self.seed, "step": self.step, "validation_accuracy": correct.float().mean().item()}
+
+    def save(self, file: Path) -> None:
+        """Writes the state, whole or not at all."""
+        state = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
+        temporary = file.with_name(f"{file.name}.part")
+        torch.save(state, temporary)
+        temporary.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Goes on from a saved state."""
+        state = torch.load(file, map_location=self.targets.device, weights_only=True)
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+
+def run_collect(config: CollectConfig) -> WeightZoo:
+    r"""
+    Makes or completes a zoo.
+
+    Raises:
+        [`ZooError`]: the folder holds another zoo, or a network diverged to NaN or infinity. What was kept stays.
+    """
+    if config.num_networks < 1 or config.save_every < 1:
+        raise ValueError("`num_networks` and `save_every` have to be at least 1.")
+    task = load_task(config.task)
+    folder = Path(config.output_dir)
+    _check_same_run(config, folder)
+    save_run(folder, "collect", config)
+    zoo = WeightZoo(folder) if (folder / "zoo.json").exists() else None
+    if zoo is None or len(zoo) < config.num_networks:
+        collect = _collect_trajectory if config.protocol == "trajectory" else _collect_independent
+        zoo = collect(config, task, folder, zoo)
+        (folder / STATE_FILE).unlink(missing_ok=True)
+    write_zoo_card(zoo, f"A {config.protocol} zoo of the task `{config.task}`, collected with seed {config.seed}.")
+    return zoo
+
+
+def _collect_trajectory(config: CollectConfig, task: Task, folder: Path, zoo: WeightZoo | None) -> WeightZoo:
+    trainer = Trainer(task, config.seed)
+    layout = ParameterLayout.from_state_dict(trainer.network.state_dict(), config.patterns or task.patterns)
+    epochs = task.epochs if config.epochs is None else config.epochs
+    first = epochs * trainer.steps_per_epoch
+    total = first + config.num_networks * config.save_every
+    if (folder / STATE_FILE).exists():
+        trainer.load(folder / STATE_FILE)
+    validation = task.data("validation")
+    last_save = time.monotonic()
+    with tqdm(total=total, initial=trainer.step, desc="collect", unit="step") as progress:
+        while trainer.step < total:
+            if trainer.step == first and zoo is None:
+                layout.load_frozen(trainer.network.state_dict())
+                zoo = WeightZoo.create(folder, layout, task=config.task)
+            if trainer.step >= first:
+                trainer.freeze(layout)
+            trainer.train_step()
+            progress.update()
+            index, rest = divmod(trainer.step - first, config.save_every)
+            # A resumed run trains the last few networks again, which are in the zoo already.
+            if zoo is not None and rest == 0 and index > len(zoo):
+                row = trainer.metadata(validation)
+                zoo.append(trainer.network.state_dict(), source=config.task, **row)
+                progress.set_postfix(networks=len(zoo), refresh=False)
+            if time.monotonic() - last_save > SECONDS_BETWEEN_FLUSHES:
+                if zoo is not None:
+                    zoo.flush()
+                trainer.save(folder / STATE_FILE)
+                last_save = time.monotonic()
+    assert zoo is not None
+    zoo.flush()
+    return zoo
+
+
+def _collect_independent(config: CollectConfig, task: Task, folder: Path, zoo: WeightZoo | None) -> WeightZoo:
+    layout = ParameterLayout.from_state_dict(task.build_network().state_dict(), config.patterns or task.patterns)
+    frozen = [name for name, value in layout.frozen_state_dict().items() if value.is_floating_point()]
+    if frozen:
+        raise ZooError(
+            f"An independent zoo generates whole networks, since each seed has its own {frozen[0]!r}. Pass "
+            "--patterns '*', or collect a trajectory."
+        )
+    zoo = zoo or WeightZoo.create(folder, layout, task=config.task)
+    epochs = task.epochs if config.epochs is None else config.epochs
+    validation = task.data("validation")
+    last_flush = time.monotonic()
+    seeds = range(config.seed + len(zoo), config.seed + config.num_networks)
+    for seed in tqdm(seeds, initial=len(zoo), total=config.num_networks, desc="collect", unit="network"):
+        trainer = Trainer(task, seed)
+        for _ in range(epochs * trainer.steps_per_epoch):
+            trainer.train_step()
+        zoo.append(trainer.network.state_dict(), source=config.task, **trainer.metadata(validation))
+        if time.monotonic() - last_flush > SECONDS_BETWEEN_FLUSHES:
+            zoo.flush()
+            last_flush = time.monotonic()
+    zoo.flush()
+    return zoo
+
+
+def _check_same_run(config: CollectConfig, folder: Path) -> None:
+    """An unfinished collection goes on with its own configuration only; the number of networks may grow."""
+    if not (folder / "collect.yaml").exists():
+        if (folder / "zoo.json").exists():
+            raise ZooError(f"{folder} holds a zoo that `collect` did not make. Choose another --output-dir.")
+        return
+    before = asdict(load_config(CollectConfig, folder / "collect.yaml"))
+    for name, value in asdict(config).items():
+        if name not in ("output_dir", "num_networks") and value != before[name]:
+            raise ZooError(
+                f"{folder} holds a zoo with {name} {before[name]!r}, not {value!r}. Choose another --output-dir, or "
+                "delete it."
+            )
+
+
+def _generator(seed: int, position: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63)
+
+
+def main(args: list[str] | None = None) -> None:
+    """`pdiff-hf collect`"""
+    zoo = run_collect(parse(CollectConfig, "collect", args))
+    print(f"{zoo} in {zoo.folder}")
+
+
+if __name__ == "__main__":
+    main()

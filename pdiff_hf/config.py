@@ -1,0 +1,114 @@
+"""One frozen dataclass a stage is its command line, its YAML file and its Python face."""
+
+import json
+import platform
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import tyro
+import yaml
+
+
+Config = TypeVar("Config")
+PACKAGES = ("pdiff-hf", "torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "numpy", "scikit-learn")
+
+
+class ConfigError(ValueError):
+    """A YAML file or an argument that does not describe a stage."""
+
+
+def parse(config_class: type[Config], stage: str, args: Sequence[str] | None = None) -> Config:
+    r"""
+    The configuration of a stage from the command line. `--config FILE` reads a YAML file first, such as the one that
+    every run leaves beside its results; the other arguments override it.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    default: Any = tyro.MISSING
+    if "--config" in args:
+        place = args.index("--config")
+        if place + 1 == len(args):
+            raise SystemExit("--config needs the path of a YAML file.")
+        file = args[place + 1]
+        del args[place : place + 2]
+        try:
+            default = load_config(config_class, file)
+        except (ConfigError, OSError) as error:
+            raise SystemExit(f"pdiff-hf {stage}: {error}") from error
+    return tyro.cli(
+        config_class, prog=f"pdiff-hf {stage}", args=args, **({} if default is tyro.MISSING else {"default": default})
+    )
+
+
+def load_config(config_class: type[Config], file: str | Path) -> Config:
+    """Reads a configuration from a YAML file."""
+    content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    known = {field.name: field for field in fields(config_class)}  # type: ignore[arg-type]
+    if not isinstance(content, dict) or set(content) - set(known):
+        unknown = sorted(set(content) - set(known)) if isinstance(content, dict) else [type(content).__name__]
+        raise ConfigError(f"{file}: {', '.join(unknown)} unknown. {config_class.__name__} has: {', '.join(known)}.")
+    lacking = [
+        name
+        for name, field in known.items()
+        if name not in content and field.default is MISSING and field.default_factory is MISSING
+    ]
+    if lacking:
+        raise ConfigError(f"{file} lacks {', '.join(lacking)}.")
+    hints = typing.get_type_hints(config_class)
+    for name, value in content.items():
+        allowed = typing.get_args(hints[name]) if _is_union(hints[name]) else (hints[name],)
+        if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in allowed):
+            content[name] = tuple(value)
+        elif isinstance(value, int) and not isinstance(value, bool) and float in allowed and int not in allowed:
+            content[name] = float(value)
+        elif not any(_matches(value, option) for option in allowed):
+            raise ConfigError(f"{file}: {name} is {value!r}, and should be {hints[name]}.")
+    return config_class(**content)
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _matches(value: Any, option: Any) -> bool:
+    if typing.get_origin(option) is typing.Literal:
+        return value in typing.get_args(option)
+    if typing.get_origin(option) is not None:
+        return False
+    return isinstance(value, option) and (option is bool or not isinstance(value, bool))
+
+
+def save_run(folder: str | Path, stage: str, config: Any, **facts: Any) -> None:
+    r"""
+    Writes what is needed to repeat a run: `<stage>.yaml`, which `--config` reads back, and `<stage>.facts.json` with
+    versions, platform and threads.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    (folder / f"{stage}.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    facts = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        **facts,
+    }
+    (folder / f"{stage}.facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that results depend on, where they are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

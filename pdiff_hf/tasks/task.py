@@ -1,0 +1,123 @@
+"""What a task is, and how one is found by its name or its file."""
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+BUILT_IN = {
+    "digits-convnet": "pdiff_hf.tasks.digits:DigitsConvNet",
+    "digits-mlp": "pdiff_hf.tasks.digits:DigitsMLP",
+    "digits-resnet": "pdiff_hf.tasks.digits:DigitsResNet",
+    "cifar100-resnet18": "pdiff_hf.tasks.cifar100:CIFAR100ResNet18",
+}
+
+
+class TaskError(ValueError):
+    """A task that cannot be found, or does not do what a task does."""
+
+
+class Task:
+    r"""
+    What the networks of a zoo are for. A task of one's own needs `build_network` and `data`; the rest has defaults
+    for classification and can be overridden.
+
+    Attributes:
+        patterns (`tuple[str, ...]`, defaults to `("*",)`):
+            Shell-style patterns of the state-dict names that are generated.
+        epochs (`int`, defaults to 30): Passes over the training split before the first checkpoint is kept.
+        batch_size (`int`, defaults to 50): Examples a step.
+        learning_rate (`float`, defaults to 3e-3): Of AdamW.
+    """
+
+    patterns: tuple[str, ...] = ("*",)
+    epochs: int = 30
+    batch_size: int = 50
+    learning_rate: float = 3e-3
+
+    def build_network(self) -> nn.Module:
+        """A freshly initialized base network."""
+        raise NotImplementedError(f"{type(self).__name__} has to define build_network().")
+
+    def data(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs `[N, ...]` and targets `[N, ...]` of `"train"`, `"validation"` or `"test"`: fixed and disjoint."""
+        raise NotImplementedError(f"{type(self).__name__} has to define data(split).")
+
+    def augment(self, inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """What a batch of training inputs becomes before each step."""
+        return inputs
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The training loss, a scalar."""
+        return F.cross_entropy(outputs, targets)
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of the training, used for the kept checkpoints too."""
+        return torch.optim.AdamW(parameters, lr=self.learning_rate)
+
+    def probabilities(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Class probabilities `[N, classes]` of a network's outputs; an ensemble is their mean."""
+        return outputs.softmax(-1)
+
+    def correct(self, predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Which of the predictions `[N, classes]` are right, boolean `[N]`; accuracy is their mean."""
+        return predictions.argmax(-1) == targets
+
+    @torch.no_grad()
+    def predict(self, network: nn.Module, inputs: torch.Tensor, batch_size: int = 1000) -> torch.Tensor:
+        """What a network, in evaluation mode, predicts for inputs `[N, ...]`: probabilities `[N, classes]`."""
+        training = {module: module.training for module in network.modules()}
+        network.eval()
+        predictions = torch.cat([self.probabilities(network(batch)) for batch in inputs.split(batch_size)])
+        for module, mode in training.items():
+            module.training = mode
+        return predictions
+
+
+def load_task(name_or_path: str | Task) -> Task:
+    r"""
+    A task by name or from a file.
+
+    Args:
+        name_or_path (`str`):
+            `"digits-convnet"`, `"digits-mlp"`, `"digits-resnet"`, `"cifar100-resnet18"`, or the user's own:
+            `"path/to/file.py:MyTask"` or `"package.module:MyTask"`. It runs that code. The class needs the methods
+            `build_network` and `data`; what else a [`Task`] has is added where it is missing.
+
+    Raises:
+        [`TaskError`]: there is no such task, or it lacks one of the two methods.
+    """
+    if not isinstance(name_or_path, str):
+        return name_or_path
+    place, _, class_name = BUILT_IN.get(name_or_path, name_or_path).rpartition(":")
+    if not place:
+        raise TaskError(
+            f"There is no task {name_or_path!r}. Built in: {', '.join(BUILT_IN)}; your own: path/to/file.py:MyTask."
+        )
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise TaskError(f"The task {name_or_path!r} names a file that does not exist: {Path(place).absolute()}.")
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if not place.startswith(str(error.name)):
+                raise
+            raise TaskError(f"The task {name_or_path!r} names a module that does not exist: {place}.") from error
+    task_class = getattr(module, class_name, None)
+    if not isinstance(task_class, type):
+        raise TaskError(f"{place} has no class {class_name!r}.")
+    lacking = [name for name in ("build_network", "data") if not hasattr(task_class, name)]
+    if lacking:
+        raise TaskError(f"{class_name} in {place} is no task: it lacks {' and '.join(lacking)}.")
+    if not issubclass(task_class, Task):
+        task_class = type(class_name, (task_class, Task), {})
+    return task_class()

@@ -1,0 +1,379 @@
+"""A zoo: many networks of one architecture, in sharded safetensors files."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from .pipelines.neural_network_diffusion import ParameterLayout
+
+
+FORMAT_VERSION = 1
+SHARD_BYTES = 256 * 2**20
+SHARD_NAME = re.compile(r"networks-(\d{5})-of-(\d{5})\.safetensors")
+
+
+class ZooError(ValueError):
+    """A zoo that cannot be read or written, or a network that does not belong into it."""
+
+
+class WeightZoo:
+    r"""
+    Networks of one architecture in a folder, memory-mapped and append-only.
+
+    | file | holds |
+    | --- | --- |
+    | `zoo.json` | format version, task, layout, networks a shard |
+    | `networks-00001-of-000NN.safetensors` | parameter vectors, float32 `[n, P]` |
+    | `frozen.safetensors` | all that is not generated |
+    | `metadata.jsonl` | one row a network: index, source, seed, step, accuracy, ... |
+    | `README.md` | the dataset card |
+
+    Every file is written beside its place and moved there, metadata before networks: what a killed process leaves
+    is a readable zoo of the networks that were flushed, and appending goes on from there. One process appends at a
+    time.
+
+    Args:
+        folder (`str` or `os.PathLike`): A folder that [`WeightZoo.create`] made.
+
+    Raises:
+        [`ZooError`]: there is no zoo, or it is damaged. The message names the file.
+
+    Example:
+
+    ```py
+    >>> zoo = WeightZoo.create("runs/zoo", ParameterLayout.from_state_dict(network.state_dict()))
+    >>> with zoo:
+    ...     zoo.append(network.state_dict(), seed=0, accuracy=0.97)
+    >>> zoo[0].shape, zoo.state_dict(0).keys()
+    ```
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self._pending: list[torch.Tensor] = []
+        self._pending_rows: list[dict] = []
+        self._read_description()
+        self._shards = self._find_shards()
+        self._sizes = [self._shard_size(shard) for shard in self._shards]
+        self._rows = self._read_rows()
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | os.PathLike,
+        layout: ParameterLayout,
+        task: str | None = None,
+        networks_per_shard: int | None = None,
+    ) -> "WeightZoo":
+        r"""
+        Makes an empty zoo.
+
+        Args:
+            folder (`str` or `os.PathLike`): Where; it must not hold a zoo yet.
+            layout (`ParameterLayout`): The architecture, with the frozen tensors of the base network.
+            task (`str`, *optional*): What the networks do, as [`load_task`] takes it.
+            networks_per_shard (`int`, *optional*): Defaults to as many as fit 256 MB.
+        """
+        folder = Path(folder)
+        if (folder / "zoo.json").exists():
+            raise ZooError(f"{folder} holds a zoo already. Open it with WeightZoo({str(folder)!r}) to append to it.")
+        folder.mkdir(parents=True, exist_ok=True)
+        description = {
+            "format_version": FORMAT_VERSION,
+            "task": task,
+            "networks_per_shard": networks_per_shard or max(1, SHARD_BYTES // (4 * layout.vector_size)),
+            "layout": {"tensors": layout.config["tensors"]},
+        }
+        frozen = {name: value.contiguous() for name, value in layout.frozen_state_dict().items()}
+        save_file(frozen, folder / "frozen.safetensors")
+        (folder / "metadata.jsonl").touch()
+        # Last, since it is what makes a folder a zoo.
+        (folder / "zoo.json.part").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        (folder / "zoo.json.part").replace(folder / "zoo.json")
+        return cls(folder)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, revision: str | None = None) -> "WeightZoo":
+        """Opens a zoo of a folder, or of a dataset repository on the Hub (downloaded to the cache)."""
+        if Path(name_or_path).is_dir():
+            return cls(name_or_path)
+        if str(name_or_path).count("/") != 1:
+            raise ZooError(f"{str(name_or_path)!r} is neither a folder nor the name of a repository on the Hub.")
+        return cls(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision))
+
+    @classmethod
+    def from_checkpoints(
+        cls,
+        folder: str | os.PathLike,
+        checkpoints: Iterable[str | os.PathLike],
+        patterns: Sequence[str] = ("*",),
+        task: str | None = None,
+    ) -> "WeightZoo":
+        r"""
+        Makes a zoo of checkpoint files of one architecture.
+
+        Args:
+            folder (`str` or `os.PathLike`): Where the zoo goes.
+            checkpoints (`Iterable[str | os.PathLike]`):
+                State dicts in `.safetensors`, `.pt` or `.pth` files (the latter two are read with
+                `weights_only=True`: tensors, never code). The first one gives names, shapes, dtypes and the frozen
+                tensors.
+            patterns (`Sequence[str]`, *optional*, defaults to `("*",)`): What is generated, as for `ParameterLayout`.
+            task (`str`, *optional*): What the networks do, as [`load_task`] takes it.
+
+        Raises:
+            [`ZooError`]: a file cannot be read or does not match the first; nothing is left behind then.
+        """
+        files = [Path(checkpoint) for checkpoint in checkpoints]
+        if not files:
+            raise ZooError("No checkpoints were given.")
+        zoo = cls.create(folder, ParameterLayout.from_state_dict(_read_checkpoint(files[0]), patterns), task)
+        try:
+            with zoo:
+                for file in files:
+                    zoo.append(_read_checkpoint(file), source=file.name)
+        except BaseException:
+            zoo.delete()
+            raise
+        return zoo
+
+    def __len__(self) -> int:
+        return sum(self._sizes) + len(self._pending)
+
+    def __repr__(self) -> str:
+        return f"WeightZoo({str(self.folder)!r}: {len(self)} networks of {self.vector_size} parameters)"
+
+    @cached_property
+    def layout(self) -> ParameterLayout:
+        """The layout of the networks, with their frozen tensors; its statistics are not fitted."""
+        layout = ParameterLayout(tensors=self._tensors)
+        try:
+            layout.load_frozen(load_file(self.folder / "frozen.safetensors"))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ZooError(f"{self.folder / 'frozen.safetensors'} does not fit zoo.json: {error}") from error
+        return layout
+
+    @property
+    def metadata(self) -> list[dict]:
+        """One row a network."""
+        return self._rows + self._pending_rows
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """The parameter vector of one network, float32 `[P]`; reads no other."""
+        return self.vectors([index])[0]
+
+    def vectors(self, indices: Sequence[int] | None = None) -> torch.Tensor:
+        """Parameter vectors, float32 `[n, P]`: of all networks, or of these."""
+        indices = range(len(self)) if indices is None else indices
+        out = torch.empty(len(indices), self.vector_size)
+        by_shard: dict[int, list[tuple[int, int]]] = {}
+        for row, index in enumerate(indices):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"Network {index} of a zoo of {len(self)}.")
+            shard, offset = divmod(index % len(self), self.networks_per_shard)
+            stored = sum(self._sizes)
+            if index % len(self) >= stored:
+                out[row] = self._pending[index % len(self) - stored]
+            else:
+                by_shard.setdefault(shard, []).append((row, offset))
+        for shard, places in by_shard.items():
+            with safe_open(self._shards[shard], "pt") as file:
+                stored_vectors = file.get_slice("networks")
+                for row, offset in places:
+                    out[row] = stored_vectors[offset]
+        return out
+
+    def batches(self, batch_size: int = 64) -> Iterator[torch.Tensor]:
+        """All parameter vectors in order, `[n, P]` at a time."""
+        for start in range(0, len(self), batch_size):
+            yield self.vectors(range(start, min(start + batch_size, len(self))))
+
+    def state_dict(self, index: int) -> dict[str, torch.Tensor]:
+        """The complete state dict of one network."""
+        return self.layout.unflatten(self.vectors([index]))[0]
+
+    def append(self, network: Mapping[str, torch.Tensor] | torch.Tensor, **row: Any) -> None:
+        r"""
+        Adds a network. It is on disk after [`~WeightZoo.flush`], which comes by itself when a shard is full.
+
+        Args:
+            network (`Mapping[str, torch.Tensor]` or `torch.Tensor`): A state dict, or a parameter vector `[P]`.
+            row (*optional*): Its metadata, as JSON takes it.
+
+        Raises:
+            [`ZooError`]: the network does not fit the layout, or holds NaN or infinite values; the zoo stays as it
+            was.
+        """
+        if isinstance(network, torch.Tensor):
+            if network.shape != (self.vector_size,) or not torch.isfinite(network).all():
+                raise ZooError(
+                    f"Expected a finite vector of {self.vector_size} parameters; found shape "
+                    f"{list(network.shape)}{'' if torch.isfinite(network).all() else ' with NaN or infinite values'}."
+                )
+            vector = network.detach().to("cpu", torch.float32, copy=True)
+        else:
+            try:
+                vector = self.layout.flatten(network).cpu()
+            except ValueError as error:
+                source = f"{row['source']}: " if "source" in row else ""
+                raise ZooError(f"{source}{error}") from error
+        self._pending_rows.append({"index": len(self), **row})
+        self._pending.append(vector)
+        if len(self) % self.networks_per_shard == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what was appended."""
+        if not self._pending:
+            return
+        lines = "".join(json.dumps(row) + "\n" for row in self.metadata)
+        self._write("metadata.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+        while self._pending:
+            held = self._sizes[-1] % self.networks_per_shard if self._sizes else 0
+            new = self._pending[: self.networks_per_shard - held]
+            networks = torch.stack(new)
+            if held:
+                networks = torch.cat([load_file(self._shards[-1])["networks"], networks])
+            self._write_last_shard(networks, len(self._shards) + (held == 0))
+            self._rows += self._pending_rows[: len(new)]
+            self._pending, self._pending_rows = self._pending[len(new) :], self._pending_rows[len(new) :]
+
+    def _write_last_shard(self, networks: torch.Tensor, total: int) -> None:
+        def rename_shards() -> None:
+            for number, shard in enumerate(self._shards, start=1):
+                shard.replace(self._shard_path(number, total))
+            self._shards = [self._shard_path(number, total) for number in range(1, total + 1)]
+
+        last = self._shard_path(total, total).name
+        self._write(last, lambda path: save_file({"networks": networks}, path), rename_shards)
+        self._sizes[total - 1 :] = [len(networks)]
+
+    def _write(self, name: str, write: Callable[[Path], Any], before_move: Callable[[], None] | None = None) -> None:
+        """Writes a file beside its place and moves it there, so that it is there whole or not at all."""
+        temporary = self.folder / f"{name}.part"
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise ZooError(
+                f"Cannot write {self.folder / name}: {error}. The {sum(self._sizes)} networks that were flushed "
+                "before are safe; make room and run the same command again to go on from there."
+            ) from error
+        if before_move is not None:
+            before_move()
+        temporary.replace(self.folder / name)
+
+    def __enter__(self) -> "WeightZoo":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Copies the zoo to another folder."""
+        self.flush()
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.part"))
+
+    def delete(self) -> None:
+        """Removes the zoo's files, and its folder where nothing else is in it."""
+        for file in [*self._shards, *(self.folder / n for n in ("zoo.json", "frozen.safetensors", "metadata.jsonl"))]:
+            file.unlink(missing_ok=True)
+        for file in self.folder.glob("*.part"):
+            file.unlink()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _read_description(self) -> None:
+        file = self.folder / "zoo.json"
+        if not file.is_file():
+            raise ZooError(f"{self.folder} holds no zoo: there is no zoo.json.")
+        try:
+            description = json.loads(file.read_text(encoding="utf-8"))
+            version = description["format_version"]
+            if version != FORMAT_VERSION:
+                raise ZooError(f"{file} has format version {version}; this pdiff-hf reads {FORMAT_VERSION}.")
+            self.task: str | None = description["task"]
+            self.networks_per_shard = int(description["networks_per_shard"])
+            self._tensors: list[dict] = description["layout"]["tensors"]
+            self.vector_size = sum(
+                torch.Size(tensor["shape"]).numel() for tensor in self._tensors if tensor["role"] == "generated"
+            )
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ZooError(f"{file} is damaged: {error!r}") from error
+
+    def _shard_path(self, number: int, total: int) -> Path:
+        return self.folder / f"networks-{number:05}-of-{total:05}.safetensors"
+
+    def _find_shards(self) -> list[Path]:
+        found = {}
+        totals = set()
+        for file in self.folder.iterdir():
+            if match := SHARD_NAME.fullmatch(file.name):
+                found[int(match[1])] = file
+                totals.add(int(match[2]))
+        missing = sorted(set(range(1, max(found, default=0) + 1)) - set(found))
+        if not missing and totals and max(totals) > len(found):
+            # Shards are renamed one by one while a new one waits under its temporary name.
+            waiting = self._shard_path(max(totals), max(totals)).name + ".part"
+            if max(totals) > len(found) + 1 or not (self.folder / waiting).exists():
+                missing = list(range(len(found) + 1, max(totals) + 1))
+        if missing:
+            raise ZooError(f"{self.folder} lacks the shards {missing}: copy or download it again.")
+        return [found[number] for number in sorted(found)]
+
+    def _shard_size(self, shard: Path) -> int:
+        try:
+            with safe_open(shard, "pt") as file:
+                rows, columns = file.get_slice("networks").get_shape()
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ZooError(
+                f"{shard} is damaged or truncated ({error}). Restore it, or delete it if it is the last shard and "
+                "collect its networks again."
+            ) from error
+        if columns != self.vector_size:
+            raise ZooError(f"{shard}: expected networks of {self.vector_size} parameters, found {columns}.")
+        return rows
+
+    def _read_rows(self) -> list[dict]:
+        """The rows of the stored networks; rows past them belong to networks that were never written."""
+        count = sum(self._sizes)
+        file = self.folder / "metadata.jsonl"
+        rows = []
+        try:
+            with file.open(encoding="utf-8") as lines:
+                for _, line in zip(range(count), lines, strict=False):
+                    rows.append(json.loads(line))
+        except (OSError, ValueError) as error:
+            raise ZooError(f"{file} is damaged: {error}") from error
+        if len(rows) < count:
+            raise ZooError(f"{file} has {len(rows)} rows for {count} networks.")
+        return rows
+
+
+def _read_checkpoint(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        if file.suffix in (".pt", ".pth"):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            raise ZooError(f"{file}: expected a .safetensors, .pt or .pth file.")
+    except ZooError:
+        raise
+    except Exception as error:
+        raise ZooError(f"{file} cannot be read as a state dict: {error}") from error
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ZooError(f"{file} holds no state dict: expected a mapping from names to tensors.")
+    return dict(content)

@@ -1,0 +1,1 @@
+"""Diffusers pipelines, each folder byte for byte the code of a Hub model repository."""

@@ -1,0 +1,15 @@
+"""Neural Network Diffusion: the pipeline and its components."""
+
+from .layout.parameter_layout import ParameterLayout
+from .pipeline import NeuralNetworkDiffusionPipeline, NeuralNetworkDiffusionPipelineOutput
+from .unet.parameter_unet import ParameterUNet1DModel
+from .vae.parameter_autoencoder import ParameterAutoencoderKL
+
+
+__all__ = [
+    "NeuralNetworkDiffusionPipeline",
+    "NeuralNetworkDiffusionPipelineOutput",
+    "ParameterAutoencoderKL",
+    "ParameterLayout",
+    "ParameterUNet1DModel",
+]

@@ -1,0 +1,150 @@
+"""The denoiser: a plain 1-D U-Net over the latents of networks."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class ParameterUNet1DOutput(BaseOutput):
+    """
+    Args:
+        sample (`torch.Tensor`): The model's output, `[B, C, L]`.
+    """
+
+    sample: torch.Tensor
+
+
+class TimeResidualBlock1D(nn.Module):
+    """A residual block whose second normalization is scaled and shifted by the timestep: `[B, I, L]` to `[B, O, L]`."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_embed_dim: int, norm_num_groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels)
+        self.conv1 = nn.Conv1d(in_channels, out_channels, 3, padding=1)
+        self.time_proj = nn.Linear(time_embed_dim, 2 * out_channels)
+        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels)
+        self.conv2 = nn.Conv1d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        residual = self.conv1(F.silu(self.norm1(hidden_states)))
+        scale, shift = self.time_proj(temb)[..., None].chunk(2, dim=1)
+        residual = self.conv2(F.silu(self.norm2(residual) * (1 + scale) + shift))
+        return self.shortcut(hidden_states) + residual
+
+
+class ParameterUNet1DModel(ModelMixin, ConfigMixin):
+    r"""
+    A 1-D U-Net that takes noisy latents and a timestep and returns an output of the latents' shape.
+
+    Parameters:
+        in_channels (`int`, *optional*, defaults to 4): Channels C of the latents.
+        out_channels (`int`, *optional*, defaults to 4): Channels of the output.
+        block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128)`):
+            Channels a level; the length is halved from one level to the next.
+        layers_per_block (`int`, *optional*, defaults to 1): Residual blocks a level.
+        norm_num_groups (`int`, *optional*, defaults to 8): Groups of the group norms.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["TimeResidualBlock1D"]
+    _repeated_blocks = ["TimeResidualBlock1D"]
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        block_out_channels: tuple[int, ...] = (64, 128),
+        layers_per_block: int = 1,
+        norm_num_groups: int = 8,
+    ):
+        super().__init__()
+        first, last = block_out_channels[0], block_out_channels[-1]
+        time_embed_dim = 4 * first
+        self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(first, time_embed_dim)
+
+        def block(channels_in: int, channels_out: int) -> TimeResidualBlock1D:
+            return TimeResidualBlock1D(channels_in, channels_out, time_embed_dim, norm_num_groups)
+
+        self.conv_in = nn.Conv1d(in_channels, first, 3, padding=1)
+        self.down_blocks, self.downsamplers = nn.ModuleList(), nn.ModuleList()
+        skips, channels = [first], first
+        for level, width in enumerate(block_out_channels):
+            for _ in range(layers_per_block):
+                self.down_blocks.append(block(channels, width))
+                channels = width
+                skips.append(channels)
+            if level < len(block_out_channels) - 1:
+                self.downsamplers.append(nn.Conv1d(channels, channels, 3, stride=2, padding=1))
+                skips.append(channels)
+
+        self.mid_block = block(last, last)
+
+        self.up_blocks, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+        for level, width in reversed(list(enumerate(block_out_channels))):
+            for _ in range(layers_per_block + 1):
+                self.up_blocks.append(block(channels + skips.pop(), width))
+                channels = width
+            if level > 0:
+                self.upsamplers.append(nn.Conv1d(channels, channels, 3, padding=1))
+
+        self.norm_out = nn.GroupNorm(norm_num_groups, first)
+        self.conv_out = nn.Conv1d(first, out_channels, 3, padding=1)
+        self.gradient_checkpointing = False
+
+    def _run(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, hidden_states, temb)
+        return block(hidden_states, temb)
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True
+    ) -> ParameterUNet1DOutput | tuple[torch.Tensor]:
+        r"""
+        Args:
+            sample (`torch.Tensor`): Noisy latents, `[B, C, L]`; any length L.
+            timestep (`torch.Tensor` or `float` or `int`): One for all, or `[B]`.
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return a `ParameterUNet1DOutput`.
+
+        Returns:
+            `ParameterUNet1DOutput` or `tuple`: its `sample` is `[B, C, L]`.
+        """
+        # 1. time
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        temb = F.silu(self.time_embedding(self.time_proj(timestep).to(sample.dtype)))
+
+        # 2. down
+        layers = self.config.layers_per_block
+        hidden_states = self.conv_in(sample)
+        skips = [hidden_states]
+        for index, block in enumerate(self.down_blocks):
+            if index > 0 and index % layers == 0:
+                hidden_states = self.downsamplers[index // layers - 1](hidden_states)
+                skips.append(hidden_states)
+            hidden_states = self._run(block, hidden_states, temb)
+            skips.append(hidden_states)
+
+        # 3. mid
+        hidden_states = self._run(self.mid_block, hidden_states, temb)
+
+        # 4. up
+        for index, block in enumerate(self.up_blocks):
+            skip = skips.pop()
+            if index > 0 and index % (layers + 1) == 0:
+                hidden_states = F.interpolate(hidden_states, size=skip.shape[-1], mode="nearest")
+                hidden_states = self.upsamplers[index // (layers + 1) - 1](hidden_states)
+            hidden_states = self._run(block, torch.cat([hidden_states, skip], dim=1), temb)
+
+        # 5. out
+        sample = self.conv_out(F.silu(self.norm_out(hidden_states)))
+        return ParameterUNet1DOutput(sample=sample) if return_dict else (sample,)
