@@ -7,29 +7,9 @@ from typing import TYPE_CHECKING
 
 __version__ = version("pdiff-hf")
 
-_HOMES = {
-    "CollectConfig": "collect",
-    "EvaluateConfig": "evaluate",
-    "GenerateConfig": "generate",
-    "NeuralNetworkDiffusionPipeline": "pipelines.neural_network_diffusion",
-    "ParameterAutoencoderKL": "pipelines.neural_network_diffusion",
-    "ParameterLayout": "pipelines.neural_network_diffusion",
-    "ParameterUNet1DModel": "pipelines.neural_network_diffusion",
-    "Task": "tasks",
-    "TrainConfig": "train",
-    "WeightZoo": "zoo",
-    "ZooError": "zoo",
-    "load_pipeline": "hub",
-    "load_task": "tasks",
-    "run_collect": "collect",
-    "run_evaluate": "evaluate",
-    "run_generate": "generate",
-    "run_train": "train",
-}
-__all__ = sorted([*_HOMES, "__version__"])
-
 if TYPE_CHECKING:
     from .collect import CollectConfig, run_collect
+    from .errors import PdiffError
     from .evaluate import EvaluateConfig, run_evaluate
     from .generate import GenerateConfig, run_generate
     from .hub import load_pipeline
@@ -44,10 +24,30 @@ if TYPE_CHECKING:
     from .zoo import WeightZoo, ZooError
 
 
+_HOMES = {
+    "collect": ("CollectConfig", "run_collect"),
+    "evaluate": ("EvaluateConfig", "run_evaluate"),
+    "generate": ("GenerateConfig", "run_generate"),
+    "hub": ("load_pipeline",),
+    "pipelines.neural_network_diffusion": (
+        "NeuralNetworkDiffusionPipeline",
+        "ParameterAutoencoderKL",
+        "ParameterLayout",
+        "ParameterUNet1DModel",
+    ),
+    "tasks": ("Task", "load_task"),
+    "train": ("TrainConfig", "run_train"),
+    "zoo": ("WeightZoo", "ZooError"),
+    "errors": ("PdiffError",),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted([*_MODULE_OF, "__version__"])
+
+
 def __getattr__(name: str):
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

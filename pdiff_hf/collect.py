@@ -1,8 +1,7 @@
 """Stage 1: train networks and keep their checkpoints in a zoo."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +10,7 @@ from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
-from .config import load_config, parse, save_run
+from .config import ConfigError, check_same_run, save_run, stage_main
 from .hub import write_zoo_card
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .tasks import Task, load_task
@@ -122,10 +121,11 @@ def run_collect(config: CollectConfig) -> WeightZoo:
         [`ZooError`]: the folder holds another zoo, or a network diverged to NaN or infinity. What was kept stays.
     """
     if config.num_networks < 1 or config.save_every < 1:
-        raise ValueError("`num_networks` and `save_every` have to be at least 1.")
+        raise ConfigError("num_networks and save_every have to be at least 1.")
     task = load_task(config.task)
     folder = Path(config.output_dir)
-    _check_same_run(config, folder)
+    if (folder / "zoo.json").exists() or (folder / STATE_FILE).exists():
+        check_same_run(folder, "collect", config, but_for=("output_dir", "num_networks"))
     save_run(folder, "collect", config)
     zoo = WeightZoo(folder) if (folder / "zoo.json").exists() else None
     if zoo is None or len(zoo) < config.num_networks:
@@ -196,30 +196,11 @@ def _collect_independent(config: CollectConfig, task: Task, folder: Path, zoo: W
     return zoo
 
 
-def _check_same_run(config: CollectConfig, folder: Path) -> None:
-    """An unfinished collection goes on with its own configuration only; the number of networks may grow."""
-    if not (folder / "collect.yaml").exists():
-        if (folder / "zoo.json").exists():
-            raise ZooError(f"{folder} holds a zoo that `collect` did not make. Choose another --output-dir.")
-        return
-    before = asdict(load_config(CollectConfig, folder / "collect.yaml"))
-    for name, value in asdict(config).items():
-        if name not in ("output_dir", "num_networks") and value != before[name]:
-            raise ZooError(
-                f"{folder} holds a zoo with {name} {before[name]!r}, not {value!r}. Choose another --output-dir, or "
-                "delete it."
-            )
-
-
 def _generator(seed: int, position: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63)
 
 
-def main(args: list[str] | None = None) -> None:
-    """`pdiff-hf collect`"""
-    zoo = run_collect(parse(CollectConfig, "collect", args))
-    print(f"{zoo} in {zoo.folder}")
-
+main = stage_main("collect", CollectConfig, run_collect)
 
 if __name__ == "__main__":
     main()

@@ -5,7 +5,7 @@ import platform
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,12 +15,14 @@ import torch
 import tyro
 import yaml
 
+from .errors import PdiffError
+
 
 Config = TypeVar("Config")
 PACKAGES = ("pdiff-hf", "torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "numpy", "scikit-learn")
 
 
-class ConfigError(ValueError):
+class ConfigError(PdiffError, ValueError):
     """A YAML file or an argument that does not describe a stage."""
 
 
@@ -44,6 +46,27 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str] | None = N
     return tyro.cli(
         config_class, prog=f"pdiff-hf {stage}", args=args, **({} if default is tyro.MISSING else {"default": default})
     )
+
+
+def stage_main(stage: str, config_class: type[Config], run: Callable[[Config], Any]) -> Callable[..., None]:
+    r"""
+    The `main` of a stage: parses arguments, runs, and ends with one line where the user can mend what went wrong.
+    """
+
+    def main(args: Sequence[str] | None = None) -> None:
+        config = parse(config_class, stage, args)
+        try:
+            result = run(config)
+        except PdiffError as error:
+            raise SystemExit(f"pdiff-hf {stage}: {error}") from error
+        except KeyboardInterrupt:
+            print(f"\npdiff-hf {stage}: interrupted. What was written is whole.", file=sys.stderr)
+            raise SystemExit(130) from None
+        if isinstance(result, str):
+            print(result)
+
+    main.__doc__ = f"`pdiff-hf {stage}`"
+    return main
 
 
 def load_config(config_class: type[Config], file: str | Path) -> Config:
@@ -101,6 +124,20 @@ def save_run(folder: str | Path, stage: str, config: Any, **facts: Any) -> None:
         **facts,
     }
     (folder / f"{stage}.facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def check_same_run(folder: str | Path, stage: str, config: Any, but_for: Sequence[str]) -> None:
+    """Raises [`ConfigError`] where a folder's unfinished run has another configuration than the one to go on with."""
+    file = Path(folder) / f"{stage}.yaml"
+    if not file.exists():
+        raise ConfigError(f"{folder} holds results but no {file.name}: `pdiff-hf {stage}` did not make them.")
+    before, now = asdict(load_config(type(config), file)), asdict(config)
+    for name in now.keys() - set(but_for):
+        if now[name] != before[name]:
+            raise ConfigError(
+                f"{folder} holds a run with {name} {before[name]!r}, not {now[name]!r}. Choose another --output-dir, "
+                "or delete it."
+            )
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
+from .errors import PdiffError
 from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from .zoo import WeightZoo
 
 
-class PipelineError(ValueError):
+class PipelineError(PdiffError, ValueError):
     """A pipeline that cannot be loaded."""
 
 

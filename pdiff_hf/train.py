@@ -1,36 +1,39 @@
 """Stage 2: learn the distribution of the networks of a zoo. Runs alone or under `accelerate launch`."""
 
 import json
+import math
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .config import parse, save_run
+from .config import check_same_run, save_run, stage_main
+from .errors import PdiffError
 from .hub import write_pipeline_card
 from .pipelines.neural_network_diffusion import (
     NeuralNetworkDiffusionPipeline,
     ParameterAutoencoderKL,
-    ParameterLayout,
     ParameterUNet1DModel,
 )
 from .zoo import WeightZoo, ZooError
 
 
+Model = TypeVar("Model", bound=nn.Module)
 CHECKPOINT = "checkpoint-"
 LOSSES = "train.losses.jsonl"
 
 
-class TrainingError(RuntimeError):
+class TrainingError(PdiffError, ValueError):
     """A training that cannot start or go on."""
 
 
@@ -145,46 +148,51 @@ class Training:
             log_with=config.report_to,
             project_dir=config.output_dir,
         )
-        self.resume_from = self._checkpoint_to_resume()
-        self.step = int(self.resume_from.name.removeprefix(CHECKPOINT)) if self.resume_from else 0
-        self.total = config.vae_steps + config.unet_steps
+        self.resume_from = _checkpoint_to_resume(config)
+        self.step = _step_of(self.resume_from) if self.resume_from else 0
         self.progress = tqdm(
-            total=self.total, initial=self.step, desc="train", disable=not self.accelerator.is_local_main_process
+            total=config.vae_steps + config.unet_steps,
+            initial=self.step,
+            desc="train",
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
         )
+        if self.accelerator.is_main_process:
+            self.losses = _open_losses(self.folder / LOSSES, self.step)
+        self.accelerator.init_trackers("pdiff-hf")
 
-    def fit(self, stage: str, objective: nn.Module, data: torch.Tensor, learning_rate: float, last_step: int) -> None:
+    def fit(self, stage: str, objective: nn.Module, data: torch.Tensor, steps: int, learning_rate: float) -> None:
         r"""
-        Trains until `last_step`, from the present step or from the checkpoint to resume.
+        Trains a stage, from the present step or from the checkpoint to resume, and leaves the moving average of the
+        weights in the objective.
 
         Args:
             stage (`str`): Its name, in logs.
             objective (`nn.Module`): Called as `objective(batch, generator)`, gives a loss.
             data (`torch.Tensor`): Training examples, `[N, ...]`.
+            steps (`int`): Optimizer steps of the stage.
             learning_rate (`float`): Peak of the one-cycle schedule.
-            last_step (`int`): Where the stage ends.
         """
         accelerator, config = self.accelerator, self.config
         first_step = 0 if stage == "vae" else config.vae_steps
-        optimizer = torch.optim.AdamW(objective.parameters(), lr=learning_rate)
-        # Not prepared: accelerate would take one step a process.
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=last_step - first_step)
-        ema = EMAModel(objective.parameters(), decay=config.ema_decay)
+        optimizer = torch.optim.AdamW(objective.parameters(), lr=learning_rate, fused=True)
+        # Not prepared: accelerate would take a step of the schedule for every process.
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
         model, optimizer = accelerator.prepare(objective, optimizer)
-        ema.to(accelerator.device)
+        ema = EMAModel(objective.parameters(), decay=config.ema_decay, foreach=True)
         accelerator.register_for_checkpointing(schedule, ema)
-        if self.resume_from is not None and self.step < last_step:
+        if self.resume_from is not None:
             accelerator.load_state(str(self.resume_from))
+            ema.to(accelerator.device)
             self.resume_from = None
 
-        batches = self._batches(data, first_step)
         model.train()
-        while self.step < last_step:
+        data = data.to(accelerator.device)
+        while self.step < first_step + steps:
             losses = []
-            for _ in range(config.gradient_accumulation_steps):
+            for accumulation in range(config.gradient_accumulation_steps):
                 with accelerator.accumulate(model):
-                    batch, generator = next(batches)
-                    with accelerator.autocast():
-                        loss = model(batch, generator)
+                    loss = model(*self._draw(data, accumulation))
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -195,35 +203,194 @@ class Training:
             ema.step(objective.parameters())
             self.step += 1
             self._log(stage, accelerator.reduce(torch.stack(losses).mean(), "mean").item())
-            if self.step % config.checkpointing_steps == 0 and self.step < last_step:
+            if self.step % config.checkpointing_steps == 0 and self.step < first_step + steps:
                 self._save_checkpoint()
-        if stage == "unet":
-            ema.copy_to(objective.parameters())
-        accelerator.unwrap_model(model)
-        accelerator._custom_objects.clear()
+        ema.copy_to(objective.parameters())
+        objective.eval()
         accelerator.free_memory()
+        accelerator._custom_objects.clear()
 
-    def _batches(self, data: torch.Tensor, first_step: int) -> Iterator[tuple[torch.Tensor, torch.Generator]]:
+    def _draw(self, data: torch.Tensor, accumulation: int) -> tuple[torch.Tensor, torch.Generator]:
+        """The batch of this step on this process, and the generator of its noise."""
         accelerator, config = self.accelerator, self.config
-        position = self.step * config.gradient_accumulation_steps
-        while True:
-            generator = torch.Generator(accelerator.device).manual_seed(
-                (config.seed * 1_000_003 + position * accelerator.num_processes + accelerator.process_index) % 2**63
-            )
-            indices = torch.randint(
-                len(data), (config.batch_size,), generator=generator, device=accelerator.device
-            )
-            yield data[indices], generator
-            position += 1
+        position = self.step * config.gradient_accumulation_steps + accumulation
+        position = position * accelerator.num_processes + accelerator.process_index
+        generator = torch.Generator(accelerator.device).manual_seed((config.seed * 1_000_003 + position) % 2**63)
+        indices = torch.randint(len(data), (config.batch_size,), generator=generator, device=accelerator.device)
+        return data[indices], generator
 
     def _log(self, stage: str, loss: float) -> None:
-        if loss != loss:
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"The {stage} diverged at step {self.step}: its loss is NaN. Lower its learning rate and resume from "
-                f"the last checkpoint in {self.folder}."
+                f"The {stage} diverged: its loss is {loss} at step {self.step}. Lower --{stage}-learning-rate."
             )
         self.progress.update()
         self.progress.set_postfix(stage=stage, loss=f"{loss:.4f}", refresh=False)
         self.accelerator.log({f"{stage}/loss": loss}, step=self.step)
         if self.accelerator.is_main_process:
-            self._losses.append(json.dumps({"step": self.step, "stage": stage, "loss": loss}))
+            self.losses.write(json.dumps({"step": self.step, "stage": stage, "loss": loss}) + "\n")
+
+    def _save_checkpoint(self) -> None:
+        target = self.folder / f"{CHECKPOINT}{self.step}"
+        temporary = target.with_name(f"{target.name}.part")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.losses.flush()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            temporary.rename(target)
+            limit = self.config.checkpoints_total_limit
+            for old in _checkpoints(self.folder)[: -limit if limit else 0]:
+                shutil.rmtree(old)
+
+    def __enter__(self) -> "Training":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.close()
+        if self.accelerator.is_main_process:
+            self.losses.close()
+        self.accelerator.end_training()
+        # So that the next training of this process may have another precision.
+        AcceleratorState._reset_state()
+
+
+def run_train(config: TrainConfig) -> NeuralNetworkDiffusionPipeline:
+    r"""
+    Trains both stages on a zoo and saves the pipeline in `config.output_dir`.
+
+    Raises:
+        [`ZooError`]: the zoo cannot be read, or has fewer than two networks.
+        [`TrainingError`]: the training diverged, or cannot be resumed.
+    """
+    zoo = WeightZoo.from_pretrained(config.zoo)
+    if len(zoo) < 2:
+        raise ZooError(f"{config.zoo} has {len(zoo)} network: a distribution needs at least two, and better hundreds.")
+    with Training(config) as training:
+        return _train(config, zoo, training)
+
+
+def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNetworkDiffusionPipeline:
+    accelerator, folder = training.accelerator, training.folder
+    if accelerator.is_main_process:
+        save_run(folder, "train", config, networks=len(zoo), processes=accelerator.num_processes)
+
+    # 1. Statistics
+    layout = zoo.layout.fit(zoo.batches())
+    normalized = torch.cat([layout.normalize(batch) for batch in zoo.batches()])
+
+    # 2. Autoencoder
+    vae_folder = folder / "vae"
+    if training.step >= config.vae_steps:
+        vae = ParameterAutoencoderKL.from_pretrained(str(vae_folder))
+    else:
+        vae = _seeded(
+            config.seed,
+            lambda: ParameterAutoencoderKL(
+                num_parameters=layout.vector_size,
+                patch_size=config.patch_size,
+                hidden_channels=config.hidden_channels,
+                latent_channels=config.latent_channels,
+                latent_length=config.latent_length,
+            ),
+        )
+        objective = AutoencoderObjective(vae, config.input_noise, config.kl_weight)
+        training.fit("vae", objective, normalized, config.vae_steps, config.vae_learning_rate)
+        latents = _encode(vae, normalized)
+        vae.standardize_latents(latents.mean(0), (latents - latents.mean(0)).std())
+        if accelerator.is_main_process:
+            vae.save_pretrained(str(vae_folder))
+    vae.to(accelerator.device)
+    latents = _encode(vae, normalized)
+
+    # 3. Denoiser. Clipping would cut latents, which have unit scale and no bounds.
+    scheduler = DDPMScheduler(
+        beta_start=1e-4,
+        beta_end=2e-2,
+        clip_sample=False,
+        prediction_type=config.prediction_type,
+        timestep_spacing="trailing",
+    )
+    unet = _seeded(
+        config.seed,
+        lambda: ParameterUNet1DModel(
+            in_channels=config.latent_channels,
+            out_channels=config.latent_channels,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+        ),
+    )
+    training.fit("unet", DenoiserObjective(unet, scheduler), latents, config.unet_steps, config.unet_learning_rate)
+
+    # 4. Pipeline
+    pipeline = NeuralNetworkDiffusionPipeline(unet=unet, vae=vae, layout=layout, scheduler=scheduler)
+    if accelerator.is_main_process:
+        pipeline.save_pretrained(str(folder))
+        write_pipeline_card(folder, zoo, {name: value for name, value in asdict(config).items() if name != "zoo"})
+    return pipeline
+
+
+@torch.no_grad()
+def _encode(vae: ParameterAutoencoderKL, normalized: torch.Tensor) -> torch.Tensor:
+    """The latents' means, `[N, C, L]`."""
+    return torch.cat([vae.encode(batch.to(vae.device)).latent_dist.mean for batch in normalized.split(64)])
+
+
+def _seeded(seed: int, build: Callable[[], Model]) -> Model:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    found = [path for path in folder.glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdecimal()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(CHECKPOINT))
+
+
+def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
+    folder = Path(config.output_dir)
+    present = _checkpoints(folder)
+    if config.resume_from_checkpoint is None:
+        if present:
+            raise TrainingError(
+                f"{folder} holds {present[-1].name} of an earlier training. Go on from it with "
+                "--resume-from-checkpoint latest, or choose another --output-dir."
+            )
+        return None
+    if config.resume_from_checkpoint == "latest":
+        wanted = present[-1] if present else None
+    else:
+        wanted = folder / Path(config.resume_from_checkpoint).name
+        if wanted not in present:
+            raise TrainingError(
+                f"There is no checkpoint {wanted}. Present: {', '.join(path.name for path in present) or 'none'}."
+            )
+    if wanted is not None:
+        check_same_run(
+            folder,
+            "train",
+            config,
+            but_for=("output_dir", "resume_from_checkpoint", "checkpoints_total_limit", "report_to"),
+        )
+    return wanted
+
+
+def _open_losses(file: Path, step: int) -> TextIO:
+    """The log of losses, without the steps that will be trained again."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(lines[:step]), encoding="utf-8")
+    return file.open("a", encoding="utf-8")
+
+
+main = stage_main("train", TrainConfig, run_train)
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from .errors import PdiffError
 from .pipelines.neural_network_diffusion import ParameterLayout
 
 
@@ -22,7 +23,7 @@ SHARD_BYTES = 256 * 2**20
 SHARD_NAME = re.compile(r"networks-(\d{5})-of-(\d{5})\.safetensors")
 
 
-class ZooError(ValueError):
+class ZooError(PdiffError, ValueError):
     """A zoo that cannot be read or written, or a network that does not belong into it."""
 
 
@@ -126,8 +127,8 @@ class WeightZoo:
             folder (`str` or `os.PathLike`): Where the zoo goes.
             checkpoints (`Iterable[str | os.PathLike]`):
                 State dicts in `.safetensors`, `.pt` or `.pth` files (the latter two are read with
-                `weights_only=True`: tensors, never code). The first one gives names, shapes, dtypes and the frozen
-                tensors.
+                `weights_only=True`: tensors, never code). The first one gives names, shapes, dtypes, order (that of
+                a safetensors file is alphabetical) and the frozen tensors.
             patterns (`Sequence[str]`, *optional*, defaults to `("*",)`): What is generated, as for `ParameterLayout`.
             task (`str`, *optional*): What the networks do, as [`load_task`] takes it.
 

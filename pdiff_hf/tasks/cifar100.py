@@ -37,7 +37,7 @@ class CIFAR100ResNet18(Task):
         return ResNet(in_channels=3, channels=(64, 128, 256, 512), num_classes=100)
 
     def data(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Standardized images `[N, 3, 32, 32]` and classes `[N]`; the last tenth of the training images is validation."""
+        """Standardized images `[N, 3, 32, 32]` and classes `[N]`; the last tenth of the training set is validation."""
         pixels, targets = _cifar100("test" if split == "test" else "train")
         if split != "test":
             cut = len(pixels) * 9 // 10

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..errors import PdiffError
+
 
 BUILT_IN = {
     "digits-convnet": "pdiff_hf.tasks.digits:DigitsConvNet",
@@ -17,7 +19,7 @@ BUILT_IN = {
 }
 
 
-class TaskError(ValueError):
+class TaskError(PdiffError, ValueError):
     """A task that cannot be found, or does not do what a task does."""
 
 
@@ -102,7 +104,8 @@ def load_task(name_or_path: str | Task) -> Task:
         if not Path(place).is_file():
             raise TaskError(f"The task {name_or_path!r} names a file that does not exist: {Path(place).absolute()}.")
         spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:

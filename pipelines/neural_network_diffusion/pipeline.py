@@ -6,7 +6,9 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +43,9 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             swapped in with `SchedulerClass.from_config(pipe.scheduler.config)`.
     """
 
-    model_cpu_offload_seq = "unet->vae->layout"
+    model_cpu_offload_seq = "unet->vae"
+    # It has no parameters, which Accelerate's hooks look for, and is small.
+    _exclude_from_cpu_offload = ["layout"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(self, unet: ModelMixin, vae: ModelMixin, layout: ModelMixin, scheduler: SchedulerMixin):
@@ -53,17 +57,21 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             )
         self.register_modules(unet=unet, vae=vae, layout=layout, scheduler=scheduler)
 
-    def check_inputs(self, num_networks, num_inference_steps, generator, latents, batch_size, output_type, tensor_inputs):
+    def check_inputs(
+        self, num_networks, num_inference_steps, generator, latents, batch_size, output_type, tensor_inputs
+    ):
         """Raises `ValueError` for arguments of `__call__` that do not fit together."""
         for name, value in (
             ("num_networks", num_networks),
             ("num_inference_steps", num_inference_steps),
             ("batch_size", batch_size),
         ):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"`{name}` has to be a positive integer, and is {value!r}.")
         if isinstance(generator, (list, tuple)) and len(generator) != num_networks:
-            raise ValueError(f"{len(generator)} generators were passed for {num_networks} networks: pass one for each.")
+            raise ValueError(
+                f"{len(generator)} generators were passed for {num_networks} networks: pass one for each."
+            )
         shape = (num_networks, self.vae.config.latent_channels, self.vae.config.latent_length)
         if latents is not None and latents.shape != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}; expected {shape} for these networks.")
@@ -88,7 +96,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        num_networks: int = 1,
+        num_networks: int | None = None,
         num_inference_steps: int = 50,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -102,7 +110,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         Generates networks.
 
         Args:
-            num_networks (`int`, *optional*, defaults to 1): How many.
+            num_networks (`int`, *optional*):
+                How many. Defaults to one for each of the `generator`s or `latents`, and to 1 without a list of them.
             num_inference_steps (`int`, *optional*, defaults to 50):
                 Denoising steps. The default is the smallest number whose networks are as good as those of 1000 steps
                 with the default scheduler (`benchmarks/sampling_steps.py`).
@@ -142,6 +151,9 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         ```
         """
         # 1. Check the arguments
+        if num_networks is None:
+            several = generator if isinstance(generator, (list, tuple)) else latents
+            num_networks = 1 if several is None else len(several)
         self.check_inputs(
             num_networks,
             num_inference_steps,
@@ -182,10 +194,12 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
 
                 # 5. Decode
                 if output_type != "latent":
-                    batch = self.layout(self.vae.decode(batch, return_dict=False)[0])
+                    normalized = self.vae.decode(batch, return_dict=False)[0]
+                    batch = self.layout(normalized, return_dict=False)[0]
                 batches.append(batch if output_type in ("pt", "latent") else batch.cpu())
 
-        networks = torch.cat(batches)
+        # 6. Give them the form that was asked for
+        networks: Any = torch.cat(batches)
         if output_type == "np":
             networks = networks.numpy()
         elif output_type == "state_dict":
@@ -195,11 +209,14 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
 
         return NeuralNetworkDiffusionPipelineOutput(state_dicts=networks) if return_dict else (networks,)
 
-    def _denoise(self, latents, num_inference_steps, generators, progress_bar, callback, tensor_inputs) -> torch.Tensor:
+    def _denoise(
+        self, latents, num_inference_steps, generators, progress_bar, callback, tensor_inputs
+    ) -> torch.Tensor:
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
         extra_step_kwargs = self.prepare_extra_step_kwargs(generators)
         latents = latents * self.scheduler.init_noise_sigma
         timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
         for step, timestep in enumerate(timesteps):
             # predict, then take one step back
             model_input = self.scheduler.scale_model_input(latents, timestep)
@@ -215,6 +232,17 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                 progress_bar.update()
         return latents
 
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of the present or latest call, for callbacks."""
+        return self._num_timesteps
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        # The models are taken over whatever their classes; annotations cannot name them (their code travels apart).
+        models = {name: part for name, part in pipeline.components.items() if isinstance(part, ModelMixin)}
+        return super().from_pipe(pipeline, **(models | kwargs))
+
     def register_to_config(self, **kwargs):
         # Custom components are named by the file that travels with them, wherever their code was loaded from.
         for name, value in kwargs.items():
@@ -223,17 +251,15 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         super().register_to_config(**kwargs)
 
     def save_config(self, save_directory, **kwargs):
-        # Makes the folder complete: the pipeline's code and that of each custom component stand beside the weights.
+        # Makes the folder complete: the pipeline's code and that of each custom component stand beside the weights,
+        # and nothing in it tells where the parts were loaded from.
         super().save_config(save_directory, **kwargs)
         folder = Path(save_directory)
-        index_file = folder / self.config_name
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        index["_class_name"] = [Path(__file__).stem, type(self).__name__]
-        index.pop("_name_or_path", None)
-        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _rewrite_json(folder / self.config_name, _class_name=[Path(__file__).stem, type(self).__name__])
         _copy_code(type(self), folder)
         for name, component in self.components.items():
             component_class = type(getattr(component, "_orig_mod", component))
+            _rewrite_json(folder / name / component_class.config_name)
             if _is_custom(component_class.__module__):
                 _copy_code(component_class, folder / name)
 
@@ -262,8 +288,14 @@ def _is_custom(module: str) -> bool:
     return module.partition(".")[0] != "diffusers"
 
 
+def _rewrite_json(file: Path, **changes: Any) -> None:
+    content = json.loads(file.read_text(encoding="utf-8")) | changes
+    content.pop("_name_or_path", None)
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _copy_code(code_of: type, folder: Path) -> None:
-    source = Path(inspect.getsourcefile(code_of))
+    source = Path(inspect.getfile(code_of))
     if source.parent.resolve() != folder.resolve():
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / source.name)

@@ -1,11 +1,13 @@
 """Where each generated number of a network lives: state dict <-> parameter vector <-> normalized vector."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
 from torch import nn
 
 
@@ -13,6 +15,16 @@ from torch import nn
 SMALLEST_VARIANCE = 1e-12
 GENERATED, FROZEN, TIED = "generated", "frozen", "tied"
 GENERATED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class ParameterLayoutOutput(BaseOutput):
+    """
+    Args:
+        vectors (`torch.Tensor`): Parameter vectors, float32 `[N, P]`.
+    """
+
+    vectors: torch.Tensor
 
 
 class ParameterLayout(ModelMixin, ConfigMixin):
@@ -58,7 +70,7 @@ class ParameterLayout(ModelMixin, ConfigMixin):
                 for part in path:
                     if part not in owner._modules:
                         owner.add_module(part, nn.Module())
-                    owner = owner._modules[part]
+                    owner = owner.get_submodule(part)
                 owner.register_buffer(name, torch.zeros(tensor["shape"], dtype=getattr(torch, tensor["dtype"])))
 
     @classmethod
@@ -79,9 +91,15 @@ class ParameterLayout(ModelMixin, ConfigMixin):
             `ValueError`: a pattern matches nothing that can be generated, or a float64 or complex tensor.
         """
         matched = dict.fromkeys(patterns, False)
-        tensors, owners = [], {}
+        tensors: list[dict] = []
+        owners: dict[tuple, dict] = {}
         for name, value in state_dict.items():
-            tensor = {"name": name, "shape": list(value.shape), "dtype": _dtype_name(value.dtype), "role": FROZEN}
+            tensor: dict = {
+                "name": name,
+                "shape": list(value.shape),
+                "dtype": _dtype_name(value.dtype),
+                "role": FROZEN,
+            }
             hits = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
             if hits and (value.is_floating_point() or value.is_complex()):
                 if value.dtype not in GENERATED_DTYPES:
@@ -170,7 +188,7 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.vector_size:
             raise ValueError(f"Expected vectors of shape [N, {self.vector_size}], and found {list(vectors.shape)}.")
-        frozen = self.frozen_state_dict()
+        frozen = {name: tensor.to(vectors.device, copy=True) for name, tensor in self.frozen_state_dict().items()}
         generated = self.tensors(GENERATED)
         state_dicts = []
         for vector in vectors:
@@ -228,10 +246,26 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         std = torch.where(self.std == 0, 1.0, self.std)
         return torch.where(self.std == 0, 0.0, (values - self.mean) / std).to(self.normalized_like.dtype)
 
-    def forward(self, normalized: torch.Tensor) -> torch.Tensor:
-        """Normalized vectors `[N, P]` of any dtype to parameter vectors, float32 `[N, P]`."""
+    def forward(
+        self, normalized: torch.Tensor, return_dict: bool = True
+    ) -> ParameterLayoutOutput | tuple[torch.Tensor]:
+        r"""
+        Parameter vectors of normalized vectors, the inverse of [`~ParameterLayout.normalize`].
+
+        Args:
+            normalized (`torch.Tensor`): `[N, P]` of any floating-point dtype.
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return a `ParameterLayoutOutput`.
+
+        Returns:
+            `ParameterLayoutOutput` or `tuple`: its `vectors` are float32 `[N, P]`.
+        """
         values = torch.addcmul(self.mean, normalized.to(torch.float32), self.std)
-        return torch.where(self.log, values.exp(), values)
+        vectors = torch.where(self.log, values.exp(), values)
+        return ParameterLayoutOutput(vectors=vectors) if return_dict else (vectors,)
+
+    def enable_group_offload(self, onload_device: torch.device, *args, **kwargs) -> None:
+        """Moves the whole layout, which has no layers to offload one by one, and keeps its tensors readable."""
+        self.to(onload_device)
 
     def _apply(self, fn, recurse=True):
         # Moves between devices, but never changes the dtype of anything except the marker.

@@ -22,7 +22,7 @@ class ParameterUNet1DOutput(BaseOutput):
 
 
 class TimeResidualBlock1D(nn.Module):
-    """A residual block whose second normalization is scaled and shifted by the timestep: `[B, I, L]` to `[B, O, L]`."""
+    """A residual block; the timestep scales and shifts its second normalization: `[B, I, L]` to `[B, O, L]`."""
 
     def __init__(self, in_channels: int, out_channels: int, time_embed_dim: int, norm_num_groups: int):
         super().__init__()
@@ -33,7 +33,11 @@ class TimeResidualBlock1D(nn.Module):
         self.conv2 = nn.Conv1d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, skip: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if skip is not None:  # joined here, where both are on the block's device
+            hidden_states = torch.cat([hidden_states, skip], dim=1)
         residual = self.conv1(F.silu(self.norm1(hidden_states)))
         scale, shift = self.time_proj(temb)[..., None].chunk(2, dim=1)
         residual = self.conv2(F.silu(self.norm2(residual) * (1 + scale) + shift))
@@ -55,7 +59,6 @@ class ParameterUNet1DModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TimeResidualBlock1D"]
-    _repeated_blocks = ["TimeResidualBlock1D"]
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config
@@ -68,6 +71,8 @@ class ParameterUNet1DModel(ModelMixin, ConfigMixin):
         norm_num_groups: int = 8,
     ):
         super().__init__()
+        if layers_per_block < 1:
+            raise ValueError(f"`layers_per_block` has to be at least 1, and is {layers_per_block}.")
         first, last = block_out_channels[0], block_out_channels[-1]
         time_embed_dim = 4 * first
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -102,10 +107,10 @@ class ParameterUNet1DModel(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv1d(first, out_channels, 3, padding=1)
         self.gradient_checkpointing = False
 
-    def _run(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    def _run(self, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, hidden_states, temb)
-        return block(hidden_states, temb)
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True
@@ -143,7 +148,7 @@ class ParameterUNet1DModel(ModelMixin, ConfigMixin):
             if index > 0 and index % (layers + 1) == 0:
                 hidden_states = F.interpolate(hidden_states, size=skip.shape[-1], mode="nearest")
                 hidden_states = self.upsamplers[index // (layers + 1) - 1](hidden_states)
-            hidden_states = self._run(block, torch.cat([hidden_states, skip], dim=1), temb)
+            hidden_states = self._run(block, hidden_states, temb, skip)
 
         # 5. out
         sample = self.conv_out(F.silu(self.norm_out(hidden_states)))

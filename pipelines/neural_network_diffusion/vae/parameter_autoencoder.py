@@ -60,6 +60,7 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualConvBlock", "PatchLinear"]
+    _group_offload_block_modules = ["patch_in", "to_moments", "from_latent", "patch_out"]
     _repeated_blocks = ["ResidualConvBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
 
@@ -121,7 +122,7 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
         num_patches, patch_size, _ = self.patch_in.weight.shape
         sample = F.pad(sample, (0, num_patches * patch_size - sample.shape[1]))
         hidden_states = self.patch_in(sample.unflatten(1, (num_patches, patch_size)))
-        hidden_states = self._run(self.encoder_blocks, hidden_states.transpose(1, 2))
+        hidden_states = self._run(self.encoder_blocks, hidden_states.transpose(1, 2).contiguous())
         moments = self.to_moments(hidden_states.flatten(1))
         posterior = DiagonalGaussianDistribution(
             moments.unflatten(1, (2 * self.config.latent_channels, self.config.latent_length))
@@ -182,8 +183,8 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
         shape = (self.config.latent_channels, self.config.latent_length)
         mean, std = mean.expand(shape).flatten(), std.expand(shape).flatten()
         # decode: W (z * std + mean) + b
-        self.from_latent.bias += self.from_latent.weight @ mean
-        self.from_latent.weight *= std
+        self.from_latent.bias.add_(self.from_latent.weight @ mean)
+        self.from_latent.weight.mul_(std)
         # encode: (m - mean) / std, and the logarithm of the variance goes down by log(std^2)
         means, log_variances = self.to_moments.weight.chunk(2), self.to_moments.bias.chunk(2)
         means[0].div_(std[:, None])

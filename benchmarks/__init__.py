@@ -1,0 +1,1 @@
+"""Scripts that measure what the README claims. Run them as `python -m benchmarks.<name>`."""

@@ -1,0 +1,216 @@
+"""Stage 4: compare generated networks with those that they were learned from."""
+
+import importlib.util
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from .config import save_run, stage_main, versions
+from .extras import require
+from .tasks import Task, load_task
+from .zoo import WeightZoo, ZooError
+
+
+REPORT_VERSION = 1
+GROUPS = ("trained", "soup", "ensemble", "generated")
+LABELS = {"trained": "original", "soup": "soup", "ensemble": "ensemble", "generated": "generated"}
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Scores trained and generated networks, and the cheap ways to make one network of the trained ones."""
+
+    task: str | None = None
+    """A built-in task, or a class of your own: path/to/file.py:MyTask. The trained zoo's own by default."""
+    trained: str = "runs/zoo"
+    """Folder of the zoo that was learned from."""
+    generated: str = "runs/generated"
+    """Folder of the generated zoo."""
+    output_dir: str = "runs/report"
+    """Folder of the report: report.json and accuracy.png."""
+
+
+@dataclass(frozen=True)
+class Group:
+    r"""
+    How the networks of a group do.
+
+    Attributes:
+        validation (`torch.Tensor`): Accuracy on the validation split, from 0 to 1, `[N]`.
+        wrong (`torch.Tensor`): Which test examples a network gets wrong, boolean `[N, E]`.
+        similarity (`torch.Tensor`):
+            Largest intersection over union of a network's wrong predictions with those of a training network (of
+            another one, for training networks), `[N]`. Two networks without errors have similarity 1.
+    """
+
+    validation: torch.Tensor
+    wrong: torch.Tensor
+    similarity: torch.Tensor
+
+    @property
+    def test(self) -> torch.Tensor:
+        """Accuracy on the test split, `[N]`."""
+        return 1 - self.wrong.double().mean(1)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the group."""
+        test = self.test
+        return {
+            "count": len(test),
+            "accuracy": {
+                "mean": test.mean().item(),
+                "min": test.min().item(),
+                "max": test.max().item(),
+                "best_on_validation": test[self.validation.argmax()].item(),
+            },
+            "maximum_similarity": {"mean": self.similarity.mean().item()},
+        }
+
+
+def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    r"""
+    Scores the groups, prints a table, writes `report.json` and `accuracy.png`, and returns what is in the former:
+    `groups.trained|soup|ensemble|generated`, each with `count`, `accuracy.mean|min|max|best_on_validation` as
+    fractions of the test split, and `maximum_similarity.mean`, which says copy where it is near 1. The soup is the
+    average of the trained weights, the ensemble that of the trained networks' predictions; the best network is chosen
+    on the validation split.
+
+    Raises:
+        [`ZooError`]: the zoos are empty, or hold different architectures, or not the task's.
+    """
+    trained, generated = WeightZoo.from_pretrained(config.trained), WeightZoo.from_pretrained(config.generated)
+    name = config.task or trained.task
+    if name is None:
+        raise ZooError(f"{config.trained} does not say what its networks do: pass --task.")
+    if not len(trained) or not len(generated):
+        raise ZooError(f"Nothing to compare: {len(trained)} trained and {len(generated)} generated networks.")
+    if trained.layout.config["tensors"] != generated.layout.config["tensors"]:
+        raise ZooError(f"{config.trained} and {config.generated} hold networks of different architectures.")
+    task = load_task(name)
+
+    predictions = {
+        "trained": _predict(task, trained, trained.batches(), "trained"),
+        "generated": _predict(task, generated, generated.batches(), "generated"),
+    }
+    soup = torch.stack([batch.double().sum(0) for batch in trained.batches()]).sum(0) / len(trained)
+    predictions["soup"] = _predict(task, trained, [soup.float()[None]], "soup")
+    predictions["ensemble"] = {split: [torch.stack(p).mean(0)] for split, p in predictions["trained"].items()}
+    groups = _groups(task, predictions)
+
+    report = {
+        "report_version": REPORT_VERSION,
+        "task": name,
+        "groups": {group: groups[group].summary() for group in GROUPS},
+        "versions": versions(),
+    }
+    save_run(config.output_dir, "evaluate", config)
+    write_report(report, config.output_dir)
+    Console().print(table(report))
+    if importlib.util.find_spec("matplotlib"):
+        plot(groups, name, Path(config.output_dir) / "accuracy.png")
+    else:
+        print("No picture without matplotlib: pip install 'pdiff-hf[plots]'")
+    return report
+
+
+def write_report(report: dict[str, Any], folder: str | Path) -> None:
+    """Writes `report.json`."""
+    Path(folder, "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The groups of a report, accuracies in percent."""
+    result = Table(title=f"{report['task']}: accuracy on the test split, %")
+    for column in ("networks", "count", "mean", "min", "best on validation", "similarity"):
+        result.add_column(column, justify="left" if column == "networks" else "right")
+    for group, figures in report["groups"].items():
+        accuracies = (figures["accuracy"][key] for key in ("mean", "min", "best_on_validation"))
+        result.add_row(
+            LABELS[group],
+            str(figures["count"]),
+            *(f"{100 * accuracy:.2f}" for accuracy in accuracies),
+            f"{figures['maximum_similarity']['mean']:.3f}",
+        )
+    return result
+
+
+def plot(groups: dict[str, Group], task: str, file: Path) -> None:
+    """Draws each network in the plane of similarity and accuracy."""
+    figure_module = require("matplotlib.figure", "plots")
+    figure = figure_module.Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    # Okabe and Ito's colours, which the colour-blind can tell apart.
+    styles = {
+        "trained": {"marker": "o", "color": "#0072B2", "s": 16, "alpha": 0.5},
+        "generated": {"marker": "^", "color": "#D55E00", "s": 16, "alpha": 0.6},
+        "soup": {"marker": "s", "color": "#009E73", "s": 70, "edgecolor": "black"},
+        "ensemble": {"marker": "*", "color": "#F0E442", "s": 130, "edgecolor": "black"},
+    }
+    for group, style in styles.items():
+        label = f"{LABELS[group]} ({len(groups[group].test)})" if len(groups[group].test) > 1 else LABELS[group]
+        axes.scatter(groups[group].similarity, 100 * groups[group].test, label=label, linewidth=0.5, **style)
+    axes.set_xlabel("similarity of the errors to the most similar training network")
+    axes.set_ylabel("accuracy on the test split, %")
+    axes.set_title(task)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", framealpha=0.9)
+    figure.savefig(file)
+
+
+Predictions = dict[str, list[torch.Tensor]]
+
+
+def _predict(task: Task, zoo: WeightZoo, batches: Iterable[torch.Tensor], name: str) -> Predictions:
+    """Each network's probabilities `[E, classes]` on the validation and the test split."""
+    device = PartialState().device
+    network = task.build_network().to(device)
+    inputs = {split: task.data(split)[0].to(device) for split in ("validation", "test")}
+    predictions: Predictions = {split: [] for split in inputs}
+    state_dicts = (state_dict for batch in batches for state_dict in zoo.layout.unflatten(batch))
+    for state_dict in tqdm(state_dicts, desc=f"score {name}", unit="network", leave=False):
+        try:
+            network.load_state_dict(state_dict, strict=True)
+        except RuntimeError as error:
+            raise ZooError(f"The networks of {zoo.folder} do not fit the task: {error}") from error
+        for split in inputs:
+            predictions[split].append(task.predict(network, inputs[split]).cpu())
+    return predictions
+
+
+def _groups(task: Task, predictions: dict[str, Predictions]) -> dict[str, Group]:
+    targets = {split: task.data(split)[1].cpu() for split in ("validation", "test")}
+
+    def wrong(group: str, split: str) -> torch.Tensor:
+        return torch.stack([~task.correct(p, targets[split]) for p in predictions[group][split]])
+
+    trained = wrong("trained", "test")
+    groups = {}
+    for group in GROUPS:
+        of_test = wrong(group, "test")
+        similarity = _similarity(of_test, trained)
+        if group == "trained" and len(trained) > 1:
+            similarity.fill_diagonal_(0)
+        groups[group] = Group(1 - wrong(group, "validation").double().mean(1), of_test, similarity.amax(1))
+    return groups
+
+
+def _similarity(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of wrong predictions: boolean `[N, E]` and `[M, E]` to `[N, M]`."""
+    a, b = a.double(), b.double()
+    intersection = a @ b.T
+    union = a.sum(1)[:, None] + b.sum(1)[None] - intersection
+    return torch.where(union == 0, 1.0, intersection / union.clamp_min(1))
+
+
+main = stage_main("evaluate", EvaluateConfig, run_evaluate)
+
+if __name__ == "__main__":
+    main()

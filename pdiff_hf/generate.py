@@ -1,0 +1,98 @@
+"""Stage 3: sample networks from a pipeline into a zoo."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from .config import ConfigError, check_same_run, save_run, stage_main
+from .hub import load_pipeline, write_zoo_card
+from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
+from .zoo import WeightZoo
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Samples networks from a pipeline into a zoo."""
+
+    pipeline: str = "runs/pipeline"
+    """Folder of the pipeline."""
+    output_dir: str = "runs/generated"
+    """Folder of the zoo. Where it holds an unfinished one of the same configuration, sampling goes on."""
+    num_networks: int = 100
+    """Networks to sample."""
+    num_inference_steps: int = 50
+    """Denoising steps."""
+    scheduler: str | None = None
+    """A scheduler class of diffusers, such as DPMSolverMultistepScheduler, instead of the pipeline's own."""
+    batch_size: int = 100
+    """Networks sampled at a time."""
+    seed: int = 0
+    """Of the first network; the others count up from it, so that each can be made again alone."""
+    task: str | None = None
+    """What the networks do, for the zoo's description."""
+
+
+def run_generate(config: GenerateConfig) -> WeightZoo:
+    r"""
+    Samples networks. The metadata of each names scheduler, steps and seed: the same pipeline makes the network again
+    with `pipe(generator=torch.Generator().manual_seed(row["seed"]), num_inference_steps=row["num_inference_steps"])`.
+
+    Raises:
+        [`ConfigError`]: a number below one, an unknown scheduler, or a folder with another zoo.
+        [`PipelineError`]: there is no pipeline.
+    """
+    for name in ("num_networks", "num_inference_steps", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} has to be at least 1, and is {getattr(config, name)}.")
+    folder = Path(config.output_dir)
+    exists = (folder / "zoo.json").exists()
+    if exists:
+        check_same_run(folder, "generate", config, but_for=("output_dir", "num_networks", "batch_size"))
+    pipe = load_pipeline(config.pipeline).to(PartialState().device)
+    if config.scheduler is not None:
+        pipe.scheduler = _scheduler(config.scheduler, pipe)
+    zoo = WeightZoo(folder) if exists else WeightZoo.create(folder, pipe.layout, task=config.task)
+    save_run(folder, "generate", config)
+
+    pipe.set_progress_bar_config(disable=True)
+    origin = {
+        "source": "generated",
+        "pipeline": config.pipeline,
+        "scheduler": type(pipe.scheduler).__name__,
+        "num_inference_steps": config.num_inference_steps,
+    }
+    with zoo, tqdm(total=config.num_networks, initial=len(zoo), desc="generate", unit="network") as progress:
+        while len(zoo) < config.num_networks:
+            first = config.seed + len(zoo)
+            seeds = range(first, min(first + config.batch_size, config.seed + config.num_networks))
+            vectors = pipe(
+                num_networks=len(seeds),
+                num_inference_steps=config.num_inference_steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                batch_size=len(seeds),
+                output_type="pt",
+            ).state_dicts
+            for seed, vector in zip(seeds, vectors.cpu(), strict=True):
+                zoo.append(vector, seed=seed, **origin)
+            zoo.flush()
+            progress.update(len(seeds))
+    write_zoo_card(zoo, f"Networks sampled by Neural Network Diffusion from the pipeline `{config.pipeline}`.")
+    return zoo
+
+
+def _scheduler(name: str, pipe: NeuralNetworkDiffusionPipeline) -> diffusers.SchedulerMixin:
+    scheduler_class = getattr(diffusers, name, None)
+    if scheduler_class is None or scheduler_class not in pipe.scheduler.compatibles:
+        names = sorted(compatible.__name__ for compatible in pipe.scheduler.compatibles)
+        raise ConfigError(f"{name!r} is no scheduler that fits this pipeline. These do: {', '.join(names)}.")
+    return scheduler_class.from_config(pipe.scheduler.config)
+
+
+main = stage_main("generate", GenerateConfig, run_generate)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The whole story on scikit-learn's digits, in about a minute and a half."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from .collect import CollectConfig, run_collect
+from .config import stage_main
+from .evaluate import EvaluateConfig, run_evaluate, write_report
+from .generate import GenerateConfig, run_generate
+from .train import TrainConfig, run_train
+
+
+Result = TypeVar("Result")
+STAGES = ("zoo", "pipeline", "generated", "report")
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Trains a ConvNet on digits, keeps checkpoints, learns their distribution, samples new networks, compares."""
+
+    output_dir: str = "runs/quickstart"
+    """Where zoo/, pipeline/, generated/ and report/ go; what an earlier quickstart left in them is removed."""
+    task: str = "digits-convnet"
+    """A built-in task, or a class of your own: path/to/file.py:MyTask."""
+    seed: int = 0
+    """Of everything."""
+
+
+def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
+    """Runs the four stages with their defaults, and returns the report with the seconds that each took."""
+    folder = Path(config.output_dir)
+    for stage in STAGES:
+        shutil.rmtree(folder / stage, ignore_errors=True)
+    zoo, pipeline, generated, report_dir = (str(folder / stage) for stage in STAGES)
+    print(f"Running on {torch.get_num_threads()} threads.")
+
+    timings: dict[str, float] = {}
+
+    def timed(stage: str, run: Callable[[], Result]) -> Result:
+        start = time.perf_counter()
+        result = run()
+        timings[stage] = round(time.perf_counter() - start, 2)
+        return result
+
+    timed("collect", lambda: run_collect(CollectConfig(task=config.task, output_dir=zoo, seed=config.seed)))
+    # No checkpoints: an interrupted quickstart starts anew.
+    train_config = TrainConfig(zoo=zoo, output_dir=pipeline, seed=config.seed, checkpointing_steps=10**9)
+    timed("train", lambda: run_train(train_config))
+    generate_config = GenerateConfig(pipeline=pipeline, output_dir=generated, seed=config.seed, task=config.task)
+    timed("generate", lambda: run_generate(generate_config))
+    evaluate_config = EvaluateConfig(task=config.task, trained=zoo, generated=generated, output_dir=report_dir)
+    report = timed("evaluate", lambda: run_evaluate(evaluate_config))
+
+    report["timings_s"] = timings
+    write_report(report, report_dir)
+    print("Seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in timings.items()))
+    print(f"Everything is in {folder}. Load the pipeline anywhere with\\n")
+    print(f'    DiffusionPipeline.from_pretrained("{pipeline}", trust_remote_code=True)\\n')
+    return report
+
+
+main = stage_main("quickstart", QuickstartConfig, run_quickstart)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What tests share: small networks, a small zoo, and a pipeline trained on it."""
+
+import os
+import tempfile
+
+
+# The clients read these when they are imported.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="pdiff-hf-test-")
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_UPDATE_CHECK"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread, in subprocesses too: results do not depend on the machine, and tests can run side by side.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pdiff_hf import CollectConfig, ParameterLayout, TrainConfig, WeightZoo, run_collect, run_train
+
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
+SMALL_TRAINING = {"vae_steps": 60, "unet_steps": 60, "block_out_channels": (16, 16), "hidden_channels": 16}
+
+
+def small_network() -> nn.Module:
+    """Linear layers and a batch norm: floating-point and integer tensors, statistics too."""
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def random_network(seed: int) -> nn.Module:
+    """A small network whose parameters and statistics are all random."""
+    generator = torch.Generator().manual_seed(seed)
+    network = small_network()
+    with torch.no_grad():
+        for tensor in network.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
+    return network
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a Python module or script in a process of its own."""
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def layout() -> ParameterLayout:
+    """The layout of the whole small network."""
+    return ParameterLayout.from_state_dict(random_network(0).state_dict())
+
+
+@pytest.fixture
+def zoo(tmp_path: Path, layout: ParameterLayout) -> WeightZoo:
+    """Ten random networks in shards of four."""
+    zoo = WeightZoo.create(tmp_path / "zoo", layout, task="none", networks_per_shard=4)
+    with zoo:
+        for seed in range(10):
+            zoo.append(random_network(seed).state_dict(), seed=seed)
+    return zoo
+
+
+@pytest.fixture(scope="session")
+def digits_zoo(tmp_path_factory: pytest.TempPathFactory) -> WeightZoo:
+    """A short trajectory of the digits ConvNet."""
+    folder = tmp_path_factory.mktemp("digits") / "zoo"
+    return run_collect(CollectConfig(output_dir=str(folder), num_networks=40, epochs=5))
+
+
+@pytest.fixture(scope="session")
+def digits_pipeline(digits_zoo: WeightZoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a pipeline that was trained, too briefly, on that trajectory."""
+    folder = tmp_path_factory.mktemp("digits") / "pipeline"
+    run_train(TrainConfig(zoo=str(digits_zoo.folder), output_dir=str(folder), **SMALL_TRAINING))
+    return folder

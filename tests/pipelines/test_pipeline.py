@@ -1,0 +1,184 @@
+"""What the pipeline promises beyond what diffusers asks of every pipeline: trained networks, anywhere, again."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from pdiff_hf import NeuralNetworkDiffusionPipeline, ParameterLayout, load_pipeline, load_task
+
+
+COMPONENT_FILES = [
+    "layout/parameter_layout.py",
+    "pipeline.py",
+    "unet/parameter_unet.py",
+    "vae/parameter_autoencoder.py",
+]
+
+
+@pytest.fixture
+def pipe(digits_pipeline) -> NeuralNetworkDiffusionPipeline:
+    pipe = load_pipeline(digits_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe, seed=0, **arguments):
+    arguments = {"num_networks": 4, "num_inference_steps": 5, "output_type": "pt"} | arguments
+    return pipe(generator=torch.Generator().manual_seed(seed), **arguments).state_dicts
+
+
+def test_generated_state_dicts_load_strictly_into_the_base_network(pipe):
+    network = load_task("digits-convnet").build_network()
+    for state_dict in sample(pipe, output_type="state_dict"):
+        network.load_state_dict(state_dict, strict=True)
+        assert torch.isfinite(network(torch.zeros(1, 1, 8, 8))).all()
+
+
+@pytest.mark.parametrize("scheduler", [None, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_the_same_seed_gives_the_same_networks_whatever_the_batch_size(pipe, scheduler):
+    if scheduler is not None:
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    together = sample(pipe)
+    torch.testing.assert_close(sample(pipe, batch_size=1), together, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sample(pipe, batch_size=3), together, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sample(pipe, num_networks=2), together[:2], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(sample(pipe, seed=1), together, atol=1e-4)
+
+
+def test_a_list_of_generators_gives_one_network_each(pipe):
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    both = pipe(generator=generators, num_inference_steps=5, output_type="pt").state_dicts
+    single = sample(pipe, seed=6, num_networks=1)
+    assert len(both) == 2
+    torch.testing.assert_close(both[1:], single, atol=1e-4, rtol=1e-4)
+
+
+def test_networks_differ_from_each_other(pipe):
+    assert torch.pdist(sample(pipe)).min() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_networks": 0}, "`num_networks` has to be a positive integer, and is 0"),
+        ({"num_networks": 1.5}, r"`num_networks` has to be a positive integer, and is 1\.5"),
+        ({"batch_size": 0}, "`batch_size` has to be a positive integer"),
+        ({"num_inference_steps": -1}, "`num_inference_steps` has to be a positive integer"),
+        ({"output_type": "pil"}, "'pil'; expected 'state_dict', 'pt', 'np' or 'latent'"),
+        ({"latents": torch.zeros(4, 3)}, r"shape \(4, 3\); expected \(4, 4, 32\)"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "has to be in"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_explained(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sample(pipe, **arguments)
+
+
+def test_as_many_generators_as_networks_are_needed(pipe):
+    with pytest.raises(ValueError, match="1 generators were passed for 2 networks"):
+        pipe(num_networks=2, generator=[torch.Generator()])
+
+
+def test_a_scheduler_of_another_kind_is_refused(pipe):
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler does not fit.*DDIMScheduler"):
+        sample(pipe)
+
+
+def test_components_of_different_networks_are_refused(pipe):
+    other = ParameterLayout.from_state_dict({"weight": torch.zeros(7)})
+    with pytest.raises(ValueError, match="vectors of 1898 parameters, and the layout has 7"):
+        NeuralNetworkDiffusionPipeline(**(pipe.components | {"layout": other}))
+
+
+def test_networks_do_not_share_memory_with_the_pipeline(digits_zoo):
+    layout = ParameterLayout.from_state_dict(digits_zoo.state_dict(0), ("0.*",))
+    (first,) = layout.unflatten(torch.zeros(1, layout.vector_size))
+    first["7.bias"].fill_(99)
+    (second,) = layout.unflatten(torch.zeros(1, layout.vector_size))
+    assert torch.equal(second["7.bias"], digits_zoo.state_dict(0)["7.bias"])
+
+
+def test_a_saved_pipeline_carries_its_code_byte_for_byte(digits_pipeline):
+    source = Path(__file__).parents[2] / "pipelines" / "neural_network_diffusion"
+    for file in COMPONENT_FILES:
+        assert (digits_pipeline / file).read_bytes() == (source / file).read_bytes()
+    index = json.loads((digits_pipeline / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "NeuralNetworkDiffusionPipeline"]
+    assert index["layout"] == ["parameter_layout", "ParameterLayout"]
+    assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
+
+
+def test_remote_code_runs_only_where_it_is_trusted(digits_pipeline):
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(digits_pipeline)
+
+
+def test_loading_with_this_package_runs_none_of_the_folders_code(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    for file in COMPONENT_FILES:
+        (tmp_path / file).write_text("raise SystemExit('code of a folder ran')")
+    assert torch.equal(sample(load_pipeline(tmp_path)), sample(pipe))
+
+
+def test_a_reloaded_pipeline_saved_again_is_the_same(digits_pipeline, tmp_path):
+    again = DiffusionPipeline.from_pretrained(digits_pipeline, trust_remote_code=True)
+    again.save_pretrained(tmp_path / "again")
+    files = [path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()]
+    assert {Path(file) for file in COMPONENT_FILES} < set(files)
+    for file in files:
+        assert (tmp_path / "again" / file).read_bytes() == (digits_pipeline / file).read_bytes()
+
+
+def test_a_process_without_this_package_samples_the_same_networks_and_saves_the_same_folder(
+    pipe, digits_pipeline, tmp_path
+):
+    site = tmp_path / "site"
+    site.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not entry.name.startswith(("pdiff_hf", "__editable__")):
+            (site / entry.name).symlink_to(entry)
+    script = textwrap.dedent("""
+        import importlib.util, sys
+        site, folder, output = sys.argv[1:]
+        sys.path.insert(0, site)
+        import torch
+        from diffusers import DiffusionPipeline
+        assert importlib.util.find_spec("pdiff_hf") is None
+        torch.set_num_threads(1)
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+        generator = torch.Generator().manual_seed(0)
+        vectors = pipe(num_networks=4, num_inference_steps=5, output_type="pt", generator=generator).state_dicts
+        state_dicts = pipe(num_networks=2, num_inference_steps=2).state_dicts
+        assert state_dicts[0]["0.weight"].shape == (8, 1, 3, 3)
+        pipe.save_pretrained(output + "/pipeline")
+        torch.save(vectors, output + "/vectors.pt")
+    """)
+    output = tmp_path / "output"
+    output.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script, str(site), str(digits_pipeline), str(output)],
+        cwd=output,
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(output / "vectors.pt"), sample(pipe))
+    for file in [*COMPONENT_FILES, "model_index.json", "unet/config.json", "layout/config.json"]:
+        assert (output / "pipeline" / file).read_bytes() == (digits_pipeline / file).read_bytes()

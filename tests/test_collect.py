@@ -1,0 +1,131 @@
+import dataclasses
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+from pdiff_hf import CollectConfig, WeightZoo, ZooError, load_task, run_collect
+from pdiff_hf.config import ConfigError
+
+from .conftest import ROOT, run
+
+
+def config(folder, **changes) -> CollectConfig:
+    return CollectConfig(**{"output_dir": str(folder), "num_networks": 6, "epochs": 1, **changes})
+
+
+def test_a_trajectory_holds_consecutive_steps_of_one_run(tmp_path):
+    zoo = run_collect(config(tmp_path / "zoo", save_every=2))
+    assert [row["step"] for row in zoo.metadata] == [22, 24, 26, 28, 30, 32]
+    assert {row["seed"] for row in zoo.metadata} == {0}
+    assert all(0 < row["validation_accuracy"] < 1 for row in zoo.metadata)
+    steps = zoo.vectors().diff(dim=0).norm(dim=1)
+    assert (steps > 0).all()
+    assert steps.max() < zoo[0].norm()
+
+
+def test_the_same_seed_gives_the_same_zoo_and_another_seed_another(tmp_path):
+    first, again, other = (
+        run_collect(config(tmp_path / name, seed=seed)).vectors() for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+
+
+def test_the_recorded_accuracy_is_that_of_the_stored_network(tmp_path):
+    zoo = run_collect(config(tmp_path / "zoo"))
+    task = load_task("digits-convnet")
+    network = task.build_network()
+    network.load_state_dict(zoo.state_dict(5))
+    inputs, targets = task.data("validation")
+    accuracy = task.correct(task.predict(network, inputs), targets).float().mean().item()
+    assert zoo.metadata[5]["validation_accuracy"] == pytest.approx(accuracy)
+
+
+def test_only_the_chosen_batch_norms_move_and_all_else_stays_frozen(tmp_path):
+    zoo = run_collect(config(tmp_path / "zoo", task="digits-resnet"))
+    names = {tensor["name"].rpartition(".")[0] for tensor in zoo.layout.tensors("generated")}
+    assert names == {"layer2.1.bn1", "layer2.1.bn2"}
+    assert zoo.vectors().std(0).min() > 0
+    # The frozen tensors are those of the trained network: with them the recorded accuracy is reached.
+    task = load_task("digits-resnet")
+    network = task.build_network()
+    network.load_state_dict(zoo.state_dict(0))
+    inputs, targets = task.data("validation")
+    accuracy = task.correct(task.predict(network, inputs), targets).float().mean().item()
+    assert zoo.metadata[0]["validation_accuracy"] == pytest.approx(accuracy)
+    assert accuracy > 0.5
+
+
+def test_an_independent_zoo_has_a_network_a_seed(tmp_path):
+    zoo = run_collect(config(tmp_path / "zoo", protocol="independent", num_networks=3, seed=7, task="digits-mlp"))
+    assert [row["seed"] for row in zoo.metadata] == [7, 8, 9]
+    assert torch.pdist(zoo.vectors()).min() > 1
+
+
+def test_an_independent_zoo_of_a_part_of_the_network_is_refused(tmp_path):
+    with pytest.raises(ZooError, match=r"Pass --patterns '\*', or collect a trajectory"):
+        run_collect(config(tmp_path / "zoo", protocol="independent", task="digits-resnet"))
+
+
+def test_the_folder_says_how_to_repeat_the_run(tmp_path):
+    first = run_collect(config(tmp_path / "a"))
+    done = run(
+        "-m", "pdiff_hf.collect", "--config", str(first.folder / "collect.yaml"), "--output-dir", str(tmp_path / "b")
+    )
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(WeightZoo(tmp_path / "b").vectors(), first.vectors())
+    assert '"torch"' in (first.folder / "collect.facts.json").read_text()
+    assert "6 networks of 1898" in (first.folder / "README.md").read_text()
+
+
+def test_a_zoo_can_grow(tmp_path):
+    run_collect(config(tmp_path / "zoo", num_networks=3))
+    grown = run_collect(config(tmp_path / "zoo"))
+    assert torch.equal(grown.vectors(), run_collect(config(tmp_path / "other")).vectors())
+
+
+def test_another_run_does_not_go_into_the_same_folder(tmp_path):
+    run_collect(config(tmp_path / "zoo"))
+    with pytest.raises(ConfigError, match="holds a run with seed 0, not 1"):
+        run_collect(config(tmp_path / "zoo", seed=1))
+    assert len(WeightZoo(tmp_path / "zoo")) == 6
+
+
+def test_a_number_of_networks_below_one_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="have to be at least 1"):
+        run_collect(config(tmp_path / "zoo", num_networks=0))
+
+
+@pytest.mark.parametrize("protocol", ["trajectory", "independent"])
+def test_a_killed_collection_leaves_a_zoo_and_goes_on_as_if_nothing_had_happened(tmp_path, protocol):
+    script = textwrap.dedent("""
+        import sys
+        import pdiff_hf.collect as collect
+        collect.SECONDS_BETWEEN_FLUSHES = 0.05
+        collect.main(sys.argv[1:])
+    """)
+    wanted = config(tmp_path / "killed", num_networks=60, protocol=protocol, task="digits-mlp")
+    arguments = ["--task", "digits-mlp", "--protocol", protocol, "--num-networks", "60", "--epochs", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments, "--output-dir", wanted.output_dir],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    shards = tmp_path / "killed"
+    while not list(shards.glob("networks-*.safetensors")) and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 1 <= len(WeightZoo(wanted.output_dir)) <= 60
+
+    finished = run_collect(wanted)
+    uninterrupted = run_collect(dataclasses.replace(wanted, output_dir=str(tmp_path / "other")))
+    assert torch.equal(finished.vectors(), uninterrupted.vectors())
+    assert finished.metadata == uninterrupted.metadata
+    assert not list(finished.folder.glob("*.pt"))

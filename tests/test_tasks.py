@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from pdiff_hf import ParameterLayout, Task, load_task
+from pdiff_hf.tasks import TaskError, cifar100
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "generated"),
+    [("digits-convnet", 1898, 1898), ("digits-mlp", 2410, 2410), ("digits-resnet", 42938, 256)],
+)
+def test_digits_tasks_have_the_documented_sizes(name, parameters, generated):
+    task = load_task(name)
+    network = task.build_network()
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    assert ParameterLayout.from_state_dict(network.state_dict(), task.patterns).vector_size == generated
+
+
+def test_splits_of_digits_are_fixed_disjoint_and_complete():
+    task = load_task("digits-convnet")
+    splits = {split: task.data(split) for split in ("train", "validation", "test")}
+    assert {split: len(targets) for split, (_, targets) in splits.items()} == {
+        "train": 1000,
+        "validation": 200,
+        "test": 597,
+    }
+    for split, (inputs, targets) in splits.items():
+        assert inputs.shape[1:] == (1, 8, 8)
+        assert inputs.min() >= -1
+        assert inputs.max() <= 1
+        assert torch.equal(load_task("digits-mlp").data(split)[1], targets)
+    images = [tuple(image.flatten().tolist()) for inputs, _ in splits.values() for image in inputs]
+    assert len(set(images)) == len(images) == 1797
+
+
+def test_cifar100_resnet18_has_the_size_of_the_paper():
+    task = load_task("cifar100-resnet18")
+    network = task.build_network()
+    layout = ParameterLayout.from_state_dict(network.state_dict(), task.patterns)
+    learned = [tensor for tensor in layout.tensors("generated") if "running" not in tensor["name"]]
+    assert sum(torch.Size(tensor["shape"]).numel() for tensor in learned) == 2048
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+
+
+def test_augmentation_of_cifar100_keeps_shape_and_depends_on_the_generator_alone():
+    task = load_task("cifar100-resnet18")
+    images = torch.randn(8, 3, 32, 32)
+    once, again = (task.augment(images, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(once, again)
+    assert once.shape == images.shape
+    assert not torch.equal(once, images)
+
+
+def test_standardized_cifar100_pixels_use_the_published_statistics():
+    assert cifar100.MEAN.shape == cifar100.STD.shape == (3, 1, 1)
+
+
+def test_prediction_is_in_evaluation_mode_and_leaves_each_mode_as_it_was():
+    task = Task()
+    network = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3).eval(), torch.nn.Dropout(0.5))
+    inputs = torch.randn(10, 4)
+    first, second = task.predict(network, inputs, batch_size=3), task.predict(network, inputs)
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(first.sum(1), torch.ones(10))
+    assert [module.training for module in network] == [True, False, True]
+
+
+def test_a_plain_class_of_ones_own_file_becomes_a_task(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\n"
+        "class Mine:\n"
+        "    def build_network(self): return torch.nn.Linear(2, 2)\n"
+        "    def data(self, split): return torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)\n"
+    )
+    task = load_task(f"{file}:Mine")
+    assert isinstance(task, Task)
+    assert task.patterns == ("*",)
+    assert task.build_network().in_features == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits", r"no task 'digits'. Built in: digits-convnet"),
+        ("nowhere.py:Mine", "does not exist"),
+        ("no_such_module:Mine", "names a module that does not exist"),
+        ("pdiff_hf.tasks.digits:Mine", "has no class 'Mine'"),
+        ("torch.nn:Linear", "is no task: it lacks build_network and data"),
+    ],
+)
+def test_a_task_that_is_not_there_is_explained(name, message):
+    with pytest.raises(TaskError, match=message):
+        load_task(name)

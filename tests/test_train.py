@@ -1,0 +1,179 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdiff_hf import (
+    NeuralNetworkDiffusionPipeline,
+    ParameterLayout,
+    TrainConfig,
+    WeightZoo,
+    ZooError,
+    load_pipeline,
+    run_train,
+)
+from pdiff_hf.config import ConfigError
+from pdiff_hf.train import TrainingError
+
+from .conftest import ROOT, SMALL_TRAINING, run
+
+
+ARGUMENTS = [
+    *("--vae-steps", "60", "--unet-steps", "60", "--block-out-channels", "16", "16", "--hidden-channels", "16"),
+    *("--checkpointing-steps", "20"),
+]
+
+
+def losses(folder) -> list[float]:
+    return [json.loads(line)["loss"] for line in Path(folder, "train.losses.jsonl").read_text().splitlines()]
+
+
+def small_config(zoo, folder, **changes) -> TrainConfig:
+    return TrainConfig(**{"zoo": str(zoo.folder), "output_dir": str(folder), **SMALL_TRAINING, **changes})
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(digits_zoo, tmp_path_factory) -> list[float]:
+    """The losses of a training that nothing interrupts, in a process of its own."""
+    folder = tmp_path_factory.mktemp("train") / "pipeline"
+    done = run("-m", "pdiff_hf.train", "--zoo", str(digits_zoo.folder), "--output-dir", str(folder), *ARGUMENTS)
+    assert done.returncode == 0, done.stderr
+    return losses(folder)
+
+
+def test_both_losses_fall_and_a_working_pipeline_is_saved(digits_zoo, digits_pipeline):
+    log = [json.loads(line) for line in (digits_pipeline / "train.losses.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == list(range(1, 121))
+    for stage in ("vae", "unet"):
+        values = [row["loss"] for row in log if row["stage"] == stage]
+        assert sum(values[-10:]) < 0.8 * sum(values[:10])
+    pipe = load_pipeline(digits_pipeline)
+    vectors = pipe(num_networks=3, num_inference_steps=5, output_type="pt").state_dicts
+    assert vectors.shape == (3, digits_zoo.vector_size)
+    assert torch.isfinite(vectors).all()
+
+
+def test_latents_of_the_zoo_have_unit_scale_and_no_mean(digits_zoo, digits_pipeline):
+    pipe = load_pipeline(digits_pipeline)
+    with torch.no_grad():
+        latents = pipe.vae.encode(pipe.layout.normalize(digits_zoo.vectors())).latent_dist.mean
+    assert latents.shape[1:] == (4, 32)
+    torch.testing.assert_close(latents.mean(0), torch.zeros(4, 32), atol=1e-4, rtol=0)
+    assert latents.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_card_and_the_facts_stand_beside_the_pipeline(digits_pipeline):
+    card = (digits_pipeline / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "`digits-convnet`" in card
+    assert "| vae_steps | 60 |" in card
+    facts = json.loads((digits_pipeline / "train.facts.json").read_text())
+    assert facts["networks"] == 40
+    assert facts["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("checkpoint", ["checkpoint-20", "checkpoint-80"])
+def test_an_interrupted_training_resumes_with_the_losses_of_an_uninterrupted_one(
+    digits_zoo, uninterrupted, tmp_path, number, checkpoint
+):
+    folder = tmp_path / "pipeline"
+    command = ["-m", "pdiff_hf.train", "--zoo", str(digits_zoo.folder), "--output-dir", str(folder), *ARGUMENTS]
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+    )
+    while not (folder / checkpoint).exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    assert number == signal.SIGKILL or b"interrupted" in errors
+
+    done = run(*command, "--resume-from-checkpoint", "latest")
+    assert done.returncode == 0, done.stderr
+    assert losses(folder) == uninterrupted
+    assert load_pipeline(folder)(num_inference_steps=2).state_dicts[0]
+
+
+def test_only_the_latest_checkpoints_are_kept(digits_zoo, tmp_path):
+    run_train(small_config(digits_zoo, tmp_path, checkpointing_steps=20, checkpoints_total_limit=2))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-100", "checkpoint-80"]
+
+
+def test_a_training_is_not_mixed_with_another(digits_zoo, tmp_path):
+    run_train(small_config(digits_zoo, tmp_path, checkpointing_steps=50))
+    with pytest.raises(
+        TrainingError, match=r"holds checkpoint-100 of an earlier training.*--resume-from-checkpoint latest"
+    ):
+        run_train(small_config(digits_zoo, tmp_path))
+    with pytest.raises(TrainingError, match=r"no checkpoint .*checkpoint-7\. Present: checkpoint-50, checkpoint-100"):
+        run_train(small_config(digits_zoo, tmp_path, resume_from_checkpoint="checkpoint-7"))
+    with pytest.raises(ConfigError, match="holds a run with seed 0, not 1"):
+        run_train(small_config(digits_zoo, tmp_path, resume_from_checkpoint="latest", checkpointing_steps=50, seed=1))
+
+
+def test_accumulated_gradients_count_as_one_step(digits_zoo, tmp_path):
+    run_train(
+        small_config(digits_zoo, tmp_path, batch_size=16, gradient_accumulation_steps=4, vae_steps=10, unet_steps=10)
+    )
+    assert len(losses(tmp_path)) == 20
+
+
+def test_training_in_bfloat16_gives_a_float32_pipeline(digits_zoo, tmp_path):
+    pipe = run_train(small_config(digits_zoo, tmp_path, mixed_precision="bf16"))
+    assert pipe.unet.dtype == pipe.vae.dtype == torch.float32
+    values = losses(tmp_path)
+    assert sum(values[50:60]) < 0.8 * sum(values[:10])
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+def test_other_prediction_types_train_and_sample(digits_zoo, tmp_path, prediction_type):
+    pipe = run_train(small_config(digits_zoo, tmp_path, prediction_type=prediction_type))
+    assert pipe.scheduler.config.prediction_type == prediction_type
+    assert torch.isfinite(pipe(num_networks=2, num_inference_steps=10, output_type="latent").state_dicts).all()
+
+
+def test_two_processes_train_one_pipeline(digits_zoo, tmp_path):
+    # Accelerate's way to several processes on one CPU.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    folder = tmp_path / "pipeline"
+    done = run(
+        *launch,
+        *("-m", "pdiff_hf.train", "--zoo", str(digits_zoo.folder), "--output-dir", str(folder)),
+        *ARGUMENTS,
+        ACCELERATE_USE_CPU="true",
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "train.facts.json").read_text())["processes"] == 2
+    values = losses(folder)
+    assert len(values) == 120
+    assert sum(values[50:60]) < 0.8 * sum(values[:10])
+    assert isinstance(load_pipeline(folder), NeuralNetworkDiffusionPipeline)
+
+
+def test_losses_go_to_a_tracker(digits_zoo, tmp_path):
+    pytest.importorskip("tensorboard")
+    run_train(small_config(digits_zoo, tmp_path, vae_steps=5, unet_steps=5, report_to="tensorboard"))
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_a_zoo_of_one_network_is_refused(tmp_path):
+    network = torch.nn.Linear(2, 2).state_dict()
+    with WeightZoo.create(tmp_path / "zoo", ParameterLayout.from_state_dict(network)) as zoo:
+        zoo.append(network)
+    with pytest.raises(ZooError, match="has 1 network: a distribution needs at least two"):
+        run_train(small_config(zoo, tmp_path / "pipeline"))
+
+
+def test_a_diverged_training_says_which_rate_to_lower(digits_zoo, tmp_path):
+    with pytest.raises(TrainingError, match=r"The vae diverged.*Lower --vae-learning-rate"):
+        run_train(small_config(digits_zoo, tmp_path, vae_learning_rate=1e20))

@@ -1,0 +1,249 @@
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pdiff_hf import WeightZoo, ZooError
+
+from .conftest import ROOT, random_network, run, small_network
+
+
+def test_networks_come_back_bit_by_bit_and_load_strictly(zoo):
+    reopened = WeightZoo(zoo.folder)
+    assert len(reopened) == 10
+    for seed in range(10):
+        expected = random_network(seed).state_dict()
+        assert torch.equal(reopened[seed], reopened.layout.flatten(expected))
+        small_network().load_state_dict(reopened.state_dict(seed), strict=True)
+    assert [row["seed"] for row in reopened.metadata] == list(range(10))
+    assert torch.equal(torch.cat(list(reopened.batches(3))), reopened.vectors())
+
+
+def test_the_folder_holds_what_the_format_promises(zoo):
+    files = sorted(path.name for path in zoo.folder.iterdir())
+    assert files == [
+        "frozen.safetensors",
+        "metadata.jsonl",
+        "networks-00001-of-00003.safetensors",
+        "networks-00002-of-00003.safetensors",
+        "networks-00003-of-00003.safetensors",
+        "zoo.json",
+    ]
+    assert [len(load_file(zoo.folder / name)["networks"]) for name in files[2:5]] == [4, 4, 2]
+    assert list(load_file(zoo.folder / "frozen.safetensors")) == ["1.num_batches_tracked"]
+    assert json.loads((zoo.folder / "zoo.json").read_text())["format_version"] == 1
+
+
+def test_appending_goes_on_after_reopening(zoo):
+    reopened = WeightZoo(zoo.folder)
+    with reopened:
+        for seed in range(10, 13):
+            reopened.append(random_network(seed).state_dict(), seed=seed)
+            assert torch.equal(reopened[-1], reopened.layout.flatten(random_network(seed).state_dict()))
+    again = WeightZoo(zoo.folder)
+    assert [row["index"] for row in again.metadata] == list(range(13))
+    assert torch.equal(again[12], again.layout.flatten(random_network(12).state_dict()))
+    assert again[12].dtype == torch.float32
+
+
+def test_an_index_out_of_range_is_an_index_error(zoo):
+    with pytest.raises(IndexError, match="Network 10 of a zoo of 10"):
+        zoo[10]
+
+
+def test_a_network_that_does_not_fit_leaves_the_zoo_as_it_was(zoo):
+    state_dict = random_network(0).state_dict()
+    state_dict["0.bias"] = torch.full((4,), torch.nan)
+    with pytest.raises(ZooError, match=r"a\.pt: `0\.bias` holds NaN"):
+        zoo.append(state_dict, source="a.pt")
+    with pytest.raises(ZooError, match=r"vector of 42 parameters; found shape \[3\]"):
+        zoo.append(torch.zeros(3))
+    zoo.flush()
+    assert len(WeightZoo(zoo.folder)) == 10
+
+
+def test_a_copy_holds_the_same(zoo, tmp_path):
+    zoo.save_pretrained(tmp_path / "copy")
+    assert torch.equal(WeightZoo.from_pretrained(tmp_path / "copy").vectors(), zoo.vectors())
+
+
+def test_a_second_zoo_does_not_replace_the_first(zoo, layout):
+    with pytest.raises(ZooError, match="holds a zoo already"):
+        WeightZoo.create(zoo.folder, layout)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "zoo.json").unlink(), r"there is no zoo\.json"),
+        (lambda folder: (folder / "zoo.json").write_text("{"), r"zoo\.json is damaged"),
+        (lambda folder: (folder / "zoo.json").write_text('{"format_version": 9}'), "format version 9"),
+        (lambda folder: (folder / "networks-00002-of-00003.safetensors").unlink(), r"lacks the shards \[2\]"),
+        (lambda folder: (folder / "networks-00003-of-00003.safetensors").unlink(), r"lacks the shards \[3\]"),
+        (lambda folder: truncate(folder / "networks-00002-of-00003.safetensors"), r"00002-of-00003.*truncated"),
+        (lambda folder: truncate(folder / "metadata.jsonl"), r"metadata\.jsonl"),
+        (
+            lambda folder: save_file({"networks": torch.zeros(4, 3)}, folder / "networks-00001-of-00003.safetensors"),
+            "expected networks of 42 parameters, found 3",
+        ),
+    ],
+)
+def test_a_damaged_zoo_says_which_file(zoo, damage, message):
+    damage(zoo.folder)
+    with pytest.raises(ZooError, match=message):
+        WeightZoo(zoo.folder)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def test_a_folder_without_a_zoo_is_told_from_a_repository(tmp_path):
+    with pytest.raises(ZooError, match="holds no zoo"):
+        WeightZoo.from_pretrained(tmp_path)
+    with pytest.raises(ZooError, match="neither a folder nor"):
+        WeightZoo.from_pretrained("no/such/folder")
+
+
+def test_a_crash_while_shards_are_renamed_leaves_a_readable_zoo_that_goes_on(tmp_path, layout):
+    zoo = WeightZoo.create(tmp_path / "zoo", layout, networks_per_shard=2)
+    with zoo:
+        for seed in range(4):
+            zoo.append(random_network(seed).state_dict(), seed=seed)
+    # What is on disk when the process dies after the first of the renames that a third shard needs.
+    (zoo.folder / "networks-00003-of-00003.safetensors.part").write_bytes(b"whatever")
+    (zoo.folder / "networks-00001-of-00002.safetensors").rename(zoo.folder / "networks-00001-of-00003.safetensors")
+    survivor = WeightZoo(zoo.folder)
+    assert len(survivor) == 4
+    with survivor:
+        survivor.append(random_network(4).state_dict(), seed=4)
+    assert [row["seed"] for row in WeightZoo(zoo.folder).metadata] == [0, 1, 2, 3, 4]
+    assert not list(zoo.folder.glob("*.part"))
+
+
+def test_metadata_of_networks_that_were_never_written_is_forgotten(zoo):
+    with (zoo.folder / "metadata.jsonl").open("a") as file:
+        file.write('{"index": 10, "seed": 99}\n{"ind')
+    survivor = WeightZoo(zoo.folder)
+    with survivor:
+        survivor.append(random_network(10).state_dict(), seed=10)
+    assert WeightZoo(zoo.folder).metadata[10] == {"index": 10, "seed": 10}
+
+
+def test_a_full_disk_loses_nothing_that_was_flushed(tmp_path):
+    script = textwrap.dedent("""
+        import resource, sys, torch
+        from pdiff_hf import ParameterLayout, WeightZoo, ZooError
+        network = torch.nn.Linear(100, 100)
+        zoo = WeightZoo.create(sys.argv[1], ParameterLayout.from_state_dict(network.state_dict()))
+        zoo.append(network.state_dict())
+        zoo.flush()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        zoo.append(network.state_dict())
+        try:
+            zoo.flush()
+        except ZooError as error:
+            print(error)
+    """)
+    done = run("-c", script, str(tmp_path / "zoo"))
+    assert done.returncode == 0, done.stderr
+    assert "Cannot write" in done.stdout
+    assert "The 1 networks that were flushed before are safe" in done.stdout
+    assert len(WeightZoo(tmp_path / "zoo")) == 1
+    assert not list((tmp_path / "zoo").glob("*.part"))
+
+
+def test_a_killed_writer_leaves_a_readable_zoo(tmp_path, layout):
+    script = textwrap.dedent("""
+        import sys
+        from pdiff_hf import WeightZoo
+        from tests.conftest import random_network
+        from pdiff_hf import ParameterLayout
+        zoo = WeightZoo.create(sys.argv[1], ParameterLayout.from_state_dict(random_network(0).state_dict()), None, 3)
+        for seed in range(10**9):
+            zoo.append(random_network(seed).state_dict(), seed=seed)
+            zoo.flush()
+            print(len(zoo), flush=True)
+    """)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "zoo")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    flushed = 0
+    while flushed < 50:
+        flushed = int(process.stdout.readline())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    zoo = WeightZoo(tmp_path / "zoo")
+    assert len(zoo) >= 50
+    for index in (0, len(zoo) - 1):
+        assert zoo.metadata[index]["seed"] == index
+        assert torch.equal(zoo[index], layout.flatten(random_network(index).state_dict()))
+
+
+def test_checkpoints_of_all_formats_become_a_zoo(tmp_path):
+    networks = [random_network(seed).state_dict() for seed in range(3)]
+    files = [tmp_path / "a.safetensors", tmp_path / "b.pt", tmp_path / "c.pth"]
+    save_file(networks[0], files[0])
+    torch.save(networks[1], files[1])
+    torch.save(networks[2], files[2])
+    zoo = WeightZoo.from_checkpoints(tmp_path / "zoo", files, task="mine")
+    assert [row["source"] for row in zoo.metadata] == ["a.safetensors", "b.pt", "c.pth"]
+    for index, network in enumerate(networks):
+        assert all(torch.equal(value, network[name]) for name, value in zoo.state_dict(index).items())
+    assert WeightZoo(zoo.folder).task == "mine"
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code of a checkpoint ran')",))
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (
+            {"0.weight": torch.zeros(2, 2)},
+            "b.pt",
+            r"b\.pt: `0\.weight`: expected float32 \[4, 3\], found float32 \[2, 2\]",
+        ),
+        ({"w": torch.zeros(2, 2)}, "b.pt", r"b\.pt: The network has tensors that the layout does not know: w"),
+        (Evil(), "b.pt", r"b\.pt cannot be read as a state dict"),
+        ([1, 2], "b.pth", r"b\.pth holds no state dict"),
+        (None, "b.bin", r"b\.bin: expected a \.safetensors, \.pt or \.pth file"),
+        (None, "missing.pt", r"missing\.pt cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_named_and_leaves_no_zoo(tmp_path, content, name, message):
+    torch.save(random_network(0).state_dict(), tmp_path / "a.pt")
+    if content is not None:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(ZooError, match=message):
+        WeightZoo.from_checkpoints(tmp_path / "zoo", [tmp_path / "a.pt", tmp_path / name])
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_one_network_of_a_large_zoo_is_read_alone(tmp_path):
+    script = textwrap.dedent("""
+        import resource, sys, torch
+        from pdiff_hf import ParameterLayout, WeightZoo
+        network = {"weight": torch.zeros(1_000_000)}
+        with WeightZoo.create(sys.argv[1], ParameterLayout.from_state_dict(network)) as zoo:
+            for value in range(60):
+                zoo.append(torch.full((1_000_000,), float(value)))
+    """)
+    read = textwrap.dedent("""
+        import resource, sys, time, pdiff_hf.zoo
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        assert pdiff_hf.WeightZoo(sys.argv[1])[42][7] == 42
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """)
+    assert run("-c", script, str(tmp_path / "zoo")).returncode == 0
+    done = run("-c", read, str(tmp_path / "zoo"))
+    assert done.returncode == 0, done.stderr
+    # Kilobytes: the zoo holds 240 MB, one network 4 MB.
+    assert int(done.stdout) < 40_000
