@@ -8,7 +8,6 @@ within 0.3 points.
 import json
 import platform
 import resource
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,8 @@ class Config:
     tasks: tuple[str, ...] = ("digits-convnet", "digits-mlp", "digits-resnet")
     seeds: tuple[int, ...] = (0, 1, 2)
     threads: int = 2
+    work_dir: str = "runs/quality"
+    """Where each run goes, in a folder <task>-<seed>."""
     output: str | None = None
     """A JSON file for the figures."""
 
@@ -36,8 +37,8 @@ def main(config: Config) -> None:
     rows = []
     for task in config.tasks:
         for seed in config.seeds:
-            with tempfile.TemporaryDirectory() as folder:
-                report = run_quickstart(QuickstartConfig(output_dir=folder, task=task, seed=seed))
+            folder = Path(config.work_dir, f"{task}-{seed}")
+            report = run_quickstart(QuickstartConfig(output_dir=str(folder), task=task, seed=seed))
             groups = report["groups"]
             rows.append(
                 {

@@ -60,8 +60,8 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     report["timings_s"] = timings
     write_report(report, report_dir)
     print("Seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in timings.items()))
-    print(f"Everything is in {folder}. Load the pipeline anywhere with\\n")
-    print(f'    DiffusionPipeline.from_pretrained("{pipeline}", trust_remote_code=True)\\n')
+    print(f"Everything is in {folder}. Load the pipeline anywhere with\n")
+    print(f'    DiffusionPipeline.from_pretrained("{pipeline}", trust_remote_code=True)\n')
     return report
 
 

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from pdiff_hf import ParameterLayout, Task, load_task
+from pdiff_hf import CollectConfig, ParameterLayout, Task, load_task, run_collect
 from pdiff_hf.tasks import TaskError, cifar100
 
 
@@ -51,8 +52,41 @@ def test_augmentation_of_cifar100_keeps_shape_and_depends_on_the_generator_alone
     assert not torch.equal(once, images)
 
 
-def test_standardized_cifar100_pixels_use_the_published_statistics():
-    assert cifar100.MEAN.shape == cifar100.STD.shape == (3, 1, 1)
+@pytest.fixture
+def small_cifar100(tmp_path, monkeypatch):
+    """A data set of 40 and 10 random images with the columns of the real one, read by the real code."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(img=datasets.Image(), fine_label=datasets.ClassLabel(num_classes=100))
+    for split, count in (("train", 40), ("test", 10)):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        columns = {"img": [datasets.Image().encode_example(image) for image in pixels], "fine_label": range(count)}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    monkeypatch.setattr(cifar100, "REPOSITORY", str(tmp_path))
+    cifar100._cifar100.cache_clear()
+    yield
+    cifar100._cifar100.cache_clear()
+
+
+def test_cifar100_is_read_standardized_and_split(small_cifar100):
+    task = load_task("cifar100-resnet18")
+    splits = {split: task.data(split) for split in ("train", "validation", "test")}
+    assert {split: tuple(inputs.shape) for split, (inputs, _) in splits.items()} == {
+        "train": (36, 3, 32, 32),
+        "validation": (4, 3, 32, 32),
+        "test": (10, 3, 32, 32),
+    }
+    assert splits["validation"][1].tolist() == [36, 37, 38, 39]
+    pixels = splits["train"][0] * cifar100.STD + cifar100.MEAN
+    assert 0 <= pixels.min() < 0.01
+    assert 0.99 < pixels.max() <= 1 + 1e-6
+
+
+def test_the_recipe_of_the_paper_collects_its_two_batch_norms(small_cifar100, tmp_path):
+    config = CollectConfig(task="cifar100-resnet18", output_dir=str(tmp_path / "zoo"), num_networks=2, epochs=1)
+    zoo = run_collect(config)
+    assert zoo.vectors().shape == (2, 4096)
+    assert {t["name"].rpartition(".")[0] for t in zoo.layout.tensors("generated")} == {"layer4.1.bn1", "layer4.1.bn2"}
+    load_task("cifar100-resnet18").build_network().load_state_dict(zoo.state_dict(1), strict=True)
 
 
 def test_prediction_is_in_evaluation_mode_and_leaves_each_mode_as_it_was():

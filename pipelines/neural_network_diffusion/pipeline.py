@@ -259,7 +259,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         _copy_code(type(self), folder)
         for name, component in self.components.items():
             component_class = type(getattr(component, "_orig_mod", component))
-            _rewrite_json(folder / name / component_class.config_name)
+            if (folder / name / component_class.config_name).exists():
+                _rewrite_json(folder / name / component_class.config_name)
             if _is_custom(component_class.__module__):
                 _copy_code(component_class, folder / name)
 

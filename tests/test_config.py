@@ -1,0 +1,116 @@
+import json
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+import pdiff_hf
+from pdiff_hf import cli
+from pdiff_hf.config import ConfigError, load_config, parse, save_run
+from pdiff_hf.extras import require
+from pdiff_hf.quickstart import QuickstartConfig
+from pdiff_hf.train import TrainConfig
+
+from .conftest import run
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example."""
+
+    folder: str
+    count: int = 3
+    rate: float = 0.5
+    kind: Literal["a", "b"] = "a"
+    names: tuple[str, ...] | None = None
+
+
+def test_command_line_yaml_and_python_are_the_same_dataclass(tmp_path):
+    expected = Example("x", 4, 1.0, "b", ("p", "q"))
+    arguments = ["--folder", "x", "--count", "4", "--rate", "1", "--kind", "b", "--names", "p", "q"]
+    assert parse(Example, "example", arguments) == expected
+    save_run(tmp_path, "example", expected, extra=1)
+    assert load_config(Example, tmp_path / "example.yaml") == expected
+    facts = json.loads((tmp_path / "example.facts.json").read_text())
+    assert facts["extra"] == 1
+    assert facts["versions"]["pdiff-hf"] == pdiff_hf.__version__
+
+
+def test_arguments_override_the_file(tmp_path):
+    save_run(tmp_path, "example", Example("x"))
+    assert parse(Example, "example", ["--config", str(tmp_path / "example.yaml"), "--count", "9"]) == Example("x", 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("folder: x\ncuont: 4", "cuont unknown. Example has: folder, count"),
+        ("count: 4", "lacks folder"),
+        ("folder: x\ncount: many", "count is 'many', and should be <class 'int'>"),
+        ("folder: x\ncount: true", "count is True"),
+        ("folder: x\nkind: c", "kind is 'c'"),
+        ("- folder", "list unknown"),
+    ],
+)
+def test_a_file_that_describes_no_run_is_explained(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(Example, tmp_path / "bad.yaml")
+
+
+def test_every_default_survives_yaml(tmp_path):
+    save_run(tmp_path, "train", TrainConfig())
+    assert load_config(TrainConfig, tmp_path / "train.yaml") == TrainConfig()
+
+
+@pytest.mark.parametrize("stage", cli.STAGES)
+def test_every_stage_documents_its_arguments(stage, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pdiff-hf", stage, "--help"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    assert "--output-dir" in capsys.readouterr().out
+
+
+def test_an_unknown_stage_lists_the_known(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pdiff-hf", "colect"])
+    with pytest.raises(SystemExit, match="there is no stage 'colect'") as end:
+        cli.main()
+    assert "collect" in str(end.value)
+
+
+def test_an_error_that_the_user_can_mend_is_one_line_without_traceback(tmp_path):
+    done = run("-m", "pdiff_hf.cli", "train", "--zoo", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"pdiff-hf train: {tmp_path} holds no zoo: there is no zoo.json."
+
+
+def test_a_missing_extra_is_named():
+    with pytest.raises(ModuleNotFoundError, match=r"needs no_such_module.*pip install 'pdiff-hf\[plots\]'"):
+        require("no_such_module.part", "plots")
+
+
+def test_importing_the_package_imports_no_extra_and_not_even_torch():
+    modules = "'torch', 'sklearn', 'matplotlib', 'datasets', 'tensorboard'"
+    done = run("-c", f"import sys, pdiff_hf; print([name for name in ({modules}) if name in sys.modules])")
+    assert done.stdout.strip() == "[]"
+    stages = "import sys, pdiff_hf.collect, pdiff_hf.train, pdiff_hf.generate, pdiff_hf.evaluate"
+    done = run(
+        "-c", f"{stages}; print([name for name in ('sklearn', 'matplotlib', 'datasets') if name in sys.modules])"
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_imported():
+    assert all(getattr(pdiff_hf, name) is not None for name in pdiff_hf.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pdiff_hf.nothing
+
+
+def test_the_quickstart_removes_nothing_but_its_own_folders(tmp_path, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "zoo").mkdir()
+    with pytest.raises(pdiff_hf.PdiffError):
+        pdiff_hf.quickstart.run_quickstart(QuickstartConfig(output_dir=str(tmp_path), task="no-such-task"))
+    assert (tmp_path / "thesis.txt").read_text() == "mine"

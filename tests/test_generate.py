@@ -1,0 +1,64 @@
+import json
+
+import pytest
+import torch
+
+from pdiff_hf import GenerateConfig, PdiffError, WeightZoo, load_pipeline, run_generate
+from pdiff_hf.config import ConfigError
+
+
+def config(folder, output_dir, **changes) -> GenerateConfig:
+    names = {"pipeline": str(folder), "output_dir": str(output_dir)}
+    return GenerateConfig(**{**names, "num_networks": 5, "num_inference_steps": 3, **changes})
+
+
+def test_a_generated_zoo_names_what_made_each_network_so_that_it_can_be_made_again(digits_pipeline, tmp_path):
+    zoo = run_generate(config(digits_pipeline, tmp_path, seed=10, task="digits-convnet"))
+    assert len(WeightZoo(tmp_path)) == 5
+    assert WeightZoo(tmp_path).task == "digits-convnet"
+    row = zoo.metadata[3]
+    assert row["seed"] == 13
+    assert row["scheduler"] == "DDPMScheduler"
+    pipe = load_pipeline(row["pipeline"])
+    again = pipe(
+        generator=torch.Generator().manual_seed(row["seed"]),
+        num_inference_steps=row["num_inference_steps"],
+        output_type="pt",
+    ).state_dicts
+    torch.testing.assert_close(again[0], zoo[3], atol=1e-4, rtol=1e-4)
+
+
+def test_an_unfinished_zoo_is_completed(digits_pipeline, tmp_path):
+    run_generate(config(digits_pipeline, tmp_path / "a", num_networks=2))
+    completed = run_generate(config(digits_pipeline, tmp_path / "a", batch_size=2))
+    at_once = run_generate(config(digits_pipeline, tmp_path / "b"))
+    torch.testing.assert_close(completed.vectors(), at_once.vectors(), atol=1e-4, rtol=1e-4)
+    assert [row["seed"] for row in completed.metadata] == [0, 1, 2, 3, 4]
+
+
+def test_another_scheduler_can_be_named(digits_pipeline, tmp_path):
+    zoo = run_generate(config(digits_pipeline, tmp_path, scheduler="DPMSolverMultistepScheduler"))
+    assert {row["scheduler"] for row in zoo.metadata} == {"DPMSolverMultistepScheduler"}
+    assert json.loads((digits_pipeline / "model_index.json").read_text())["scheduler"][1] == "DDPMScheduler"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scheduler": "NoSuchScheduler"}, r"'NoSuchScheduler' is no scheduler.*DDIMScheduler, .*DPMSolverMultistep"),
+        ({"scheduler": "UNet2DModel"}, "is no scheduler that fits"),
+        ({"num_networks": 0}, "num_networks has to be at least 1, and is 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps has to be at least 1"),
+        ({"pipeline": "no/such/folder"}, r"no/such/folder holds no pipeline: there is no model_index\.json"),
+    ],
+)
+def test_what_cannot_be_generated_is_explained_and_leaves_no_zoo(digits_pipeline, tmp_path, changes, message):
+    with pytest.raises(PdiffError, match=message):
+        run_generate(config(digits_pipeline, tmp_path / "zoo", **changes))
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_zoos_of_different_runs_are_not_mixed(digits_pipeline, tmp_path):
+    run_generate(config(digits_pipeline, tmp_path))
+    with pytest.raises(ConfigError, match="holds a run with num_inference_steps 3, not 4"):
+        run_generate(config(digits_pipeline, tmp_path, num_inference_steps=4))
