@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart test test-slow test-lowest lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/pdiff-hf quickstart
@@ -14,6 +14,12 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# The lower bounds of pyproject.toml, on the oldest Python: downloads a torch of several gigabytes.
+test-lowest:
+	test -x .venv-lowest/bin/python || python3.10 -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
+	.venv-lowest/bin/python -m pytest -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -86,15 +86,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OFFLOADING = [{"offload_type": "block_level", "num_blocks_per_group": 1}, {"offload_type": "leaf_level"}]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only lose time to more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=list(CASES))
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]

@@ -32,15 +32,6 @@ LATENT_SHAPE = (2, 6)
 OFFLOADING = [{"offload_type": "block_level", "num_blocks_per_group": 1}, {"offload_type": "leaf_level"}]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only lose time to more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build_components(patterns: tuple[str, ...] = ("*",)) -> dict:
     torch.manual_seed(0)
     networks = [random_network(seed).state_dict() for seed in range(6)]
