@@ -97,11 +97,11 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     task = load_task(name)
 
     predictions = {
-        "trained": _predict(task, trained, trained.batches(), "trained"),
-        "generated": _predict(task, generated, generated.batches(), "generated"),
+        "trained": _predict(task, trained, trained.batches(), len(trained), "trained"),
+        "generated": _predict(task, generated, generated.batches(), len(generated), "generated"),
     }
     soup = torch.stack([batch.double().sum(0) for batch in trained.batches()]).sum(0) / len(trained)
-    predictions["soup"] = _predict(task, trained, [soup.float()[None]], "soup")
+    predictions["soup"] = _predict(task, trained, [soup.float()[None]], 1, "soup")
     predictions["ensemble"] = {split: [torch.stack(p).mean(0)] for split, p in predictions["trained"].items()}
     groups = _groups(task, predictions)
 
@@ -147,16 +147,20 @@ def plot(groups: dict[str, Group], task: str, file: Path) -> None:
     figure_module = require("matplotlib.figure", "plots")
     figure = figure_module.Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
     axes = figure.subplots()
-    # Okabe and Ito's colours, which the colour-blind can tell apart.
+    # Okabe and Ito's colours, which the colour-blind can tell apart. Many networks share a point: area counts them.
     styles = {
-        "trained": {"marker": "o", "color": "#0072B2", "s": 16, "alpha": 0.5},
-        "generated": {"marker": "^", "color": "#D55E00", "s": 16, "alpha": 0.6},
-        "soup": {"marker": "s", "color": "#009E73", "s": 70, "edgecolor": "black"},
-        "ensemble": {"marker": "*", "color": "#F0E442", "s": 130, "edgecolor": "black"},
+        "trained": {"marker": "o", "facecolor": "#56B4E9", "edgecolor": "#0072B2", "alpha": 0.7},
+        "generated": {"marker": "^", "facecolor": "none", "edgecolor": "#D55E00", "linewidth": 1.5},
+        "soup": {"marker": "s", "facecolor": "#009E73", "edgecolor": "black", "linewidth": 0.5},
+        "ensemble": {"marker": "*", "facecolor": "#F0E442", "edgecolor": "black", "linewidth": 0.5},
     }
     for group, style in styles.items():
-        label = f"{LABELS[group]} ({len(groups[group].test)})" if len(groups[group].test) > 1 else LABELS[group]
-        axes.scatter(groups[group].similarity, 100 * groups[group].test, label=label, linewidth=0.5, **style)
+        points = torch.stack([groups[group].similarity, 100 * groups[group].test], dim=1)
+        places, counts = points.unique(dim=0, return_counts=True)
+        size = 400 * counts / counts.sum() + 12 if len(points) > 1 else 80
+        label = f"{LABELS[group]} ({len(points)} networks)" if len(points) > 1 else LABELS[group]
+        axes.scatter(places[:, 0], places[:, 1], s=size, **style)
+        axes.scatter([], [], s=60, label=label, **style)
     axes.set_xlabel("similarity of the errors to the most similar training network")
     axes.set_ylabel("accuracy on the test split, %")
     axes.set_title(task)
@@ -168,14 +172,14 @@ def plot(groups: dict[str, Group], task: str, file: Path) -> None:
 Predictions = dict[str, list[torch.Tensor]]
 
 
-def _predict(task: Task, zoo: WeightZoo, batches: Iterable[torch.Tensor], name: str) -> Predictions:
+def _predict(task: Task, zoo: WeightZoo, batches: Iterable[torch.Tensor], count: int, name: str) -> Predictions:
     """Each network's probabilities `[E, classes]` on the validation and the test split."""
     device = PartialState().device
     network = task.build_network().to(device)
     inputs = {split: task.data(split)[0].to(device) for split in ("validation", "test")}
     predictions: Predictions = {split: [] for split in inputs}
     state_dicts = (state_dict for batch in batches for state_dict in zoo.layout.unflatten(batch))
-    for state_dict in tqdm(state_dicts, desc=f"score {name}", unit="network", leave=False):
+    for state_dict in tqdm(state_dicts, total=count, desc=f"score {name}", unit="network"):
         try:
             network.load_state_dict(state_dict, strict=True)
         except RuntimeError as error:
