@@ -1,6 +1,7 @@
 """Stage 1: train networks and keep their checkpoints in a zoo."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -102,7 +103,14 @@ class Trainer:
             "step": self.step,
         }
         temporary = file.with_name(f"{file.name}.part")
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            raise ZooError(
+                f"Cannot write {file}: {error}. The networks that were kept are safe; make room and run the same "
+                "command again to go on."
+            ) from error
         temporary.replace(file)
 
     def load(self, file: Path) -> None:
@@ -145,30 +153,36 @@ def _collect_trajectory(config: CollectConfig, task: Task, folder: Path, zoo: We
     if (folder / STATE_FILE).exists():
         trainer.load(folder / STATE_FILE)
     validation = task.data("validation")
-    last_save = time.monotonic()
     with tqdm(total=total, initial=trainer.step, desc="collect", unit="step") as progress:
-        while trainer.step < total:
-            if trainer.step == first and zoo is None:
-                layout.load_frozen(trainer.network.state_dict())
-                zoo = WeightZoo.create(folder, layout, task=config.task)
-            if trainer.step >= first:
-                trainer.freeze(layout)
-            trainer.train_step()
+        for _ in _train(trainer, first, folder, None):
             progress.update()
-            index, rest = divmod(trainer.step - first, config.save_every)
-            # A resumed run trains the last few networks again, which are in the zoo already.
-            if zoo is not None and rest == 0 and index > len(zoo):
-                row = trainer.metadata(validation)
-                zoo.append(trainer.network.state_dict(), source=config.task, **row)
-                progress.set_postfix(networks=len(zoo), refresh=False)
-            if time.monotonic() - last_save > SECONDS_BETWEEN_FLUSHES:
-                if zoo is not None:
-                    zoo.flush()
-                trainer.save(folder / STATE_FILE)
-                last_save = time.monotonic()
-    assert zoo is not None
-    zoo.flush()
+        if zoo is None:
+            layout.load_frozen(trainer.network.state_dict())
+            zoo = WeightZoo.create(folder, layout, task=config.task)
+        trainer.freeze(layout)
+        with zoo:
+            for _ in _train(trainer, total, folder, zoo):
+                progress.update()
+                index, rest = divmod(trainer.step - first, config.save_every)
+                # A resumed run trains the last few networks again, which are in the zoo already.
+                if rest == 0 and index > len(zoo):
+                    row = trainer.metadata(validation)
+                    zoo.append(trainer.network.state_dict(), source=config.task, **row)
+                    progress.set_postfix(networks=len(zoo), refresh=False)
     return zoo
+
+
+def _train(trainer: Trainer, until: int, folder: Path, zoo: WeightZoo | None) -> Iterator[None]:
+    """Trains step by step, and every few seconds writes the networks first and then the state to go on from."""
+    last_save = time.monotonic()
+    while trainer.step < until:
+        trainer.train_step()
+        yield
+        if time.monotonic() - last_save > SECONDS_BETWEEN_FLUSHES:
+            if zoo is not None:
+                zoo.flush()
+            trainer.save(folder / STATE_FILE)
+            last_save = time.monotonic()
 
 
 def _collect_independent(config: CollectConfig, task: Task, folder: Path, zoo: WeightZoo | None) -> WeightZoo:
@@ -179,20 +193,21 @@ def _collect_independent(config: CollectConfig, task: Task, folder: Path, zoo: W
             f"An independent zoo generates whole networks, since each seed has its own {frozen[0]!r}. Pass "
             "--patterns '*', or collect a trajectory."
         )
-    zoo = zoo or WeightZoo.create(folder, layout, task=config.task)
+    if zoo is None:
+        zoo = WeightZoo.create(folder, layout, task=config.task)
     epochs = task.epochs if config.epochs is None else config.epochs
     validation = task.data("validation")
     last_flush = time.monotonic()
     seeds = range(config.seed + len(zoo), config.seed + config.num_networks)
-    for seed in tqdm(seeds, initial=len(zoo), total=config.num_networks, desc="collect", unit="network"):
-        trainer = Trainer(task, seed)
-        for _ in range(epochs * trainer.steps_per_epoch):
-            trainer.train_step()
-        zoo.append(trainer.network.state_dict(), source=config.task, **trainer.metadata(validation))
-        if time.monotonic() - last_flush > SECONDS_BETWEEN_FLUSHES:
-            zoo.flush()
-            last_flush = time.monotonic()
-    zoo.flush()
+    with zoo:
+        for seed in tqdm(seeds, initial=len(zoo), total=config.num_networks, desc="collect", unit="network"):
+            trainer = Trainer(task, seed)
+            for _ in range(epochs * trainer.steps_per_epoch):
+                trainer.train_step()
+            zoo.append(trainer.network.state_dict(), source=config.task, **trainer.metadata(validation))
+            if time.monotonic() - last_flush > SECONDS_BETWEEN_FLUSHES:
+                zoo.flush()
+                last_flush = time.monotonic()
     return zoo
 
 

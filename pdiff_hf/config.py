@@ -57,7 +57,7 @@ def stage_main(stage: str, config_class: type[Config], run: Callable[[Config], A
         config = parse(config_class, stage, args)
         try:
             result = run(config)
-        except PdiffError as error:
+        except (PdiffError, OSError) as error:
             raise SystemExit(f"pdiff-hf {stage}: {error}") from error
         except KeyboardInterrupt:
             print(f"\npdiff-hf {stage}: interrupted. What was written is whole.", file=sys.stderr)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -237,7 +238,14 @@ class Training:
             shutil.rmtree(temporary, ignore_errors=True)
             self.losses.flush()
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
+        try:
+            self.accelerator.save_state(str(temporary))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise TrainingError(
+                f"Cannot write {target}: {error}. The checkpoints before are whole; make room and resume from the "
+                "latest."
+            ) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             temporary.rename(target)

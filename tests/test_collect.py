@@ -101,6 +101,39 @@ def test_a_number_of_networks_below_one_is_refused(tmp_path):
         run_collect(config(tmp_path / "zoo", num_networks=0))
 
 
+def test_a_training_that_diverges_keeps_the_networks_before(tmp_path):
+    (tmp_path / "task.py").write_text(
+        textwrap.dedent("""
+            from pdiff_hf.tasks.digits import DigitsMLP
+            class Diverging(DigitsMLP):
+                steps = 0
+                def loss(self, outputs, targets):
+                    self.steps += 1
+                    return super().loss(outputs, targets) * (float("nan") if self.steps > 23 else 1)
+        """)
+    )
+    with pytest.raises(ZooError, match=r"task\.py:Diverging: `1\.weight` holds NaN or infinite values"):
+        run_collect(config(tmp_path / "zoo", task=f"{tmp_path}/task.py:Diverging"))
+    assert len(WeightZoo(tmp_path / "zoo")) == 3
+
+
+def test_a_full_disk_ends_in_one_line_and_a_zoo_that_goes_on(tmp_path):
+    script = textwrap.dedent("""
+        import resource, sys
+        import pdiff_hf.collect as collect
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        collect.SECONDS_BETWEEN_FLUSHES = 0
+        collect.main(sys.argv[1:])
+    """)
+    arguments = ["--task", "digits-mlp", "--num-networks", "6", "--epochs", "0"]
+    done = run("-c", script, *arguments, "--output-dir", str(tmp_path / "zoo"))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "pdiff-hf collect: Cannot write" in done.stderr
+    assert 1 <= len(WeightZoo(tmp_path / "zoo")) < 6
+    assert len(run_collect(config(tmp_path / "zoo", task="digits-mlp", epochs=0))) == 6
+
+
 @pytest.mark.parametrize("protocol", ["trajectory", "independent"])
 def test_a_killed_collection_leaves_a_zoo_and_goes_on_as_if_nothing_had_happened(tmp_path, protocol):
     script = textwrap.dedent("""

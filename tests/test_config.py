@@ -9,7 +9,6 @@ import pdiff_hf
 from pdiff_hf import cli
 from pdiff_hf.config import ConfigError, load_config, parse, save_run
 from pdiff_hf.extras import require
-from pdiff_hf.quickstart import QuickstartConfig
 from pdiff_hf.train import TrainConfig
 
 from .conftest import run
@@ -106,11 +105,3 @@ def test_every_public_name_can_be_imported():
     assert all(getattr(pdiff_hf, name) is not None for name in pdiff_hf.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = pdiff_hf.nothing
-
-
-def test_the_quickstart_removes_nothing_but_its_own_folders(tmp_path, monkeypatch):
-    (tmp_path / "thesis.txt").write_text("mine")
-    (tmp_path / "zoo").mkdir()
-    with pytest.raises(pdiff_hf.PdiffError):
-        pdiff_hf.quickstart.run_quickstart(QuickstartConfig(output_dir=str(tmp_path), task="no-such-task"))
-    assert (tmp_path / "thesis.txt").read_text() == "mine"

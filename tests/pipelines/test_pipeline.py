@@ -15,6 +15,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UNet1DModel,
     UniPCMultistepScheduler,
 )
 
@@ -121,6 +122,15 @@ def test_a_saved_pipeline_carries_its_code_byte_for_byte(digits_pipeline):
     assert index["_class_name"] == ["pipeline", "NeuralNetworkDiffusionPipeline"]
     assert index["layout"] == ["parameter_layout", "ParameterLayout"]
     assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
+
+
+def test_a_denoiser_of_diffusers_serves_as_well_and_needs_no_code(pipe, tmp_path):
+    pipe.unet = UNet1DModel(32, in_channels=4, out_channels=4, extra_in_channels=16, time_embedding_dim=16)
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["unet"] == ["diffusers", "UNet1DModel"]
+    assert not list((tmp_path / "unet").glob("*.py"))
+    again = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert torch.equal(sample(again), sample(pipe))
 
 
 def test_remote_code_runs_only_where_it_is_trusted(digits_pipeline):
