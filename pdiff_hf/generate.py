@@ -89,7 +89,10 @@ def _scheduler(name: str, pipe: NeuralNetworkDiffusionPipeline) -> diffusers.Sch
     if scheduler_class is None or scheduler_class not in pipe.scheduler.compatibles:
         names = sorted(compatible.__name__ for compatible in pipe.scheduler.compatibles)
         raise ConfigError(f"{name!r} is no scheduler that fits this pipeline. These do: {', '.join(names)}.")
-    return scheduler_class.from_config(pipe.scheduler.config)
+    try:
+        return scheduler_class.from_config(pipe.scheduler.config)
+    except ImportError as error:
+        raise ConfigError(f"{name} needs a package that is not installed: {error}") from error
 
 
 main = stage_main("generate", GenerateConfig, run_generate)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from .errors import PdiffError
 from .pipelines.neural_network_diffusion import ParameterLayout
+from .pipelines.neural_network_diffusion.layout.parameter_layout import check_tensors
 
 
 FORMAT_VERSION = 1
@@ -157,11 +158,20 @@ class WeightZoo:
     @cached_property
     def layout(self) -> ParameterLayout:
         """The layout of the networks, with their frozen tensors; its statistics are not fitted."""
-        layout = ParameterLayout(tensors=self._tensors)
+        file = self.folder / "frozen.safetensors"
+        expected = {tensor["name"]: tensor["shape"] for tensor in self._tensors if tensor["role"] == "frozen"}
         try:
-            layout.load_frozen(load_file(self.folder / "frozen.safetensors"))
+            with safe_open(file, "pt") as header:
+                found = {name: header.get_slice(name).get_shape() for name in header.keys()}  # noqa: SIM118
+            if found != expected:
+                wrong = sorted(
+                    name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
+                )
+                raise ValueError(f"the shapes of {', '.join(wrong):.500} differ")
+            layout = ParameterLayout(tensors=self._tensors)
+            layout.load_frozen(load_file(file))
         except (OSError, SafetensorError, ValueError) as error:
-            raise ZooError(f"{self.folder / 'frozen.safetensors'} does not fit zoo.json: {error}") from error
+            raise ZooError(f"{file} does not fit zoo.json: {error}") from error
         return layout
 
     @property
@@ -304,15 +314,22 @@ class WeightZoo:
             description = json.loads(file.read_text(encoding="utf-8"))
             version = description["format_version"]
             if version != FORMAT_VERSION:
-                raise ZooError(f"{file} has format version {version}; this pdiff-hf reads {FORMAT_VERSION}.")
+                raise ZooError(f"{file} has format version {version!r}; this pdiff-hf reads {FORMAT_VERSION}.")
             self.task: str | None = description["task"]
-            self.networks_per_shard = int(description["networks_per_shard"])
+            self.networks_per_shard: int = description["networks_per_shard"]
             self._tensors: list[dict] = description["layout"]["tensors"]
-            self.vector_size = sum(
-                torch.Size(tensor["shape"]).numel() for tensor in self._tensors if tensor["role"] == "generated"
-            )
-        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ZooError(f"{file} is damaged: {error!r}") from error
+            if not isinstance(self.task, str | None):
+                raise ValueError(f"the task is {self.task!r:.200}")
+            if type(self.networks_per_shard) is not int or self.networks_per_shard < 1:
+                raise ValueError(f"networks_per_shard is {self.networks_per_shard!r:.200}")
+            check_tensors(self._tensors)
+        except ZooError:
+            raise
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ZooError(f"{file} is damaged: {error!r:.500}") from error
+        self.vector_size = sum(
+            torch.Size(tensor["shape"]).numel() for tensor in self._tensors if tensor["role"] == "generated"
+        )
 
     def _shard_path(self, number: int, total: int) -> Path:
         return self.folder / f"networks-{number:05}-of-{total:05}.safetensors"
@@ -337,7 +354,10 @@ class WeightZoo:
     def _shard_size(self, shard: Path) -> int:
         try:
             with safe_open(shard, "pt") as file:
-                rows, columns = file.get_slice("networks").get_shape()
+                networks = file.get_slice("networks")
+                rows, columns = networks.get_shape()
+                if networks.get_dtype() != "F32":
+                    raise ValueError(f"expected float32 networks, found {networks.get_dtype()}")
         except (OSError, SafetensorError, ValueError) as error:
             raise ZooError(
                 f"{shard} is damaged or truncated ({error}). Restore it, or delete it if it is the last shard and "
@@ -356,7 +376,9 @@ class WeightZoo:
             with file.open(encoding="utf-8") as lines:
                 for _, line in zip(range(count), lines, strict=False):
                     rows.append(json.loads(line))
-        except (OSError, ValueError) as error:
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("each row has to be a JSON object")
+        except (OSError, ValueError, RecursionError) as error:
             raise ZooError(f"{file} is damaged: {error}") from error
         if len(rows) < count:
             raise ZooError(f"{file} has {len(rows)} rows for {count} networks.")

@@ -1,36 +1,53 @@
 import json
 import textwrap
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
-from pdiff_hf import WeightZoo
+from pdiff_hf import WeightZoo, load_pipeline, load_task
 from pdiff_hf.quickstart import QuickstartConfig, run_quickstart
 
 from .conftest import run
 
 
-@pytest.mark.slow
-def test_the_quickstart_keeps_its_promises(tmp_path):
-    done = run("-m", "pdiff_hf.cli", "quickstart", "--output-dir", str(tmp_path), OMP_NUM_THREADS="2")
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> Path:
+    """The folder that `pdiff-hf quickstart` leaves."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    done = run("-m", "pdiff_hf.cli", "quickstart", "--output-dir", str(folder), OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
     assert "best on validation" in done.stdout
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
-    groups = report["groups"]
-    assert {name: group["count"] for name, group in groups.items()} == {
-        "trained": 200,
-        "soup": 1,
-        "ensemble": 1,
-        "generated": 100,
-    }
-    trained, generated = groups["trained"]["accuracy"], groups["generated"]["accuracy"]
-    assert generated["mean"] >= trained["mean"]
-    assert generated["min"] >= trained["min"] - 0.01
+    return folder
+
+
+@pytest.fixture(scope="module")
+def accuracies(quickstart) -> dict[str, dict[str, float]]:
+    """Accuracy of the groups, from the report."""
+    report = json.loads((quickstart / "report" / "report.json").read_text())
+    return {name: group["accuracy"] for name, group in report["groups"].items()}
+
+
+@pytest.mark.slow
+def test_generated_networks_are_as_good_as_the_originals_and_none_is_bad(accuracies):
+    assert accuracies["generated"]["mean"] >= accuracies["trained"]["mean"]
+    assert accuracies["generated"]["min"] >= accuracies["trained"]["min"] - 0.01
+
+
+@pytest.mark.slow
+def test_everything_lands_in_its_folder_in_under_three_minutes(quickstart):
+    report = json.loads((quickstart / "report" / "report.json").read_text())
+    counts = {name: group["count"] for name, group in report["groups"].items()}
+    assert counts == {"trained": 200, "soup": 1, "ensemble": 1, "generated": 100}
     assert list(report["timings_s"]) == ["collect", "train", "generate", "evaluate"]
     assert sum(report["timings_s"].values()) < 180
-    assert len(WeightZoo(tmp_path / "zoo")) == 200
-    generated_zoo = WeightZoo(tmp_path / "generated")
+    assert len(WeightZoo(quickstart / "zoo")) == 200
+    assert len(WeightZoo(quickstart / "generated")) == 100
 
+
+@pytest.mark.slow
+def test_a_fresh_process_makes_the_same_networks_bit_by_bit(quickstart, tmp_path):
     script = textwrap.dedent("""
         import sys, torch
         from diffusers import DiffusionPipeline
@@ -38,9 +55,35 @@ def test_the_quickstart_keeps_its_promises(tmp_path):
         seeds = [torch.Generator().manual_seed(seed) for seed in range(100)]
         torch.save(pipe(generator=seeds, output_type="pt").state_dicts, sys.argv[2])
     """)
-    done = run("-c", script, str(tmp_path / "pipeline"), str(tmp_path / "vectors.pt"), OMP_NUM_THREADS="2")
+    output = str(tmp_path / "vectors.pt")
+    done = run("-c", script, str(quickstart / "pipeline"), output, OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "vectors.pt"), generated_zoo.vectors())
+    assert torch.equal(torch.load(output), WeightZoo(quickstart / "generated").vectors())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scheduler", "steps"),
+    [
+        ("DDPMScheduler", 200),
+        ("DDIMScheduler", 50),
+        ("DPMSolverMultistepScheduler", 10),
+        ("UniPCMultistepScheduler", 10),
+        ("EulerDiscreteScheduler", 20),
+        ("HeunDiscreteScheduler", 20),
+    ],
+)
+def test_other_schedulers_are_as_good(quickstart, accuracies, scheduler, steps):
+    pipe = load_pipeline(quickstart / "pipeline")
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    task = load_task("digits-convnet")
+    network, (inputs, targets) = task.build_network(), task.data("test")
+    scores = []
+    for state_dict in pipe(50, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)).state_dicts:
+        network.load_state_dict(state_dict)
+        scores.append(task.correct(task.predict(network, inputs), targets).double().mean().item())
+    assert sum(scores) / len(scores) >= accuracies["trained"]["mean"] - 0.003
+    assert min(scores) >= accuracies["trained"]["min"] - 0.01
 
 
 def test_the_quickstart_removes_nothing_but_its_own_folders(tmp_path):

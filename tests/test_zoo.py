@@ -99,6 +99,61 @@ def test_a_damaged_zoo_says_which_file(zoo, damage, message):
         WeightZoo(zoo.folder)
 
 
+def rewritten(*path, value):
+    """Damage that gives one entry of zoo.json another value."""
+
+    def damage(folder):
+        description = json.loads((folder / "zoo.json").read_text())
+        place = description
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = value
+        (folder / "zoo.json").write_text(json.dumps(description))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (rewritten("layout", "tensors", 0, "shape", value=[10**6, 10**6]), "claims 1,000,000,000,000 numbers"),
+        (rewritten("layout", "tensors", 0, "shape", value=[-4, -3]), "which is none"),
+        (rewritten("layout", "tensors", 0, "shape", value=[400, 3]), "networks of 1230 parameters, found 42"),
+        (rewritten("layout", "tensors", 0, "name", value="../../x"), "is no name of a tensor"),
+        (rewritten("layout", "tensors", 0, "name", value=["x"]), "is no name of a tensor"),
+        (rewritten("layout", "tensors", 0, "name", value="2.bias"), "stands twice"),
+        (rewritten("layout", "tensors", 0, "dtype", value="load"), "which is none"),
+        (rewritten("layout", "tensors", 0, "dtype", value="int64"), "cannot be generated"),
+        (rewritten("layout", "tensors", 0, "role", value="admin"), "expected generated, frozen or tied"),
+        (rewritten("layout", "tensors", 0, "role", value="tied"), "which does not fit it"),
+        (rewritten("layout", "tensors", 0, value=7), "has a name, a shape, a dtype and a role"),
+        (rewritten("layout", "tensors", value={}), "are a list, not dict"),
+        (rewritten("layout", value=None), "damaged"),
+        (rewritten("task", value=["x"]), "the task is"),
+        (rewritten("networks_per_shard", value=0), "networks_per_shard is 0"),
+        (rewritten("networks_per_shard", value="4"), "networks_per_shard is '4'"),
+        (rewritten("format_version", value="1"), "format version '1'"),
+        (lambda folder: (folder / "zoo.json").write_text("[" * 100_000), r"zoo\.json is damaged"),
+        (lambda folder: (folder / "zoo.json").write_bytes(b"\xff\xfe"), r"zoo\.json is damaged"),
+        (lambda folder: (folder / "metadata.jsonl").write_text("7\n" * 10), "each row has to be a JSON object"),
+        (
+            lambda folder: save_file(
+                {"networks": torch.zeros(4, 42, dtype=torch.float64)}, folder / "networks-00001-of-00003.safetensors"
+            ),
+            "expected float32 networks, found F64",
+        ),
+        (
+            lambda folder: save_file({"x": torch.zeros(9)}, folder / "frozen.safetensors"),
+            r"frozen\.safetensors does not fit zoo\.json: the shapes of 1\.num_batches_tracked, x differ",
+        ),
+    ],
+)
+def test_a_hostile_zoo_is_refused_before_it_is_used(zoo, damage, message):
+    damage(zoo.folder)
+    with pytest.raises(ZooError, match=message):
+        _ = WeightZoo(zoo.folder).layout
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[:-20])
 

@@ -567,7 +567,8 @@ def test_the_repeated_blocks_compile_once(trainable):
         pytest.skip("no blocks to compile one by one")
     expected = trainable.run(model)
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-    with torch._dynamo.config.patch(recompile_limit=1):
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({limit: 1}):
         for _ in range(2):
             torch.testing.assert_close(trainable.run(model), expected, atol=1e-4, rtol=1e-4)
 

@@ -1,5 +1,6 @@
 """Where each generated number of a network lives: state dict <-> parameter vector <-> normalized vector."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,6 +16,8 @@ from torch import nn
 SMALLEST_VARIANCE = 1e-12
 GENERATED, FROZEN, TIED = "generated", "frozen", "tied"
 GENERATED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Far above any network of today; more is an error or an attack.
+MOST_PARAMETERS = 10**11
 
 
 @dataclass
@@ -54,11 +57,10 @@ class ParameterLayout(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, tensors: list[dict]):
         super().__init__()
+        check_tensors(tensors)
         # Follows casts, and so makes `dtype` answer for the normalized vectors. It has to be the first buffer.
         self.register_buffer("normalized_like", torch.zeros(()), persistent=False)
         self.vector_size = sum(_numel(tensor) for tensor in tensors if tensor["role"] == GENERATED)
-        if self.vector_size == 0:
-            raise ValueError("A layout needs at least one generated parameter, and this one has none.")
         self.register_buffer("mean", torch.zeros(self.vector_size))
         self.register_buffer("std", torch.ones(self.vector_size))
         self.register_buffer("log", torch.zeros(self.vector_size, dtype=torch.bool))
@@ -67,11 +69,14 @@ class ParameterLayout(ModelMixin, ConfigMixin):
             if tensor["role"] == FROZEN:
                 *path, name = tensor["name"].split(".")
                 owner = self.frozen
-                for part in path:
-                    if part not in owner._modules:
-                        owner.add_module(part, nn.Module())
-                    owner = owner.get_submodule(part)
-                owner.register_buffer(name, torch.zeros(tensor["shape"], dtype=getattr(torch, tensor["dtype"])))
+                try:
+                    for part in path:
+                        if part not in owner._modules:
+                            owner.add_module(part, nn.Module())
+                        owner = owner.get_submodule(part)
+                    owner.register_buffer(name, torch.zeros(tensor["shape"], dtype=getattr(torch, tensor["dtype"])))
+                except (AttributeError, KeyError) as error:
+                    raise ValueError(f"`{tensor['name']}` is no name of a tensor: {error}") from error
 
     @classmethod
     def from_state_dict(
@@ -283,6 +288,42 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         if dtype is not None:
             (loaded[0] if isinstance(loaded, tuple) else loaded).to(dtype=dtype)
         return loaded
+
+
+def check_tensors(tensors: list[dict]) -> None:
+    r"""
+    Raises `ValueError` where the description of a layout, which may come from anywhere, is not one: names, shapes,
+    dtypes, roles and ties of all tensors are checked, before anything is allocated.
+    """
+    if not isinstance(tensors, (list, tuple)):
+        raise ValueError(f"The tensors of a layout are a list, not {type(tensors).__name__}.")
+    seen: dict[str, dict] = {}
+    size = 0
+    for tensor in tensors:
+        if not isinstance(tensor, Mapping) or not {"name", "shape", "dtype", "role"} <= set(tensor):
+            raise ValueError(f"A tensor of a layout has a name, a shape, a dtype and a role; found {tensor!r:.200}.")
+        name, shape, dtype, role = (tensor[key] for key in ("name", "shape", "dtype", "role"))
+        if not isinstance(name, str) or not all(name.split(".")) or name in seen:
+            raise ValueError(f"{name!r:.200} is no name of a tensor, or stands twice.")
+        if not isinstance(shape, (list, tuple)) or not all(type(length) is int and length >= 0 for length in shape):
+            raise ValueError(f"`{name}` has the shape {shape!r:.200}, which is none.")
+        if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"`{name}` has the dtype {dtype!r:.200}, which is none.")
+        size += math.prod(shape)
+        if size > MOST_PARAMETERS:
+            raise ValueError(f"The layout claims {size:,} numbers or more; at most {MOST_PARAMETERS:,} are supported.")
+        if role == TIED:
+            owner = seen.get(tensor.get("tied_to", ""))
+            if owner is None or owner["role"] == TIED or (owner["shape"], owner["dtype"]) != (shape, dtype):
+                raise ValueError(f"`{name}` is tied to {tensor.get('tied_to')!r:.200}, which does not fit it.")
+        elif role == GENERATED:
+            if getattr(torch, dtype) not in GENERATED_DTYPES:
+                raise ValueError(f"`{name}` cannot be generated: its dtype is {dtype}.")
+        elif role != FROZEN:
+            raise ValueError(f"`{name}` has the role {role!r:.200}; expected generated, frozen or tied.")
+        seen[name] = dict(tensor)
+    if not any(tensor["role"] == GENERATED and math.prod(tensor["shape"]) for tensor in tensors):
+        raise ValueError("A layout needs at least one generated parameter, and this one has none.")
 
 
 def _numel(tensor: Mapping) -> int:
