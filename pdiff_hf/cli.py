@@ -10,6 +10,8 @@ STAGES = {
     "generate": "sample networks from a pipeline into a zoo",
     "evaluate": "compare generated networks with those that they were learned from",
     "quickstart": "all of it on scikit-learn's digits",
+    "push": "put a zoo or a pipeline on the Hub",
+    "pull": "get a zoo or a pipeline from the Hub",
 }
 
 
@@ -17,7 +19,8 @@ def main() -> None:
     """Runs a stage with the arguments after its name."""
     stage = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if stage in STAGES:
-        importlib.import_module(f".{stage}", __package__).main(sys.argv[2:])
+        module, name = ("share", f"{stage}_main") if stage in ("push", "pull") else (stage, "main")
+        getattr(importlib.import_module(f".{module}", __package__), name)(sys.argv[2:])
         return
     lines = ["usage: pdiff-hf STAGE [--config FILE] [arguments]", ""]
     lines += [f"  {name:<11} {purpose}" for name, purpose in STAGES.items()]

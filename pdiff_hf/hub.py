@@ -1,12 +1,37 @@
 """What goes to the Hub and comes from it: pipelines, zoos and their cards."""
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from diffusers import DiffusionPipeline
-from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    DatasetCard,
+    DatasetCardData,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    RepoCard,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from .errors import PdiffError
 from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
@@ -15,53 +40,211 @@ from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 if TYPE_CHECKING:
     from .zoo import WeightZoo
 
+# What belongs to a run on one machine and not into a repository.
+LOCAL_FILES = ("checkpoint-*", "*.part", "*.state.pt", ".cache", ".git", "__pycache__", "events.out.tfevents.*")
+GENERATED = ("<!-- pdiff-hf: what follows is rewritten by every push -->", "<!-- pdiff-hf: end -->")
+
+
+class HubError(PdiffError, ValueError):
+    """A repository that cannot be read or written."""
+
 
 class PipelineError(PdiffError, ValueError):
     """A pipeline that cannot be loaded."""
 
 
-def load_pipeline(name_or_path: str | os.PathLike, **kwargs: Any) -> NeuralNetworkDiffusionPipeline:
+def load_pipeline(
+    name_or_path: str | os.PathLike, revision: str | None = None, token: str | None = None, **kwargs: Any
+) -> NeuralNetworkDiffusionPipeline:
     r"""
-    A pipeline from a folder, run by the code of this package: none of the folder's own code is executed.
+    A pipeline from a folder or a model repository, run by the code of this package: none of the repository's own code
+    is executed.
 
     Args:
-        name_or_path (`str` or `os.PathLike`): The folder.
+        name_or_path (`str` or `os.PathLike`): The folder, or the name on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        token (`str`, *optional*): For private repositories; the one of `hf auth login` by default.
         kwargs (*optional*): Passed to `from_pretrained`.
 
     Raises:
-        [`PipelineError`]: there is no pipeline.
+        [`PipelineError`]: there is no pipeline, or it is damaged.
+        [`HubError`]: the repository cannot be read.
     """
     folder = Path(name_or_path)
+    if not folder.is_dir() and is_repository(name_or_path):
+        # Code and weights in other formats than safetensors stay where they are.
+        patterns = ["*.json", "*.safetensors"]
+        folder = Path(download(str(name_or_path), "model", revision, token, patterns))
     if not (folder / DiffusionPipeline.config_name).is_file():
-        raise PipelineError(f"{folder} holds no pipeline: there is no {DiffusionPipeline.config_name}.")
-    return NeuralNetworkDiffusionPipeline.from_pretrained(str(folder), **kwargs)
+        raise PipelineError(f"{name_or_path} holds no pipeline: there is no {DiffusionPipeline.config_name}.")
+    return NeuralNetworkDiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **kwargs)
+
+
+def is_repository(name_or_path: str | os.PathLike) -> bool:
+    """Whether this can be the name of a repository: `namespace/name`."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) is not None
+
+
+def download(repo_id: str, repo_type: str, revision: str | None, token: str | None, patterns: list[str]) -> str:
+    """The folder in the cache that holds these files of a repository."""
+    with explained(repo_id, revision):
+        return snapshot_download(repo_id, repo_type=repo_type, revision=revision, token=token, allow_patterns=patterns)
+
+
+def download_file(repo_id: str, repo_type: str, revision: str | None, token: str | None, name: str) -> str:
+    """One file of a repository, in the cache."""
+    with explained(repo_id, revision):
+        return hf_hub_download(repo_id, name, repo_type=repo_type, revision=revision, token=token)
+
+
+def push(
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    r"""
+    Makes a repository hold what a folder with a zoo or a pipeline holds, in one commit: all of it or nothing, and no
+    commit where nothing changed. Shards and checkpoints that the folder does not have any more are removed; files of
+    other kinds in the repository stay, and so does what a person wrote into its card.
+
+    Args:
+        folder (`str` or `os.PathLike`): A zoo (pushed as a data set) or a pipeline (pushed as a model).
+        repo_id (`str`): `namespace/name`; made where it does not exist.
+        private (`bool`, *optional*): Whether a new repository is private; the account's default otherwise.
+        token (`str`, *optional*): The one of `hf auth login` by default.
+        commit_message (`str`, *optional*): Of the commit.
+        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
+
+    Raises:
+        [`HubError`]: there is neither in the folder, or the repository cannot be written, or it changed meanwhile.
+    """
+    folder = Path(folder)
+    repo_type = _repo_type(folder)
+    if list(folder.glob("*.part")):
+        raise HubError(f"{folder} is unfinished: complete it with the command that makes it, then push.")
+    api = HfApi(token=token)
+    with explained(repo_id, None):
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        info = api.repo_info(repo_id, repo_type=repo_type)
+        present = set(api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha))
+        operations: list[CommitOperationAdd | CommitOperationDelete] = []
+        names = set()
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder)
+            if any(part.match(pattern) for part in map(Path, name.parts) for pattern in LOCAL_FILES):
+                continue
+            names.add(name.as_posix())
+            content: bytes | Path = path
+            if name.as_posix() == "README.md":
+                old = _read_text(api, repo_id, repo_type, info.sha) if "README.md" in present else None
+                content = merge_cards(path.read_text(encoding="utf-8"), old).encode()
+            operations.append(CommitOperationAdd(name.as_posix(), content))
+        stale = sorted(name for name in present - names if name.endswith(".safetensors"))
+        operations += [CommitOperationDelete(name) for name in stale]
+        return api.create_commit(
+            repo_id,
+            operations,
+            repo_type=repo_type,
+            commit_message=commit_message or f"Upload {'zoo' if repo_type == 'dataset' else 'pipeline'}",
+            create_pr=create_pr,
+            parent_commit=info.sha,
+        )
+
+
+def _repo_type(folder: Path) -> str:
+    if (folder / "zoo.json").is_file():
+        return "dataset"
+    if (folder / DiffusionPipeline.config_name).is_file():
+        return "model"
+    raise HubError(f"{folder} holds neither a zoo (zoo.json) nor a pipeline ({DiffusionPipeline.config_name}).")
+
+
+def _read_text(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> str:
+    file = api.hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=revision)
+    return Path(file).read_text(encoding="utf-8")
+
+
+@contextmanager
+def explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turns the client's errors into ones that say what to do. Tokens and addresses stay out of the message."""
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        yield
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            f"{repo_id} is not on the Hub, or is private. Check the name, or log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"{repo_id} has no revision {revision!r}.") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise HubError(
+            f"{repo_id}{at} is not in the cache, and the Hub cannot be reached (offline?). Go online and try again."
+        ) from error
+    except EntryNotFoundError as error:
+        raise HubError(f"{repo_id}{at} lacks a file that it should have: its upload is not complete.") from error
+    except HFValidationError as error:
+        raise HubError(f"{repo_id!r} is no name of a repository: expected namespace/name.") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        reasons = {
+            401: "The Hub refused the token. Log in with `hf auth login`.",
+            403: "This account may not do that there. Check the namespace and the rights of the token.",
+            412: "Somebody else pushed meanwhile. Nothing was changed: pull, and push again.",
+            429: "The Hub asks for patience (too many requests). Try again later.",
+        }
+        reason = reasons.get(status or 0, f"The Hub answered with status {status}. Try again later.")
+        raise HubError(f"{repo_id}{at}: {reason}") from error
+
+
+def merge_cards(new: str, old: str | None) -> str:
+    r"""
+    The card to push: the generated part of `new` in the place of that of `old`, and everything that a person wrote
+    around it. Metadata that only the old card has stays; tags are united.
+    """
+    if old is None:
+        return new
+    fresh, present = RepoCard(new, ignore_metadata_errors=True), RepoCard(old, ignore_metadata_errors=True)
+    start, end = GENERATED
+    section = start + fresh.text.partition(start)[2].partition(end)[0] + end
+    before, marker, rest = present.text.partition(start)
+    text = before + section + rest.partition(end)[2] if marker else f"{present.text.rstrip()}\n\n{section}\n"
+    old_data, new_data = present.data.to_dict(), fresh.data.to_dict()
+    data = old_data | new_data
+    data["tags"] = sorted({*old_data.get("tags", []), *new_data.get("tags", [])})
+    data["license"] = old_data.get("license", new_data.get("license"))
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n{text}"
 
 
 def write_zoo_card(zoo: "WeightZoo", description: str) -> None:
-    """Writes the dataset card of a zoo."""
+    """Writes the dataset card of a zoo, keeping what a person wrote into it."""
     card_data = DatasetCardData(
         license="apache-2.0",
         tags=["neural-network-diffusion", "model-zoo", "weights"],
         configs=[{"config_name": "default", "data_files": "metadata.jsonl"}],
     )
-    DatasetCard.from_template(
+    card = DatasetCard.from_template(
         card_data,
         template_str=_template("zoo.md"),
         title=f"Weight zoo: {zoo.task or 'networks'}",
         description=description,
         count=len(zoo),
         parameters=zoo.vector_size,
-    ).save(zoo.folder / "README.md")
+        markers=GENERATED,
+    )
+    _write_card(zoo.folder, str(card))
 
 
 def write_pipeline_card(folder: str | os.PathLike, zoo: "WeightZoo", facts: dict[str, Any]) -> None:
-    """Writes the model card of a pipeline that was trained on a zoo."""
+    """Writes the model card of a pipeline that was trained on a zoo, keeping what a person wrote into it."""
     card_data = ModelCardData(
         license="apache-2.0",
         library_name="diffusers",
         tags=["neural-network-diffusion", "weight-generation", "diffusers:NeuralNetworkDiffusionPipeline"],
     )
-    ModelCard.from_template(
+    card = ModelCard.from_template(
         card_data,
         template_str=_template("pipeline.md"),
         title=f"Neural network diffusion: {zoo.task or 'networks'}",
@@ -69,7 +252,15 @@ def write_pipeline_card(folder: str | os.PathLike, zoo: "WeightZoo", facts: dict
         count=len(zoo),
         parameters=zoo.vector_size,
         facts=facts,
-    ).save(Path(folder) / "README.md")
+        markers=GENERATED,
+    )
+    _write_card(Path(folder), str(card))
+
+
+def _write_card(folder: Path, card: str) -> None:
+    file = folder / "README.md"
+    old = file.read_text(encoding="utf-8") if file.exists() else None
+    file.write_text(merge_cards(card, old), encoding="utf-8")
 
 
 def _template(name: str) -> str:

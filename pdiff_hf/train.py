@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .config import check_same_run, save_run, stage_main
 from .errors import PdiffError
-from .hub import write_pipeline_card
+from .hub import push, write_pipeline_card
 from .pipelines.neural_network_diffusion import (
     NeuralNetworkDiffusionPipeline,
     ParameterAutoencoderKL,
@@ -32,6 +32,8 @@ from .zoo import WeightZoo, ZooError
 Model = TypeVar("Model", bound=nn.Module)
 CHECKPOINT = "checkpoint-"
 LOSSES = "train.losses.jsonl"
+# They may change from a run to the one that resumes it, and say nothing of the result.
+RUN_SETTINGS = ("output_dir", "resume_from_checkpoint", "checkpoints_total_limit", "report_to", "push_to_hub")
 
 
 class TrainingError(PdiffError, ValueError):
@@ -93,6 +95,8 @@ class TrainConfig:
     """How many checkpoints are kept; the oldest go first."""
     resume_from_checkpoint: str | None = None
     """'latest', or the path of a checkpoint of this output_dir."""
+    push_to_hub: str | None = None
+    """Name of the model repository that the pipeline is pushed to in the end."""
     report_to: str | None = None
     """A tracker of accelerate: tensorboard, wandb, all, ..."""
 
@@ -336,7 +340,10 @@ def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNet
     pipeline = NeuralNetworkDiffusionPipeline(unet=unet, vae=vae, layout=layout, scheduler=scheduler)
     if accelerator.is_main_process:
         pipeline.save_pretrained(str(folder))
-        write_pipeline_card(folder, zoo, {name: value for name, value in asdict(config).items() if name != "zoo"})
+        facts = {k: v for k, v in asdict(config).items() if k not in RUN_SETTINGS and k != "zoo"}
+        write_pipeline_card(folder, zoo, facts)
+        if config.push_to_hub is not None:
+            push(folder, config.push_to_hub)
     return pipeline
 
 
@@ -385,7 +392,7 @@ def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
             folder,
             "train",
             config,
-            but_for=("output_dir", "resume_from_checkpoint", "checkpoints_total_limit", "report_to"),
+            but_for=RUN_SETTINGS,
         )
     return wanted
 

@@ -1,5 +1,6 @@
 """A zoo: many networks of one architecture, in sharded safetensors files."""
 
+import itertools
 import json
 import os
 import re
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .errors import PdiffError
+from .hub import download, download_file, is_repository, push
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .pipelines.neural_network_diffusion.layout.parameter_layout import check_tensors
 
@@ -46,6 +48,9 @@ class WeightZoo:
 
     Args:
         folder (`str` or `os.PathLike`): A folder that [`WeightZoo.create`] made.
+        fetch (`Callable[[str], Path]`, *optional*):
+            Gets a shard by its name where the folder does not hold all of them (see [`WeightZoo.from_pretrained`]).
+            Such a zoo is read-only.
 
     Raises:
         [`ZooError`]: there is no zoo, or it is damaged. The message names the file.
@@ -60,14 +65,24 @@ class WeightZoo:
     ```
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, fetch: Callable[[str], Path] | None = None):
         self.folder = Path(folder)
+        self._fetch = fetch
         self._pending: list[torch.Tensor] = []
         self._pending_rows: list[dict] = []
         self._read_description()
-        self._shards = self._find_shards()
-        self._sizes = [self._shard_size(shard) for shard in self._shards]
-        self._rows = self._read_rows()
+        if fetch is None:
+            self._shards = self._find_shards()
+            self._sizes = [self._shard_size(shard) for shard in self._shards]
+            self._rows = self._read_rows(sum(self._sizes))
+        else:
+            # Names and sizes of shards follow from the number of networks.
+            self._rows = self._read_rows(None)
+            total = -(-len(self._rows) // self.networks_per_shard)
+            self._shards = [self._shard_path(number, total) for number in range(1, total + 1)]
+            self._sizes = [self.networks_per_shard] * total
+            if total:
+                self._sizes[-1] = len(self._rows) - (total - 1) * self.networks_per_shard
 
     @classmethod
     def create(
@@ -105,13 +120,37 @@ class WeightZoo:
         return cls(folder)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, revision: str | None = None) -> "WeightZoo":
-        """Opens a zoo of a folder, or of a dataset repository on the Hub (downloaded to the cache)."""
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike, revision: str | None = None, token: str | None = None
+    ) -> "WeightZoo":
+        r"""
+        Opens a zoo of a folder, or of a dataset repository on the Hub. Of a repository, a shard is downloaded when a
+        network of it is read; what is in the cache already is read from there, offline too.
+
+        Args:
+            name_or_path (`str` or `os.PathLike`): The folder, or `namespace/name`.
+            revision (`str`, *optional*): Branch, tag or commit on the Hub.
+            token (`str`, *optional*): For private repositories; the one of `hf auth login` by default.
+
+        Raises:
+            [`ZooError`]: there is no zoo, or it is damaged.
+            [`HubError`]: the repository cannot be read.
+        """
         if Path(name_or_path).is_dir():
             return cls(name_or_path)
-        if str(name_or_path).count("/") != 1:
+        if not is_repository(name_or_path):
             raise ZooError(f"{str(name_or_path)!r} is neither a folder nor the name of a repository on the Hub.")
-        return cls(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision))
+        repo_id = str(name_or_path)
+        files = ["zoo.json", "metadata.jsonl", "frozen.safetensors"]
+        folder = Path(download(repo_id, "dataset", revision, token, files))
+        # The folder is named by the commit: shards come from the same one, whatever is pushed meanwhile.
+        return cls(folder, fetch=lambda name: Path(download_file(repo_id, "dataset", folder.name, token, name)))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
+        """Makes a dataset repository hold this zoo, in one commit; see [`hub.push`] for the arguments."""
+        self._writable()
+        self.flush()
+        return push(self.folder, repo_id, **kwargs)
 
     @classmethod
     def from_checkpoints(
@@ -198,11 +237,27 @@ class WeightZoo:
             else:
                 by_shard.setdefault(shard, []).append((row, offset))
         for shard, places in by_shard.items():
-            with safe_open(self._shards[shard], "pt") as file:
+            with safe_open(self._open_shard(shard), "pt") as file:
                 stored_vectors = file.get_slice("networks")
                 for row, offset in places:
                     out[row] = stored_vectors[offset]
         return out
+
+    def _open_shard(self, shard: int) -> Path:
+        """The file of a shard, fetched and checked where it was not there yet."""
+        file = self._shards[shard]
+        if self._fetch is not None and not file.exists():
+            file = self._fetch(file.name)
+            if self._shard_size(file) != self._sizes[shard]:
+                raise ZooError(f"{file} does not hold the {self._sizes[shard]} networks that metadata.jsonl names.")
+        return file
+
+    def _writable(self) -> None:
+        if self._fetch is not None:
+            raise ZooError(
+                "This zoo lies in the cache of the Hub and is read-only: copy it with save_pretrained(folder), and "
+                "append to WeightZoo(folder)."
+            )
 
     def batches(self, batch_size: int = 64) -> Iterator[torch.Tensor]:
         """All parameter vectors in order, `[n, P]` at a time."""
@@ -225,6 +280,7 @@ class WeightZoo:
             [`ZooError`]: the network does not fit the layout, or holds NaN or infinite values; the zoo stays as it
             was.
         """
+        self._writable()
         if isinstance(network, torch.Tensor):
             if network.shape != (self.vector_size,) or not torch.isfinite(network).all():
                 raise ZooError(
@@ -293,8 +349,11 @@ class WeightZoo:
         self.flush()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Copies the zoo to another folder."""
+        """Copies the zoo to another folder; what is still on the Hub is downloaded."""
         self.flush()
+        for shard in range(len(self._shards)):
+            self._open_shard(shard)
+        # Links of the cache become files.
         shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.part"))
 
     def delete(self) -> None:
@@ -367,20 +426,17 @@ class WeightZoo:
             raise ZooError(f"{shard}: expected networks of {self.vector_size} parameters, found {columns}.")
         return rows
 
-    def _read_rows(self) -> list[dict]:
-        """The rows of the stored networks; rows past them belong to networks that were never written."""
-        count = sum(self._sizes)
+    def _read_rows(self, count: int | None) -> list[dict]:
+        """The rows of so many stored networks (rows past them belong to networks never written), or all rows."""
         file = self.folder / "metadata.jsonl"
-        rows = []
         try:
             with file.open(encoding="utf-8") as lines:
-                for _, line in zip(range(count), lines, strict=False):
-                    rows.append(json.loads(line))
+                rows = [json.loads(line) for line in itertools.islice(lines, count)]
             if not all(isinstance(row, dict) for row in rows):
                 raise ValueError("each row has to be a JSON object")
         except (OSError, ValueError, RecursionError) as error:
             raise ZooError(f"{file} is damaged: {error}") from error
-        if len(rows) < count:
+        if count is not None and len(rows) < count:
             raise ZooError(f"{file} has {len(rows)} rows for {count} networks.")
         return rows
 

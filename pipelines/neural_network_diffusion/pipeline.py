@@ -17,6 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
 
 @dataclass
@@ -263,6 +264,22 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                 _rewrite_json(folder / name / component_class.config_name)
             if _is_custom(component_class.__module__):
                 _copy_code(component_class, folder / name)
+
+    def _upload_folder(
+        self, working_dir, repo_id, token=None, commit_message=None, create_pr=False, subfolder=None
+    ) -> CommitInfo:
+        # One commit, all or nothing: `upload_folder` may make several. Nothing changed, no commit.
+        files = sorted(path for path in Path(working_dir).rglob("*") if path.is_file())
+        names = [path.relative_to(working_dir).as_posix() for path in files]
+        return HfApi(token=token).create_commit(
+            repo_id,
+            [
+                CommitOperationAdd(f"{subfolder}/{name}" if subfolder else name, path)
+                for name, path in zip(names, files, strict=True)
+            ],
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            create_pr=create_pr,
+        )
 
     @classmethod
     def load_config(cls, *args, **kwargs):

@@ -1,0 +1,66 @@
+"""`pdiff-hf push` and `pdiff-hf pull`: folders to the Hub and back."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from huggingface_hub import snapshot_download
+
+from .config import stage_main
+from .hub import explained, push
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Makes a repository on the Hub hold a zoo or a pipeline, in one commit."""
+
+    folder: str
+    """A zoo (becomes a dataset repository) or a pipeline (becomes a model repository)."""
+    repo: str
+    """Its name on the Hub: namespace/name."""
+    private: bool | None = None
+    """Whether a new repository is private; the account's default otherwise."""
+    commit_message: str | None = None
+    """Of the commit."""
+    create_pr: bool = False
+    """Open a pull request instead of committing."""
+
+
+@dataclass(frozen=True)
+class PullConfig:
+    """Downloads a zoo or a pipeline from the Hub into a folder."""
+
+    repo: str
+    """Its name on the Hub: namespace/name."""
+    output_dir: str
+    """Where it goes."""
+    kind: Literal["pipeline", "zoo"] = "pipeline"
+    """A model repository with a pipeline, or a dataset repository with a zoo."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+
+
+def run_push(config: PushConfig) -> str:
+    """Pushes, and returns the address of the commit."""
+    info = push(
+        config.folder,
+        config.repo,
+        private=config.private,
+        commit_message=config.commit_message,
+        create_pr=config.create_pr,
+    )
+    return info.pr_url or info.commit_url
+
+
+def run_pull(config: PullConfig) -> str:
+    """Downloads, and returns the folder."""
+    with explained(config.repo, config.revision):
+        return snapshot_download(
+            config.repo,
+            repo_type="dataset" if config.kind == "zoo" else "model",
+            revision=config.revision,
+            local_dir=config.output_dir,
+        )
+
+
+push_main = stage_main("push", PushConfig, run_push)
+pull_main = stage_main("pull", PullConfig, run_pull)
