@@ -68,12 +68,17 @@ class WeightZoo:
     def __init__(self, folder: str | os.PathLike, fetch: Callable[[str], Path] | None = None):
         self.folder = Path(folder)
         self._fetch = fetch
+        self._check_links()
         self._pending: list[torch.Tensor] = []
         self._pending_rows: list[dict] = []
         self._read_description()
         if fetch is None:
             self._shards = self._find_shards()
             self._sizes = [self._shard_size(shard) for shard in self._shards]
+            for shard, size in zip(self._shards, self._sizes, strict=True):
+                full = size == self.networks_per_shard
+                if not full and (shard is not self._shards[-1] or not 0 < size < self.networks_per_shard):
+                    raise ZooError(f"{shard}: expected {self.networks_per_shard} networks, found {size}.")
             self._rows = self._read_rows(sum(self._sizes))
         else:
             # Names and sizes of shards follow from the number of networks.
@@ -364,6 +369,16 @@ class WeightZoo:
             file.unlink()
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+    def _check_links(self) -> None:
+        """A zoo may come from anywhere: a link in it must not lead out, except into the blobs of the Hub's cache."""
+        if not self.folder.is_dir():
+            raise ZooError(f"{self.folder} holds no zoo: there is no such folder.")
+        home = self.folder.resolve()
+        for file in self.folder.iterdir():
+            target = file.resolve()
+            if file.is_symlink() and not any(target.is_relative_to(r) for r in (home, home.parents[1] / "blobs")):
+                raise ZooError(f"{file} is a link that leads out of the zoo.")
 
     def _read_description(self) -> None:
         file = self.folder / "zoo.json"
