@@ -11,11 +11,11 @@ from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
-from .config import ConfigError, check_same_run, save_run, stage_main
+from .config import ConfigError, check_same_run, one_process, save_run, stage_main
 from .hub import write_zoo_card
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .tasks import Task, load_task
-from .zoo import WeightZoo, ZooError
+from .zoo import WeightZoo, ZooError, make_layout
 
 
 # What a killed collection loses at most, apart from the training of the base network.
@@ -66,7 +66,7 @@ class Trainer:
         """From now on trains the generated tensors only: the others, batch-norm statistics included, stay put."""
         generated = {tensor["name"] for tensor in layout.tensors("generated")}
         for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(name in generated)
+            parameter.requires_grad_(parameter.requires_grad and name in generated)
             if name not in generated:
                 parameter.grad = None
         for name, module in self.network.named_modules():
@@ -128,8 +128,11 @@ def run_collect(config: CollectConfig) -> WeightZoo:
     Raises:
         [`ZooError`]: the folder holds another zoo, or a network diverged to NaN or infinity. What was kept stays.
     """
-    if config.num_networks < 1 or config.save_every < 1:
-        raise ConfigError("num_networks and save_every have to be at least 1.")
+    one_process("collect")
+    if config.num_networks < 1 or config.save_every < 1 or (config.epochs or 0) < 0:
+        raise ConfigError("num_networks and save_every have to be at least 1, and epochs at least 0.")
+    if config.protocol not in ("trajectory", "independent"):
+        raise ConfigError(f"The protocol is {config.protocol!r}; expected 'trajectory' or 'independent'.")
     task = load_task(config.task)
     folder = Path(config.output_dir)
     if (folder / "zoo.json").exists() or (folder / STATE_FILE).exists():
@@ -146,7 +149,7 @@ def run_collect(config: CollectConfig) -> WeightZoo:
 
 def _collect_trajectory(config: CollectConfig, task: Task, folder: Path, zoo: WeightZoo | None) -> WeightZoo:
     trainer = Trainer(task, config.seed)
-    layout = ParameterLayout.from_state_dict(trainer.network.state_dict(), config.patterns or task.patterns)
+    layout = make_layout(trainer.network.state_dict(), config.patterns or task.patterns)
     epochs = task.epochs if config.epochs is None else config.epochs
     first = epochs * trainer.steps_per_epoch
     total = first + config.num_networks * config.save_every
@@ -186,7 +189,7 @@ def _train(trainer: Trainer, until: int, folder: Path, zoo: WeightZoo | None) ->
 
 
 def _collect_independent(config: CollectConfig, task: Task, folder: Path, zoo: WeightZoo | None) -> WeightZoo:
-    layout = ParameterLayout.from_state_dict(task.build_network().state_dict(), config.patterns or task.patterns)
+    layout = make_layout(task.build_network().state_dict(), config.patterns or task.patterns)
     frozen = [name for name, value in layout.frozen_state_dict().items() if value.is_floating_point()]
     if frozen:
         raise ZooError(

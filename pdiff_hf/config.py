@@ -1,6 +1,7 @@
 """One frozen dataclass a stage is its command line, its YAML file and its Python face."""
 
 import json
+import os
 import platform
 import sys
 import types
@@ -33,6 +34,7 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str] | None = N
     """
     args = list(sys.argv[1:] if args is None else args)
     default: Any = tyro.MISSING
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in args:
         place = args.index("--config")
         if place + 1 == len(args):
@@ -69,9 +71,18 @@ def stage_main(stage: str, config_class: type[Config], run: Callable[[Config], A
     return main
 
 
+def one_process(stage: str) -> None:
+    """Raises [`ConfigError`] where a launcher started several processes of a stage that writes as one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"`pdiff-hf {stage}` runs in one process; only `pdiff-hf train` runs in several.")
+
+
 def load_config(config_class: type[Config], file: str | Path) -> Config:
     """Reads a configuration from a YAML file."""
-    content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is no YAML file: {error}") from error
     known = {field.name: field for field in fields(config_class)}  # type: ignore[arg-type]
     if not isinstance(content, dict) or set(content) - set(known):
         unknown = sorted(set(content) - set(known)) if isinstance(content, dict) else [type(content).__name__]
@@ -88,8 +99,12 @@ def load_config(config_class: type[Config], file: str | Path) -> Config:
         allowed = typing.get_args(hints[name]) if _is_union(hints[name]) else (hints[name],)
         if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in allowed):
             content[name] = tuple(value)
-        elif isinstance(value, int) and not isinstance(value, bool) and float in allowed and int not in allowed:
-            content[name] = float(value)
+        elif isinstance(value, int | str) and not isinstance(value, bool) and allowed == (float,):
+            # YAML takes 1e-3, without a dot, for text.
+            try:
+                content[name] = float(value)
+            except ValueError as error:
+                raise ConfigError(f"{file}: {name} is {value!r}, and should be {hints[name]}.") from error
         elif not any(_matches(value, option) for option in allowed):
             raise ConfigError(f"{file}: {name} is {value!r}, and should be {hints[name]}.")
     return config_class(**content)
@@ -138,6 +153,14 @@ def check_same_run(folder: str | Path, stage: str, config: Any, but_for: Sequenc
                 f"{folder} holds a run with {name} {before[name]!r}, not {now[name]!r}. Choose another --output-dir, "
                 "or delete it."
             )
+
+
+def check_same_facts(folder: str | Path, stage: str, facts: dict[str, Any]) -> None:
+    """Raises [`ConfigError`] where the run to go on with had other facts, such as the number of networks."""
+    before = json.loads(Path(folder, f"{stage}.facts.json").read_text(encoding="utf-8"))
+    for name, value in facts.items():
+        if before[name] != value:
+            raise ConfigError(f"{folder} holds a run with {before[name]} {name}, not {value}: it cannot be resumed.")
 
 
 def versions() -> dict[str, str]:

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from .config import save_run, stage_main, versions
+from .config import one_process, save_run, stage_main, versions
 from .extras import require
-from .tasks import Task, load_task
+from .tasks import Task, TaskError, load_task
+from .tasks.task import BUILT_IN
 from .zoo import WeightZoo, ZooError
 
 
@@ -86,10 +87,13 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         [`ZooError`]: the zoos are empty, or hold different architectures, or not the task's.
     """
+    one_process("evaluate")
     trained, generated = WeightZoo.from_pretrained(config.trained), WeightZoo.from_pretrained(config.generated)
     name = config.task or trained.task
     if name is None:
         raise ZooError(f"{config.trained} does not say what its networks do: pass --task.")
+    if config.task is None and name not in BUILT_IN:
+        raise ZooError(f"The zoo names the task {name!r}, which is code of its own: pass --task {name} to run it.")
     if not len(trained) or not len(generated):
         raise ZooError(f"Nothing to compare: {len(trained)} trained and {len(generated)} generated networks.")
     if trained.layout.config["tensors"] != generated.layout.config["tensors"]:
@@ -193,7 +197,13 @@ def _groups(task: Task, predictions: dict[str, Predictions]) -> dict[str, Group]
     targets = {split: task.data(split)[1].cpu() for split in ("validation", "test")}
 
     def wrong(group: str, split: str) -> torch.Tensor:
-        return torch.stack([~task.correct(p, targets[split]) for p in predictions[group][split]])
+        correct = torch.stack([task.correct(p, targets[split]) for p in predictions[group][split]])
+        if correct.dtype != torch.bool or correct.shape[1:] != (len(targets[split]),):
+            raise TaskError(
+                f"{type(task).__name__}.correct() has to give a boolean for each of {len(targets[split])} examples; "
+                f"found {correct.dtype} of shape {list(correct.shape[1:])}."
+            )
+        return ~correct
 
     trained = wrong("trained", "test")
     groups = {}

@@ -3,6 +3,12 @@
 import importlib
 from types import ModuleType
 
+from .errors import PdiffError
+
+
+class MissingExtraError(PdiffError, ModuleNotFoundError):
+    """A package of an extra is not installed."""
+
 
 def require(module: str, extra: str) -> ModuleType:
     """Imports a module of an extra, or says which extra to install."""
@@ -11,6 +17,6 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise
-        raise ModuleNotFoundError(
+        raise MissingExtraError(
             f"This needs {error.name}, which comes with an extra: pip install 'pdiff-hf[{extra}]'", name=error.name
         ) from error

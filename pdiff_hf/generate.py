@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from .config import ConfigError, check_same_run, save_run, stage_main
+from .config import ConfigError, check_same_run, one_process, save_run, stage_main
 from .hub import load_pipeline, write_zoo_card
 from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from .zoo import WeightZoo
@@ -48,20 +48,27 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
     for name in ("num_networks", "num_inference_steps", "batch_size"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} has to be at least 1, and is {getattr(config, name)}.")
+    one_process("generate")
     folder = Path(config.output_dir)
+    if (folder / "model_index.json").exists():
+        raise ConfigError(f"{folder} holds a pipeline. Choose another --output-dir.")
     exists = (folder / "zoo.json").exists()
     if exists:
         check_same_run(folder, "generate", config, but_for=("output_dir", "num_networks", "batch_size"))
     pipe = load_pipeline(config.pipeline).to(PartialState().device)
     if config.scheduler is not None:
         pipe.scheduler = _scheduler(config.scheduler, pipe)
+    most = pipe.scheduler.config.num_train_timesteps
+    if config.num_inference_steps > most:
+        raise ConfigError(f"num_inference_steps is {config.num_inference_steps}; the scheduler has {most} timesteps.")
     zoo = WeightZoo(folder) if exists else WeightZoo.create(folder, pipe.layout, task=config.task)
     save_run(folder, "generate", config)
 
     pipe.set_progress_bar_config(disable=True)
     origin = {
         "source": "generated",
-        "pipeline": config.pipeline,
+        # Of a folder the name alone: its path says nothing to anyone else.
+        "pipeline": Path(config.pipeline).name if Path(config.pipeline).is_dir() else config.pipeline,
         "scheduler": type(pipe.scheduler).__name__,
         "num_inference_steps": config.num_inference_steps,
     }
@@ -80,7 +87,7 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
                 zoo.append(vector, seed=seed, **origin)
             zoo.flush()
             progress.update(len(seeds))
-    write_zoo_card(zoo, f"Networks sampled by Neural Network Diffusion from the pipeline `{config.pipeline}`.")
+    write_zoo_card(zoo, f"Networks sampled by Neural Network Diffusion from the pipeline `{origin['pipeline']}`.")
     return zoo
 
 

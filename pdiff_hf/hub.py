@@ -8,8 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -32,6 +34,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import safe_open
 
 from .errors import PdiffError
 from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
@@ -41,7 +44,16 @@ if TYPE_CHECKING:
     from .zoo import WeightZoo
 
 # What belongs to a run on one machine and not into a repository.
-LOCAL_FILES = ("checkpoint-*", "*.part", "*.state.pt", ".cache", ".git", "__pycache__", "events.out.tfevents.*")
+LOCAL_FILES = (
+    "checkpoint-*",
+    "*.part",
+    "*.state.pt",
+    "*.yaml",
+    ".cache",
+    ".git",
+    "__pycache__",
+    "events.out.tfevents.*",
+)
 GENERATED = ("<!-- pdiff-hf: what follows is rewritten by every push -->", "<!-- pdiff-hf: end -->")
 
 
@@ -73,11 +85,32 @@ def load_pipeline(
     folder = Path(name_or_path)
     if not folder.is_dir() and is_repository(name_or_path):
         # Code and weights in other formats than safetensors stay where they are.
-        patterns = ["*.json", "*.safetensors"]
+        patterns = ["model_index.json", "*/*.json", "*/*.safetensors"]
         folder = Path(download(str(name_or_path), "model", revision, token, patterns))
     if not (folder / DiffusionPipeline.config_name).is_file():
         raise PipelineError(f"{name_or_path} holds no pipeline: there is no {DiffusionPipeline.config_name}.")
-    return NeuralNetworkDiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **kwargs)
+    try:
+        pipe = NeuralNetworkDiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **kwargs)
+        _check_weights(pipe, folder)
+    except Exception as error:  # whatever a damaged or hostile folder makes of the loaders
+        raise PipelineError(f"The pipeline in {name_or_path} cannot be loaded: {error}") from error
+    return pipe
+
+
+def _check_weights(pipe: NeuralNetworkDiffusionPipeline, folder: Path) -> None:
+    """The loaders fill up what a file lacks; a network made of that would be garbage."""
+    for name, component in pipe.components.items():
+        if not isinstance(component, ModelMixin):
+            continue
+        stored = set()
+        for file in (folder / name).glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                stored |= set(tensors.keys())
+        if differing := sorted(stored ^ set(component.state_dict())):
+            raise ValueError(f"the weights of {name} do not fit its config: {', '.join(differing):.200}")
+    statistics = torch.stack([pipe.layout.mean, pipe.layout.std])
+    if not torch.isfinite(statistics).all() or (pipe.layout.std < 0).any():
+        raise ValueError("the statistics of the layout are no numbers")
 
 
 def is_repository(name_or_path: str | os.PathLike) -> bool:
@@ -175,13 +208,15 @@ def explained(repo_id: str, revision: str | None) -> Iterator[None]:
         yield
     except RepositoryNotFoundError as error:
         raise HubError(
-            f"{repo_id} is not on the Hub, or is private. Check the name, or log in with `hf auth login`."
+            f"{repo_id} is no folder here, and is not on the Hub or is private. Check the name, or log in with "
+            "`hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
         raise HubError(f"{repo_id} has no revision {revision!r}.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise HubError(
-            f"{repo_id}{at} is not in the cache, and the Hub cannot be reached (offline?). Go online and try again."
+            f"{repo_id}{at} is no folder here and not in the cache, and the Hub cannot be reached (offline?). Go "
+            "online and try again."
         ) from error
     except EntryNotFoundError as error:
         raise HubError(f"{repo_id}{at} lacks a file that it should have: its upload is not complete.") from error
@@ -204,9 +239,8 @@ def merge_cards(new: str, old: str | None) -> str:
     The card to push: the generated part of `new` in the place of that of `old`, and everything that a person wrote
     around it. Metadata that only the old card has stays; tags are united.
     """
-    if old is None:
-        return new
-    fresh, present = RepoCard(new, ignore_metadata_errors=True), RepoCard(old, ignore_metadata_errors=True)
+    fresh = RepoCard(new, ignore_metadata_errors=True)
+    present = fresh if old is None else RepoCard(old, ignore_metadata_errors=True)
     start, end = GENERATED
     section = start + fresh.text.partition(start)[2].partition(end)[0] + end
     before, marker, rest = present.text.partition(start)
@@ -214,14 +248,12 @@ def merge_cards(new: str, old: str | None) -> str:
     old_data, new_data = present.data.to_dict(), fresh.data.to_dict()
     data = old_data | new_data
     data["tags"] = sorted({*old_data.get("tags", []), *new_data.get("tags", [])})
-    data["license"] = old_data.get("license", new_data.get("license"))
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n{text}"
 
 
 def write_zoo_card(zoo: "WeightZoo", description: str) -> None:
     """Writes the dataset card of a zoo, keeping what a person wrote into it."""
     card_data = DatasetCardData(
-        license="apache-2.0",
         tags=["neural-network-diffusion", "model-zoo", "weights"],
         configs=[{"config_name": "default", "data_files": "metadata.jsonl"}],
     )
@@ -240,7 +272,6 @@ def write_zoo_card(zoo: "WeightZoo", description: str) -> None:
 def write_pipeline_card(folder: str | os.PathLike, zoo: "WeightZoo", facts: dict[str, Any]) -> None:
     """Writes the model card of a pipeline that was trained on a zoo, keeping what a person wrote into it."""
     card_data = ModelCardData(
-        license="apache-2.0",
         library_name="diffusers",
         tags=["neural-network-diffusion", "weight-generation", "diffusers:NeuralNetworkDiffusionPipeline"],
     )

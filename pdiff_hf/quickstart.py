@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import torch
 
 from .collect import CollectConfig, run_collect
-from .config import stage_main
+from .config import ConfigError, one_process, save_run, stage_main
 from .evaluate import EvaluateConfig, run_evaluate, write_report
 from .generate import GenerateConfig, run_generate
+from .tasks import load_task
 from .train import TrainConfig, run_train
 
 
@@ -34,7 +35,15 @@ class QuickstartConfig:
 
 def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     """Runs the four stages with their defaults, and returns the report with the seconds that each took."""
+    one_process("quickstart")
     folder = Path(config.output_dir)
+    present = [stage for stage in STAGES if (folder / stage).exists()]
+    if present and not (folder / "quickstart.yaml").exists():
+        raise ConfigError(
+            f"{folder} holds {', '.join(present)}, which no quickstart made. Choose another --output-dir."
+        )
+    load_task(config.task)
+    save_run(folder, "quickstart", config)
     for stage in STAGES:
         shutil.rmtree(folder / stage, ignore_errors=True)
     zoo, pipeline, generated, report_dir = (str(folder / stage) for stage in STAGES)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .config import check_same_run, save_run, stage_main
+from .config import ConfigError, check_same_facts, check_same_run, save_run, stage_main
 from .errors import PdiffError
 from .hub import push, write_pipeline_card
 from .pipelines.neural_network_diffusion import (
@@ -147,14 +148,22 @@ class Training:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.folder = Path(config.output_dir)
+        self.resume_from = _checkpoint_to_resume(config)
+        self.step = _step_of(self.resume_from) if self.resume_from else 0
         self.accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision,
             log_with=config.report_to,
             project_dir=config.output_dir,
         )
-        self.resume_from = _checkpoint_to_resume(config)
-        self.step = _step_of(self.resume_from) if self.resume_from else 0
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        seen = self.accelerator.num_processes
+        if started != seen:
+            AcceleratorState._reset_state()
+            raise TrainingError(
+                f"{started} processes were started, and accelerate sees {seen}. Several "
+                "processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ..."
+            )
         self.progress = tqdm(
             total=config.vae_steps + config.unet_steps,
             initial=self.step,
@@ -277,6 +286,7 @@ def run_train(config: TrainConfig) -> NeuralNetworkDiffusionPipeline:
         [`ZooError`]: the zoo cannot be read, or has fewer than two networks.
         [`TrainingError`]: the training diverged, or cannot be resumed.
     """
+    _check(config)
     zoo = WeightZoo.from_pretrained(config.zoo)
     if len(zoo) < 2:
         raise ZooError(f"{config.zoo} has {len(zoo)} network: a distribution needs at least two, and better hundreds.")
@@ -286,11 +296,17 @@ def run_train(config: TrainConfig) -> NeuralNetworkDiffusionPipeline:
 
 def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNetworkDiffusionPipeline:
     accelerator, folder = training.accelerator, training.folder
+    facts = {"networks": len(zoo), "processes": accelerator.num_processes}
+    if training.step > 0:
+        check_same_facts(folder, "train", facts)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_run(folder, "train", config, networks=len(zoo), processes=accelerator.num_processes)
+        save_run(folder, "train", config, **facts)
 
     # 1. Statistics
     layout = zoo.layout.fit(zoo.batches())
+    if not (layout.std > 0).any():
+        raise ZooError(f"The {len(zoo)} networks of {config.zoo} are identical: there is no distribution to learn.")
     normalized = torch.cat([layout.normalize(batch) for batch in zoo.batches()])
 
     # 2. Autoencoder
@@ -340,11 +356,28 @@ def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNet
     pipeline = NeuralNetworkDiffusionPipeline(unet=unet, vae=vae, layout=layout, scheduler=scheduler)
     if accelerator.is_main_process:
         pipeline.save_pretrained(str(folder))
-        facts = {k: v for k, v in asdict(config).items() if k not in RUN_SETTINGS and k != "zoo"}
-        write_pipeline_card(folder, zoo, facts)
+        recipe = {k: v for k, v in asdict(config).items() if k not in RUN_SETTINGS and k != "zoo"}
+        write_pipeline_card(folder, zoo, recipe)
         if config.push_to_hub is not None:
             push(folder, config.push_to_hub)
     return pipeline
+
+
+def _check(config: TrainConfig) -> None:
+    positive = [
+        *("batch_size", "gradient_accumulation_steps", "patch_size", "hidden_channels", "latent_channels"),
+        *("latent_length", "vae_steps", "unet_steps", "layers_per_block", "checkpointing_steps"),
+    ]
+    for name in positive:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} has to be at least 1, and is {getattr(config, name)}.")
+    if config.checkpoints_total_limit is not None and config.checkpoints_total_limit < 1:
+        raise ConfigError(f"checkpoints_total_limit has to be at least 1, and is {config.checkpoints_total_limit}.")
+    widths = (config.hidden_channels, *config.block_out_channels)
+    if not config.block_out_channels or any(width < 8 or width % 8 for width in widths):
+        raise ConfigError(f"hidden_channels and block_out_channels have to be multiples of 8, and are {widths}.")
+    if (Path(config.output_dir) / "zoo.json").exists():
+        raise ConfigError(f"{config.output_dir} holds a zoo. Choose another --output-dir.")
 
 
 @torch.no_grad()
@@ -382,10 +415,12 @@ def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
     if config.resume_from_checkpoint == "latest":
         wanted = present[-1] if present else None
     else:
-        wanted = folder / Path(config.resume_from_checkpoint).name
-        if wanted not in present:
+        given = Path(config.resume_from_checkpoint)
+        wanted = folder / given.name
+        if wanted not in present or (given != Path(given.name) and given.resolve() != wanted.resolve()):
             raise TrainingError(
-                f"There is no checkpoint {wanted}. Present: {', '.join(path.name for path in present) or 'none'}."
+                f"There is no checkpoint {given.name} in {folder}. "
+                f"Present: {', '.join(path.name for path in present) or 'none'}."
             )
     if wanted is not None:
         check_same_run(

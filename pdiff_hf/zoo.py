@@ -23,7 +23,7 @@ from .pipelines.neural_network_diffusion.layout.parameter_layout import check_te
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 256 * 2**20
-SHARD_NAME = re.compile(r"networks-(\d{5})-of-(\d{5})\.safetensors")
+SHARD_NAME = re.compile(r"networks-(?!00000)(\d{5})-of-(\d{5})\.safetensors")
 
 
 class ZooError(PdiffError, ValueError):
@@ -110,6 +110,8 @@ class WeightZoo:
         if (folder / "zoo.json").exists():
             raise ZooError(f"{folder} holds a zoo already. Open it with WeightZoo({str(folder)!r}) to append to it.")
         folder.mkdir(parents=True, exist_ok=True)
+        if leftover := next(folder.glob("networks-*.safetensors"), None):
+            raise ZooError(f"{leftover} is there without a zoo.json. Choose another folder, or move it away.")
         description = {
             "format_version": FORMAT_VERSION,
             "task": task,
@@ -183,7 +185,7 @@ class WeightZoo:
         files = [Path(checkpoint) for checkpoint in checkpoints]
         if not files:
             raise ZooError("No checkpoints were given.")
-        zoo = cls.create(folder, ParameterLayout.from_state_dict(_read_checkpoint(files[0]), patterns), task)
+        zoo = cls.create(folder, make_layout(_read_checkpoint(files[0]), patterns), task)
         try:
             with zoo:
                 for file in files:
@@ -287,18 +289,23 @@ class WeightZoo:
         """
         self._writable()
         if isinstance(network, torch.Tensor):
-            if network.shape != (self.vector_size,) or not torch.isfinite(network).all():
+            vector = network.detach().to("cpu", torch.float32, copy=True)
+            finite = torch.isfinite(vector).all()
+            if vector.shape != (self.vector_size,) or not finite:
                 raise ZooError(
                     f"Expected a finite vector of {self.vector_size} parameters; found shape "
-                    f"{list(network.shape)}{'' if torch.isfinite(network).all() else ' with NaN or infinite values'}."
+                    f"{list(vector.shape)}{'' if finite else ' with NaN or infinite values'}."
                 )
-            vector = network.detach().to("cpu", torch.float32, copy=True)
         else:
             try:
                 vector = self.layout.flatten(network).cpu()
             except ValueError as error:
                 source = f"{row['source']}: " if "source" in row else ""
                 raise ZooError(f"{source}{error}") from error
+        try:
+            json.dumps(row, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ZooError(f"The metadata of a network has to be JSON: {error}") from error
         self._pending_rows.append({"index": len(self), **row})
         self._pending.append(vector)
         if len(self) % self.networks_per_shard == 0:
@@ -333,6 +340,7 @@ class WeightZoo:
     def _write(self, name: str, write: Callable[[Path], Any], before_move: Callable[[], None] | None = None) -> None:
         """Writes a file beside its place and moves it there, so that it is there whole or not at all."""
         temporary = self.folder / f"{name}.part"
+        temporary.unlink(missing_ok=True)
         try:
             write(temporary)
             with temporary.open("rb") as file:
@@ -365,7 +373,7 @@ class WeightZoo:
         """Removes the zoo's files, and its folder where nothing else is in it."""
         for file in [*self._shards, *(self.folder / n for n in ("zoo.json", "frozen.safetensors", "metadata.jsonl"))]:
             file.unlink(missing_ok=True)
-        for file in self.folder.glob("*.part"):
+        for file in self.folder.glob("networks-*.part"):
             file.unlink()
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
@@ -422,7 +430,8 @@ class WeightZoo:
             if max(totals) > len(found) + 1 or not (self.folder / waiting).exists():
                 missing = list(range(len(found) + 1, max(totals) + 1))
         if missing:
-            raise ZooError(f"{self.folder} lacks the shards {missing}: copy or download it again.")
+            names = f"{missing}" if len(missing) < 10 else f"{missing[0]} to {missing[-1]}"
+            raise ZooError(f"{self.folder} lacks the shards {names}: copy or download it again.")
         return [found[number] for number in sorted(found)]
 
     def _shard_size(self, shard: Path) -> int:
@@ -454,6 +463,14 @@ class WeightZoo:
         if count is not None and len(rows) < count:
             raise ZooError(f"{file} has {len(rows)} rows for {count} networks.")
         return rows
+
+
+def make_layout(state_dict: Mapping[str, torch.Tensor], patterns: Sequence[str]) -> ParameterLayout:
+    """The layout of a network, or a [`ZooError`] that says why it has none."""
+    try:
+        return ParameterLayout.from_state_dict(state_dict, patterns)
+    except ValueError as error:
+        raise ZooError(str(error)) from error
 
 
 def _read_checkpoint(file: Path) -> dict[str, torch.Tensor]:

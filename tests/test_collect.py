@@ -96,6 +96,29 @@ def test_another_run_does_not_go_into_the_same_folder(tmp_path):
     assert len(WeightZoo(tmp_path / "zoo")) == 6
 
 
+def test_what_the_task_froze_stays_frozen(tmp_path):
+    (tmp_path / "task.py").write_text(
+        textwrap.dedent("""
+            from pdiff_hf.tasks.digits import DigitsMLP
+            class Frozen(DigitsMLP):
+                def build_network(self):
+                    network = super().build_network()
+                    network[1].weight.requires_grad_(False)
+                    return network
+        """)
+    )
+    zoo = run_collect(config(tmp_path / "zoo", task=f"{tmp_path}/task.py:Frozen"))
+    networks = [zoo.state_dict(index) for index in (0, 5)]
+    assert torch.equal(networks[0]["1.weight"], networks[1]["1.weight"])
+    assert not torch.equal(networks[0]["3.weight"], networks[1]["3.weight"])
+
+
+def test_one_zoo_is_collected_by_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="`pdiff-hf collect` runs in one process"):
+        run_collect(config(tmp_path / "zoo"))
+
+
 def test_a_number_of_networks_below_one_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="have to be at least 1"):
         run_collect(config(tmp_path / "zoo", num_networks=0))

@@ -114,6 +114,15 @@ def test_a_task_that_does_not_fit_is_refused_with_the_tensors(digits_zoo, other_
         run_evaluate(config(digits_zoo, other_zoo, tmp_path, task="digits-mlp"))
 
 
+def test_a_zoo_does_not_choose_the_code_that_runs(digits_zoo, tmp_path):
+    (tmp_path / "evil.py").write_text("raise SystemExit('code that a zoo named ran')")
+    digits_zoo.save_pretrained(tmp_path / "zoo")
+    description = json.loads((tmp_path / "zoo" / "zoo.json").read_text()) | {"task": f"{tmp_path}/evil.py:Evil"}
+    (tmp_path / "zoo" / "zoo.json").write_text(json.dumps(description))
+    with pytest.raises(ZooError, match=r"which is code of its own: pass --task .*evil\.py:Evil to run it"):
+        run_evaluate(config(WeightZoo(tmp_path / "zoo"), digits_zoo, tmp_path / "report"))
+
+
 def test_an_empty_zoo_is_refused(digits_zoo, tmp_path):
     empty = WeightZoo.create(tmp_path / "empty", digits_zoo.layout)
     with pytest.raises(ZooError, match="Nothing to compare: 40 trained and 0 generated networks"):

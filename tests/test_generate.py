@@ -19,7 +19,8 @@ def test_a_generated_zoo_names_what_made_each_network_so_that_it_can_be_made_aga
     row = zoo.metadata[3]
     assert row["seed"] == 13
     assert row["scheduler"] == "DDPMScheduler"
-    pipe = load_pipeline(row["pipeline"])
+    assert row["pipeline"] == digits_pipeline.name
+    pipe = load_pipeline(digits_pipeline)
     again = pipe(
         generator=torch.Generator().manual_seed(row["seed"]),
         num_inference_steps=row["num_inference_steps"],
@@ -48,6 +49,7 @@ def test_another_scheduler_can_be_named(digits_pipeline, tmp_path):
         ({"scheduler": "NoSuchScheduler"}, r"'NoSuchScheduler' is no scheduler.*DDIMScheduler, .*DPMSolverMultistep"),
         ({"scheduler": "UNet2DModel"}, "is no scheduler that fits"),
         ({"num_networks": 0}, "num_networks has to be at least 1, and is 0"),
+        ({"num_inference_steps": 1001}, "num_inference_steps is 1001; the scheduler has 1000 timesteps"),
         ({"num_inference_steps": 0}, "num_inference_steps has to be at least 1"),
         ({"pipeline": "no/such/folder"}, r"no/such/folder holds no pipeline: there is no model_index\.json"),
     ],

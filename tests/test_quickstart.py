@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pdiff_hf import WeightZoo, load_pipeline, load_task
+from pdiff_hf.config import ConfigError
 from pdiff_hf.quickstart import QuickstartConfig, run_quickstart
 
 from .conftest import run
@@ -86,11 +87,9 @@ def test_other_schedulers_are_as_good(quickstart, accuracies, scheduler, steps):
     assert min(scores) >= accuracies["trained"]["min"] - 0.01
 
 
-def test_the_quickstart_removes_nothing_but_its_own_folders(tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
+def test_the_quickstart_removes_nothing_that_it_did_not_make(tmp_path):
     (tmp_path / "zoo").mkdir()
-    (tmp_path / "zoo" / "old").touch()
-    with pytest.raises(ValueError, match="no task"):
-        run_quickstart(QuickstartConfig(output_dir=str(tmp_path), task="no-such-task"))
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
-    assert not (tmp_path / "zoo" / "old").exists()
+    (tmp_path / "zoo" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds zoo, which no quickstart made"):
+        run_quickstart(QuickstartConfig(output_dir=str(tmp_path)))
+    assert (tmp_path / "zoo" / "thesis.txt").read_text() == "mine"

@@ -99,6 +99,21 @@ def test_prediction_is_in_evaluation_mode_and_leaves_each_mode_as_it_was():
     assert [module.training for module in network] == [True, False, True]
 
 
+def test_a_file_may_import_its_neighbours_and_use_dataclasses(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("import torch\nLAYER = torch.nn.Linear(3, 2)\n")
+    (tmp_path / "mine2.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from neighbour_of_mine import LAYER\n"
+        "@dataclass\n"
+        "class Mine:\n"
+        "    width: int = 3\n"
+        "    def build_network(self): return LAYER\n"
+        "    def data(self, split): return None\n"
+    )
+    assert load_task(f"{tmp_path}/mine2.py:Mine").build_network().in_features == 3
+
+
 def test_a_plain_class_of_ones_own_file_becomes_a_task(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(

@@ -78,8 +78,15 @@ def test_the_card_and_the_facts_stand_beside_the_pipeline(digits_pipeline):
     assert torch.__version__.startswith(facts["versions"]["torch"].partition("+")[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.parametrize("checkpoint", ["checkpoint-20", "checkpoint-80"])
+@pytest.mark.parametrize(
+    ("number", "checkpoint"),
+    [
+        (signal.SIGINT, "checkpoint-20"),
+        (signal.SIGKILL, "checkpoint-80"),
+        pytest.param(signal.SIGKILL, "checkpoint-20", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "checkpoint-80", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_training_resumes_with_the_losses_of_an_uninterrupted_one(
     digits_zoo, uninterrupted, tmp_path, number, checkpoint
 ):
@@ -134,7 +141,9 @@ def test_a_training_is_not_mixed_with_another(digits_zoo, tmp_path):
         TrainingError, match=r"holds checkpoint-100 of an earlier training.*--resume-from-checkpoint latest"
     ):
         run_train(small_config(digits_zoo, tmp_path))
-    with pytest.raises(TrainingError, match=r"no checkpoint .*checkpoint-7\. Present: checkpoint-50, checkpoint-100"):
+    with pytest.raises(
+        TrainingError, match=r"no checkpoint checkpoint-7 in .*\. Present: checkpoint-50, checkpoint-100"
+    ):
         run_train(small_config(digits_zoo, tmp_path, resume_from_checkpoint="checkpoint-7"))
     with pytest.raises(ConfigError, match="holds a run with seed 0, not 1"):
         run_train(small_config(digits_zoo, tmp_path, resume_from_checkpoint="latest", checkpointing_steps=50, seed=1))
@@ -178,6 +187,47 @@ def test_two_processes_train_one_pipeline(digits_zoo, tmp_path):
     assert len(values) == 120
     assert sum(values[50:60]) < 0.8 * sum(values[:10])
     assert isinstance(load_pipeline(folder), NeuralNetworkDiffusionPipeline)
+
+
+def test_what_cannot_be_trained_is_said_before_anything_is_written(digits_zoo, tmp_path):
+    for changes, message in (
+        ({"batch_size": 0}, "batch_size has to be at least 1, and is 0"),
+        ({"vae_steps": 0}, "vae_steps has to be at least 1"),
+        ({"checkpointing_steps": 0}, "checkpointing_steps has to be at least 1"),
+        ({"checkpoints_total_limit": 0}, "checkpoints_total_limit has to be at least 1"),
+        ({"block_out_channels": (30, 60)}, "have to be multiples of 8"),
+        ({"block_out_channels": ()}, "have to be multiples of 8"),
+        ({"output_dir": str(digits_zoo.folder)}, "holds a zoo"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_train(small_config(digits_zoo, tmp_path / "pipeline", **changes))
+    assert not (tmp_path / "pipeline").exists()
+
+
+def test_identical_networks_have_no_distribution(tmp_path):
+    network = torch.nn.Linear(2, 2).state_dict()
+    with WeightZoo.create(tmp_path / "zoo", ParameterLayout.from_state_dict(network)) as zoo:
+        for _ in range(3):
+            zoo.append(network)
+    with pytest.raises(ZooError, match=r"The 3 networks of .* are identical"):
+        run_train(small_config(zoo, tmp_path / "pipeline"))
+
+
+def test_processes_that_accelerate_does_not_see_are_refused(digits_zoo, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="2 processes were started, and accelerate sees 1"):
+        run_train(small_config(digits_zoo, tmp_path / "pipeline"))
+
+
+def test_a_zoo_that_grew_does_not_resume(digits_zoo, tmp_path):
+    digits_zoo.save_pretrained(tmp_path / "zoo")
+    zoo = WeightZoo(tmp_path / "zoo")
+    run_train(small_config(zoo, tmp_path / "pipeline", checkpointing_steps=50))
+    with zoo:
+        zoo.append(zoo[0])
+    again = small_config(zoo, tmp_path / "pipeline", checkpointing_steps=50, resume_from_checkpoint="latest")
+    with pytest.raises(ConfigError, match="holds a run with 40 networks, not 41"):
+        run_train(again)
 
 
 def test_losses_go_to_a_tracker(digits_zoo, tmp_path):

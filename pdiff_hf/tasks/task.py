@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -103,10 +104,14 @@ def load_task(name_or_path: str | Task) -> Task:
     if place.endswith(".py"):
         if not Path(place).is_file():
             raise TaskError(f"The task {name_or_path!r} names a file that does not exist: {Path(place).absolute()}.")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        # Its neighbours can be imported, as where the file is run as a script.
+        sys.path.insert(0, str(Path(place).absolute().parent))
+        spec = importlib.util.spec_from_file_location(f"pdiff_hf_task_{Path(place).stem}", place)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        # Dataclasses and pickles look their module up.
+        sys.modules[module.__name__] = module
         spec.loader.exec_module(module)
     else:
         try:

@@ -41,7 +41,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         vae (`ParameterAutoencoderKL`): Decodes latents to normalized parameter vectors.
         layout (`ParameterLayout`): Turns normalized vectors into state dicts.
         scheduler (`SchedulerMixin`): `DDPMScheduler` in training; any discrete-time scheduler of diffusers can be
-            swapped in with `SchedulerClass.from_config(pipe.scheduler.config)`.
+            swapped in with `SchedulerClass.from_config(pipe.scheduler.config)` (see `pipe.scheduler.compatibles`).
     """
 
     model_cpu_offload_seq = "unet->vae"
@@ -83,7 +83,13 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, and is "
                 f"{list(tensor_inputs)}."
             )
-        if not hasattr(self.scheduler, "scale_model_input") or not hasattr(self.scheduler, "init_noise_sigma"):
+        step = inspect.signature(getattr(self.scheduler, "step", lambda: None)).parameters
+        needed = {name for name, parameter in step.items() if parameter.default is inspect.Parameter.empty}
+        if (
+            needed != {"model_output", "timestep", "sample"}
+            or not hasattr(self.scheduler, "scale_model_input")
+            or not hasattr(self.scheduler, "init_noise_sigma")
+        ):
             raise ValueError(
                 f"{type(self.scheduler).__name__} does not fit a denoiser that was trained on discrete timesteps. "
                 "Swap in one such as DDPMScheduler, DDIMScheduler or DPMSolverMultistepScheduler."
@@ -195,7 +201,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
 
                 # 5. Decode
                 if output_type != "latent":
-                    normalized = self.vae.decode(batch, return_dict=False)[0]
+                    normalized = self.vae.decode(batch.to(self.vae.dtype), return_dict=False)[0]
                     batch = self.layout(normalized, return_dict=False)[0]
                 batches.append(batch if output_type in ("pt", "latent") else batch.cpu())
 
@@ -248,6 +254,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         # Custom components are named by the file that travels with them, wherever their code was loaded from.
         for name, value in kwargs.items():
             if isinstance(value, tuple) and value[0] is not None and _is_custom(value[0]):
+                if value[0] == "__main__":
+                    raise ValueError(f"{value[1]} is defined in a script: put it into a module, which can be saved.")
                 kwargs[name] = (value[0].rpartition(".")[2], value[1])
         super().register_to_config(**kwargs)
 
@@ -288,7 +296,9 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         config = super().load_config(*args, **kwargs)
         package = __name__.rpartition(".")[0]
         for name, value in config.items():
-            if isinstance(value, (list, tuple)) and isinstance(value[0], str) and value[0].isidentifier():
+            if not isinstance(value, (list, tuple)) or len(value) != 2 or not name.isidentifier():
+                continue
+            if isinstance(value[0], str) and value[0].isidentifier():
                 module = f"{package}.{name}.{value[0]}"
                 if name == "_class_name":
                     config[name] = value[1]

@@ -18,8 +18,10 @@ from diffusers import (
     UNet1DModel,
     UniPCMultistepScheduler,
 )
+from safetensors.torch import load_file, save_file
 
 from pdiff_hf import NeuralNetworkDiffusionPipeline, ParameterLayout, load_pipeline, load_task
+from pdiff_hf.hub import PipelineError
 
 
 COMPONENT_FILES = [
@@ -143,6 +145,62 @@ def test_loading_with_this_package_runs_none_of_the_folders_code(pipe, tmp_path)
     for file in COMPONENT_FILES:
         (tmp_path / file).write_text("raise SystemExit('code of a folder ran')")
     assert torch.equal(sample(load_pipeline(tmp_path)), sample(pipe))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: weights_without(folder / "unet", "conv_in.weight"),
+            r"unet do not fit its config: conv_in\.weight",
+        ),
+        (lambda folder: weights_without(folder / "layout", "mean"), "layout do not fit its config: mean"),
+        (lambda folder: weights_with(folder / "layout", mean=torch.full((1898,), torch.nan)), "are no numbers"),
+        (lambda folder: (folder / "layout" / "config.json").write_text("{"), "cannot be loaded"),
+        (lambda folder: (folder / "model_index.json").write_text("[]"), "cannot be loaded"),
+        (lambda folder: (folder / "model_index.json").write_text('{"unet": []}'), "cannot be loaded"),
+        (lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "cannot be loaded"),
+        (lambda folder: claim(folder / "layout", 10**12), r"claims 1,000,000,000,000 numbers"),
+    ],
+)
+def test_a_damaged_or_hostile_pipeline_is_refused(pipe, tmp_path, damage, message):
+    pipe.save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(PipelineError, match=message):
+        load_pipeline(tmp_path)
+
+
+def weights_without(folder, name):
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
+def weights_with(folder, **changes):
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors") | changes
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
+def claim(folder, size):
+    config = json.loads((folder / "config.json").read_text())
+    config["tensors"][0]["shape"] = [size]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_component_of_a_script_cannot_be_saved(pipe):
+    script_class = type("Mine", (type(pipe.unet),), {"__module__": "__main__"})
+    with pytest.raises(ValueError, match="Mine is defined in a script"):
+        pipe.unet = script_class()
+
+
+def test_components_may_have_different_precisions(pipe):
+    pipe.unet.to(torch.bfloat16)
+    assert torch.isfinite(sample(pipe)).all()
+
+
+def test_one_saved_network_is_not_the_whole_batch(pipe, tmp_path):
+    torch.save(sample(pipe, num_networks=20, output_type="state_dict")[0], tmp_path / "one.pt")
+    assert (tmp_path / "one.pt").stat().st_size < 3 * 4 * 1898
 
 
 def test_a_reloaded_pipeline_saved_again_is_the_same(digits_pipeline, tmp_path):

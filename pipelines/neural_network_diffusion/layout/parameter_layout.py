@@ -189,7 +189,7 @@ class ParameterLayout(ModelMixin, ConfigMixin):
 
         Returns:
             `list[dict[str, torch.Tensor]]`: One state dict a row, in the network's own dtypes. The frozen tensors are
-            the same objects in all of them; float32 tensors are views of `vectors`.
+            the same objects in all of them; nothing shares memory with `vectors` or the layout.
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.vector_size:
             raise ValueError(f"Expected vectors of shape [N, {self.vector_size}], and found {list(vectors.shape)}.")
@@ -197,7 +197,8 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         generated = self.tensors(GENERATED)
         state_dicts = []
         for vector in vectors:
-            parts = vector.split([_numel(tensor) for tensor in generated])
+            # A copy a network: saving one of them does not save them all.
+            parts = vector.clone().split([_numel(tensor) for tensor in generated])
             values = {
                 tensor["name"]: part.view(tensor["shape"]).to(getattr(torch, tensor["dtype"]))
                 for tensor, part in zip(generated, parts, strict=True)

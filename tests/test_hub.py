@@ -1,0 +1,420 @@
+"""Zoos and pipelines over a real server with the real clients. What talks to it runs in a process of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import DatasetCard, HfApi, ModelCard, snapshot_download
+
+from pdiff_hf import ParameterLayout, WeightZoo, ZooError, load_pipeline
+from pdiff_hf.cli import main as cli
+from pdiff_hf.hub import GENERATED, HubError, merge_cards, push
+
+from .conftest import SMALL_TRAINING, random_network
+from .hub_server import NOTHING_IS_LARGE, HubClient, HubServer, client_environment
+
+
+@pytest.fixture(scope="module", params=["lfs", pytest.param("xet", marks=pytest.mark.slow)])
+def server(request, tmp_path_factory):
+    """A server, once with large files by LFS and once with Xet on and every file a regular one."""
+    threshold = NOTHING_IS_LARGE if request.param == "xet" else 10_000
+    with HubServer(tmp_path_factory.mktemp("hub"), lfs_threshold=threshold) as server:
+        server.xet = request.param == "xet"
+        yield server
+
+
+@pytest.fixture(scope="module")
+def alice(server, tmp_path_factory):
+    """A process of alice's: calls functions of this module."""
+    client = HubClient(client_environment(server.url, tmp_path_factory.mktemp("alice"), xet=server.xet))
+    yield client
+    client.stop()
+
+
+@pytest.fixture
+def big_zoo(tmp_path) -> WeightZoo:
+    """A thousand networks in eight shards."""
+    network = {"weight": torch.zeros(50)}
+    zoo = WeightZoo.create(tmp_path / "big", ParameterLayout.from_state_dict(network), networks_per_shard=128)
+    with zoo:
+        for index in range(1000):
+            zoo.append(torch.full((50,), float(index)), seed=index)
+    return zoo
+
+
+def sample(pipe) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(num_networks=3, num_inference_steps=3, output_type="pt", generator=generator).state_dicts
+
+
+def commits(repo: str, repo_type: str = "model") -> list[str]:
+    return [commit.commit_id for commit in HfApi().list_repo_commits(repo, repo_type=repo_type)]
+
+
+def push_folder(folder: Path, repo: str, **arguments) -> str:
+    return push(folder, repo, **arguments).oid
+
+
+def push_as_diffusers_does(folder: Path, repo: str) -> list[str]:
+    DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).push_to_hub(repo)
+    return HfApi().list_repo_files(repo)
+
+
+def load_and_sample(repo: str, **arguments) -> torch.Tensor:
+    return sample(DiffusionPipeline.from_pretrained(repo, trust_remote_code=True, **arguments))
+
+
+def load_cached_and_sample(repo: str) -> torch.Tensor:
+    # By name, diffusers asks the Hub for the commit of remote code even when it is offline.
+    return load_and_sample(snapshot_download(repo))
+
+
+def load_with_the_package_and_sample(repo: str) -> torch.Tensor:
+    return sample(load_pipeline(repo))
+
+
+def message_of(function, *arguments) -> str:
+    try:
+        function(*arguments)
+    except HubError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_pushed_pipeline_is_complete_and_anyone_loads_it(server, alice, digits_pipeline):
+    files = alice(push_as_diffusers_does, digits_pipeline, "alice/diffusers-way")
+    assert {"pipeline.py", "layout/parameter_layout.py", "unet/parameter_unet.py", "README.md"} < set(files)
+    assert len(alice(commits, "alice/diffusers-way")) == 2  # the one that made the repository, and one
+    expected = sample(load_pipeline(digits_pipeline))
+    assert torch.equal(alice(load_and_sample, "alice/diffusers-way"), expected)
+
+
+def test_remote_code_is_neither_run_nor_downloaded_by_the_package(server, alice, digits_pipeline):
+    alice(push_folder, digits_pipeline, "alice/no-code")
+    server.clear_log()
+    found = alice(load_with_the_package_and_sample, "alice/no-code")
+    assert torch.equal(found, sample(load_pipeline(digits_pipeline)))
+    fetched = [exchange["path"] for exchange in server.log("/resolve/") if exchange["method"] == "GET"]
+    assert fetched
+    assert not [path for path in fetched if path.endswith(".py")]
+
+
+def test_the_same_content_makes_no_second_commit(alice, digits_pipeline, zoo):
+    for folder, repo, repo_type in (
+        (digits_pipeline, "alice/twice", "model"),
+        (zoo.folder, "alice/twice-zoo", "dataset"),
+    ):
+        first = alice(push_folder, folder, repo)
+        assert alice(push_folder, folder, repo) == first
+        assert len(alice(commits, repo, repo_type)) == 2
+
+
+def tag_and_change(folder: Path, repo: str) -> None:
+    HfApi().create_tag(repo, tag="v1")
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.zero_()
+    pipe.push_to_hub(repo)
+
+
+def test_a_tag_keeps_its_networks(alice, digits_pipeline):
+    alice(push_folder, digits_pipeline, "alice/tagged")
+    alice(tag_and_change, digits_pipeline, "alice/tagged")
+    expected = sample(load_pipeline(digits_pipeline))
+    assert torch.equal(alice(load_and_sample, "alice/tagged"), expected) is False
+    offline = {"revision": "v1"}
+    assert torch.equal(alice(call_with, load_and_sample, "alice/tagged", offline), expected)
+
+
+def call_with(function, name: str, arguments: dict):
+    return function(name, **arguments)
+
+
+def test_another_environment_without_this_package_samples_saves_and_pushes_the_same(
+    server, alice, digits_pipeline, tmp_path
+):
+    alice(push_folder, digits_pipeline, "alice/elsewhere")
+    before = alice(commits, "alice/elsewhere")
+    site = tmp_path / "site"
+    site.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not entry.name.startswith(("pdiff_hf", "__editable__")):
+            (site / entry.name).symlink_to(entry)
+    script = textwrap.dedent("""
+        import importlib.util, sys
+        sys.path.insert(0, sys.argv[1])
+        import torch
+        from diffusers import DiffusionPipeline
+        assert importlib.util.find_spec("pdiff_hf") is None
+        torch.set_num_threads(1)
+        pipe = DiffusionPipeline.from_pretrained("alice/elsewhere", trust_remote_code=True)
+        generator = torch.Generator().manual_seed(0)
+        vectors = pipe(num_networks=3, num_inference_steps=3, output_type="pt", generator=generator).state_dicts
+        torch.save(vectors, sys.argv[2])
+        pipe.push_to_hub("alice/elsewhere")
+    """)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script, str(site), str(tmp_path / "vectors.pt")],
+        cwd=tmp_path,
+        env={**os.environ, **client_environment(server.url, tmp_path / "home", xet=server.xet)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "vectors.pt"), sample(load_pipeline(digits_pipeline)))
+    assert alice(commits, "alice/elsewhere") == before
+
+
+def read_network(repo: str, index: int) -> tuple[int, torch.Tensor, dict]:
+    zoo = WeightZoo.from_pretrained(repo)
+    return len(zoo), zoo[index], zoo.metadata[index]
+
+
+def read_all(repo: str, revision: str | None = None) -> torch.Tensor:
+    return torch.cat(list(WeightZoo.from_pretrained(repo, revision=revision).batches(100)))
+
+
+def test_one_network_of_eight_shards_costs_one_shard(server, alice, big_zoo):
+    alice(push_folder, big_zoo.folder, "alice/big")
+    server.clear_log()
+    count, network, row = alice(read_network, "alice/big", 300)
+    assert (count, row["seed"]) == (1000, 300)
+    assert torch.equal(network, torch.full((50,), 300.0))
+    fetched = {exchange["path"] for exchange in server.log("networks-") if exchange["bytes_out"] > 5000}
+    assert len(fetched) == 1
+    assert "networks-00003-of-00008" in fetched.pop()
+    assert torch.equal(alice(read_all, "alice/big"), big_zoo.vectors())
+
+
+def test_a_grown_zoo_is_a_new_commit_and_the_old_one_stays(alice, zoo):
+    first = alice(push_folder, zoo.folder, "alice/growing")
+    with zoo:
+        for seed in range(10, 17):
+            zoo.append(random_network(seed).state_dict(), seed=seed)
+    second = alice(push_folder, zoo.folder, "alice/growing")
+    assert second != first
+    assert torch.equal(alice(read_all, "alice/growing"), zoo.vectors())
+    assert torch.equal(alice(read_all, "alice/growing", first), zoo.vectors(range(10)))
+
+
+def append_to_the_cache(repo: str) -> str:
+    try:
+        WeightZoo.from_pretrained(repo).append(torch.zeros(42))
+    except ZooError as error:
+        return str(error)
+    return "no error"
+
+
+def copy_and_append(repo: str, folder: Path) -> int:
+    WeightZoo.from_pretrained(repo).save_pretrained(folder)
+    with WeightZoo(folder) as zoo:
+        zoo.append(random_network(99).state_dict(), seed=99)
+    zoo.push_to_hub(repo)
+    return len(WeightZoo.from_pretrained(repo))
+
+
+def test_the_cache_is_not_appended_to_but_a_copy_is(alice, zoo, tmp_path):
+    alice(push_folder, zoo.folder, "alice/copied")
+    assert "read-only: copy it with save_pretrained" in alice(append_to_the_cache, "alice/copied")
+    assert alice(copy_and_append, "alice/copied", tmp_path / "copy") == 11
+    assert not any(path.is_symlink() for path in (tmp_path / "copy").iterdir())
+
+
+def load_table(repo: str) -> list[dict]:
+    import datasets
+
+    datasets.config.USE_PARQUET_EXPORT = False
+    return list(datasets.load_dataset(repo, split="train"))
+
+
+def test_the_metadata_is_a_table_for_datasets(alice, digits_zoo):
+    alice(push_folder, digits_zoo.folder, "alice/table")
+    rows = alice(load_table, "alice/table")
+    assert [row["step"] for row in rows] == [row["step"] for row in digits_zoo.metadata]
+
+
+def try_to_push(folder: Path, repo: str) -> str:
+    try:
+        push(folder, repo)
+    except Exception as error:
+        return type(error).__name__
+    return "no error"
+
+
+def test_a_push_that_dies_half_way_changes_nothing_and_can_be_repeated(server, alice, big_zoo):
+    first = alice(push_folder, big_zoo.folder, "alice/dying")
+    with big_zoo:
+        big_zoo.append(torch.zeros(50))
+    server.faults("drop", path="/commit/", after_bytes=0, count=50)
+    outcome = alice(try_to_push, big_zoo.folder, "alice/dying")
+    server.clear_faults()
+    assert outcome != "no error"
+    assert alice(commits, "alice/dying", "dataset")[0] == first
+    alice(push_folder, big_zoo.folder, "alice/dying")
+    assert len(alice(read_all, "alice/dying")) == 1001
+
+
+def push_against_another_writer(folder: Path, repo: str) -> str:
+    """Pushes while somebody else commits between the look at the repository and the commit."""
+    look = HfApi.list_repo_files
+
+    def look_and_be_overtaken(self, repo_id, **arguments):
+        files = look(self, repo_id, **arguments)
+        HfApi.list_repo_files = look
+        options = {"path_in_repo": "notes.txt", "repo_id": repo_id, "repo_type": arguments["repo_type"]}
+        HfApi().upload_file(path_or_fileobj=b"first", **options)
+        return files
+
+    HfApi.list_repo_files = look_and_be_overtaken
+    return message_of(push, folder, repo)
+
+
+def test_of_two_writers_the_second_is_told_to_pull(alice, zoo):
+    alice(push_folder, zoo.folder, "alice/race")
+    with zoo:
+        zoo.append(random_network(50).state_dict(), seed=50)
+    assert "Somebody else pushed meanwhile. Nothing was changed" in alice(
+        push_against_another_writer, zoo.folder, "alice/race"
+    )
+    assert len(alice(read_all, "alice/race")) == 10
+    alice(push_folder, zoo.folder, "alice/race")
+    assert len(alice(read_all, "alice/race")) == 11
+
+
+def errors_of(repo: str, folder: Path) -> dict[str, str]:
+    return {
+        "absent": message_of(WeightZoo.from_pretrained, "alice/never-was"),
+        "revision": message_of(WeightZoo.from_pretrained, repo, "v9"),
+        "namespace": message_of(push, folder, "bob/mine"),
+        "name": message_of(push, folder, "a/b/c"),
+    }
+
+
+def test_errors_say_what_to_do_and_never_a_token(alice, zoo):
+    alice(push_folder, zoo.folder, "alice/errors")
+    messages = alice(errors_of, "alice/errors", zoo.folder)
+    assert "is not on the Hub or is private. Check the name, or log in with `hf auth login`" in messages["absent"]
+    assert "alice/errors has no revision 'v9'" in messages["revision"]
+    assert "This account may not do that there" in messages["namespace"]
+    assert "is no name of a repository" in messages["name"]
+    assert not re.search("hf_alice|http", "".join(messages.values()))
+
+
+def test_a_private_zoo_is_for_its_owner_alone(server, alice, zoo, tmp_path):
+    alice(call_with, push_private, "alice/secret", {"folder": zoo.folder})
+    assert len(alice(read_all, "alice/secret")) == 10
+    for token in ("hf_bob", None):
+        other = HubClient(client_environment(server.url, tmp_path / str(token), token=token, xet=server.xet))
+        assert "is private" in other(message_of, WeightZoo.from_pretrained, "alice/secret")
+        other.stop()
+
+
+def push_private(repo: str, folder: Path) -> None:
+    push(folder, repo, private=True)
+
+
+def test_without_the_hub_the_cache_serves_and_what_is_not_in_it_is_named(
+    server, alice, zoo, digits_pipeline, tmp_path
+):
+    alice(push_folder, zoo.folder, "alice/offline")
+    alice(push_folder, digits_pipeline, "alice/offline-pipeline")
+    home = tmp_path / "home"
+    online = HubClient(client_environment(server.url, home, xet=server.xet))
+    online(read_network, "alice/offline", 1)
+    expected = online(load_cached_and_sample, "alice/offline-pipeline")
+    online.stop()
+    offline = HubClient({**client_environment(server.url, home), "HF_HUB_OFFLINE": "1"})
+    server.clear_log()
+    assert torch.equal(offline(read_network, "alice/offline", 0)[1], zoo[0])
+    assert torch.equal(offline(load_with_the_package_and_sample, "alice/offline-pipeline"), expected)
+    assert torch.equal(offline(load_cached_and_sample, "alice/offline-pipeline"), expected)
+    assert "not in the cache, and the Hub cannot be reached" in offline(message_of, read_all, "alice/offline")
+    assert "not in the cache" in offline(message_of, WeightZoo.from_pretrained, "alice/never-seen")
+    assert server.log() == []
+    offline.stop()
+
+
+def edit_card(repo: str) -> None:
+    card = ModelCard.load(repo)
+    card.text = "My own introduction.\n" + card.text + "\nMy own end.\n"
+    card.data.license = "mit"
+    card.push_to_hub(repo)
+
+
+def card_of(repo: str, repo_type: str) -> str:
+    return (DatasetCard if repo_type == "dataset" else ModelCard).load(repo).content
+
+
+def test_what_a_person_wrote_into_a_card_stays(alice, digits_pipeline):
+    alice(push_folder, digits_pipeline, "alice/card")
+    alice(edit_card, "alice/card")
+    alice(push_folder, digits_pipeline, "alice/card")
+    card = alice(card_of, "alice/card", "model")
+    assert card.index("My own introduction.") < card.index(GENERATED[0]) < card.index(GENERATED[1])
+    assert card.index(GENERATED[1]) < card.index("My own end.")
+    metadata = ModelCard(card).data.to_dict()
+    assert metadata["license"] == "mit"
+    assert metadata["library_name"] == "diffusers"
+
+
+def test_cards_are_merged_around_the_generated_part():
+    start, end = GENERATED
+    new = f"---\ntags: [b]\n---\n{start}\nnew\n{end}\n"
+    old = f"---\nlicense: mit\ntags: [a]\npretty_name: Mine\n---\nbefore\n{start}\nold\n{end}\nafter\n"
+    merged = merge_cards(new, old)
+    assert merged.split("---\n")[2] == f"before\n{start}\nnew\n{end}\nafter\n"
+    assert ModelCard(merged).data.to_dict() == {"license": "mit", "tags": ["a", "b"], "pretty_name": "Mine"}
+    assert merge_cards(new, merged) == merged
+    assert merge_cards(new, None) == merge_cards(new, new)
+    foreign = merge_cards(new, "---\nlicense: mit\n---\n# Somebody else's\n")
+    assert foreign.index("# Somebody else's") < foreign.index("new")
+
+
+def run_cli(*arguments: str) -> None:
+    sys.argv = ["pdiff-hf", *arguments]
+    cli()
+
+
+def test_the_command_line_pushes_and_pulls(alice, zoo, digits_pipeline, tmp_path):
+    alice(run_cli, "push", "--folder", str(zoo.folder), "--repo", "alice/cli-zoo")
+    alice(run_cli, "pull", "--repo", "alice/cli-zoo", "--kind", "zoo", "--output-dir", str(tmp_path / "zoo2"))
+    assert torch.equal(WeightZoo(tmp_path / "zoo2").vectors(), zoo.vectors())
+    alice(run_cli, "push", "--folder", str(digits_pipeline), "--repo", "alice/cli-pipeline", "--private", "True")
+    alice(run_cli, "pull", "--repo", "alice/cli-pipeline", "--output-dir", str(tmp_path / "pipeline2"))
+    assert torch.equal(sample(load_pipeline(tmp_path / "pipeline2")), sample(load_pipeline(digits_pipeline)))
+
+
+def test_training_pushes_in_the_end_and_keeps_checkpoints_to_itself(alice, digits_zoo, tmp_path):
+    arguments = ["--zoo", str(digits_zoo.folder), "--output-dir", str(tmp_path), "--push_to_hub", "alice/trained"]
+    for name in ("vae_steps", "unet_steps", "hidden_channels"):
+        arguments += [f"--{name}", str(SMALL_TRAINING[name])]
+    alice(run_cli, "train", *arguments, "--checkpointing-steps", "50")
+    assert (tmp_path / "checkpoint-100").exists()
+    files = alice(list_files, "alice/trained")
+    assert "model_index.json" in files
+    assert not [name for name in files if "checkpoint" in name]
+    assert len(alice(commits, "alice/trained")) == 2
+
+
+def list_files(repo: str) -> list[str]:
+    return HfApi().list_repo_files(repo)
+
+
+def test_neither_zoo_nor_pipeline_is_not_pushed(tmp_path, zoo):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HubError, match="holds neither a zoo"):
+        push(tmp_path / "empty", "alice/empty")
+    (zoo.folder / "networks-00004-of-00004.safetensors.part").touch()
+    with pytest.raises(HubError, match="is unfinished"):
+        push(zoo.folder, "alice/unfinished")
+    assert json.loads((zoo.folder / "zoo.json").read_text())["task"] == "none"
