@@ -20,6 +20,7 @@ from pdiff_hf.hub import GENERATED, HubError, merge_cards, push
 
 from .conftest import SMALL_TRAINING, random_network
 from .hub_server import NOTHING_IS_LARGE, HubClient, HubServer, client_environment
+from .test_readme import commands, containing
 
 
 @pytest.fixture(scope="module", params=["lfs", pytest.param("xet", marks=pytest.mark.slow)])
@@ -392,6 +393,29 @@ def test_the_command_line_pushes_and_pulls(alice, zoo, digits_pipeline, tmp_path
     alice(run_cli, "push", "--folder", str(digits_pipeline), "--repo", "alice/cli-pipeline", "--private", "True")
     alice(run_cli, "pull", "--repo", "alice/cli-pipeline", "--output-dir", str(tmp_path / "pipeline2"))
     assert torch.equal(sample(load_pipeline(tmp_path / "pipeline2")), sample(load_pipeline(digits_pipeline)))
+
+
+def run_cli_in(folder: Path, arguments: list[str]) -> None:
+    os.chdir(folder)
+    run_cli(*arguments)
+
+
+def test_the_readme_shares_as_it_says(alice, digits_zoo, digits_pipeline, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "zoo").symlink_to(digits_zoo.folder)
+    (tmp_path / "runs" / "pipeline").symlink_to(digits_pipeline)
+    lines = commands(containing("bash", "pdiff-hf push"))
+    assert [arguments[:2] for arguments in lines] == [
+        ["hf", "auth"],
+        ["pdiff-hf", "push"],
+        ["pdiff-hf", "push"],
+        ["pdiff-hf", "pull"],
+    ]
+    for arguments in lines[1:]:
+        alice(run_cli_in, tmp_path, [argument.replace("me/", "alice/") for argument in arguments[1:]])
+    assert torch.equal(WeightZoo(tmp_path / "runs" / "pulled").vectors(), digits_zoo.vectors())
+    found = alice(load_and_sample, "alice/pdiff-digits-convnet")
+    assert torch.equal(found, sample(load_pipeline(digits_pipeline)))
 
 
 def test_training_pushes_in_the_end_and_keeps_checkpoints_to_itself(alice, digits_zoo, tmp_path):
