@@ -13,7 +13,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --dist=loadfile
 
 # The lower bounds of pyproject.toml, on the oldest Python: downloads a torch of several gigabytes.
 test-lowest:

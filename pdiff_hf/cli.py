@@ -10,6 +10,7 @@ STAGES = {
     "generate": "sample networks from a pipeline into a zoo",
     "evaluate": "compare generated networks with those that they were learned from",
     "quickstart": "all of it on scikit-learn's digits",
+    "import": "make a zoo of model repositories on the Hub",
     "push": "put a zoo or a pipeline on the Hub",
     "pull": "get a zoo or a pipeline from the Hub",
 }
@@ -19,7 +20,7 @@ def main() -> None:
     """Runs a stage with the arguments after its name."""
     stage = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if stage in STAGES:
-        module, name = ("share", f"{stage}_main") if stage in ("push", "pull") else (stage, "main")
+        module, name = ("share", f"{stage}_main") if stage in ("import", "push", "pull") else (stage, "main")
         getattr(importlib.import_module(f".{module}", __package__), name)(sys.argv[2:])
         return
     lines = ["usage: pdiff-hf STAGE [--config FILE] [arguments]", ""]

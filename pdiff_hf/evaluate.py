@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .config import one_process, save_run, stage_main, versions
 from .extras import require
+from .hub import write_evaluation
 from .tasks import Task, TaskError, load_task
 from .tasks.task import BUILT_IN
 from .zoo import WeightZoo, ZooError
@@ -37,6 +38,8 @@ class EvaluateConfig:
     """Folder of the generated zoo."""
     output_dir: str = "runs/report"
     """Folder of the report: report.json and accuracy.png."""
+    pipeline: str | None = None
+    """Folder of the pipeline that generated; its card gets the figures and the picture."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,14 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     save_run(config.output_dir, "evaluate", config)
     write_report(report, config.output_dir)
     Console().print(table(report))
+    picture = None
     if importlib.util.find_spec("matplotlib"):
-        plot(groups, name, Path(config.output_dir) / "accuracy.png")
+        picture = Path(config.output_dir) / "accuracy.png"
+        plot(groups, name, picture)
     else:
         print("No picture without matplotlib: pip install 'pdiff-hf[plots]'")
+    if config.pipeline is not None:
+        write_evaluation(config.pipeline, report, picture)
     return report
 
 

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from .config import ConfigError, check_same_run, one_process, save_run, stage_main
-from .hub import load_pipeline, write_zoo_card
+from .hub import load_pipeline, pipeline_folder, write_zoo_card
 from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from .zoo import WeightZoo
 
@@ -19,7 +19,9 @@ class GenerateConfig:
     """Samples networks from a pipeline into a zoo."""
 
     pipeline: str = "runs/pipeline"
-    """Folder of the pipeline."""
+    """Folder of the pipeline, or its name on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit of the pipeline on the Hub."""
     output_dir: str = "runs/generated"
     """Folder of the zoo. Where it holds an unfinished one of the same configuration, sampling goes on."""
     num_networks: int = 100
@@ -55,7 +57,8 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
     exists = (folder / "zoo.json").exists()
     if exists:
         check_same_run(folder, "generate", config, but_for=("output_dir", "num_networks", "batch_size"))
-    pipe = load_pipeline(config.pipeline).to(PartialState().device)
+    source = pipeline_folder(config.pipeline, config.revision)
+    pipe = load_pipeline(source).to(PartialState().device)
     if config.scheduler is not None:
         pipe.scheduler = _scheduler(config.scheduler, pipe)
     most = pipe.scheduler.config.num_train_timesteps
@@ -68,7 +71,11 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
     origin = {
         "source": "generated",
         # Of a folder the name alone: its path says nothing to anyone else.
-        "pipeline": Path(config.pipeline).name if Path(config.pipeline).is_dir() else config.pipeline,
+        **(
+            {"pipeline": source.resolve().name}
+            if source == Path(config.pipeline)
+            else {"pipeline": config.pipeline, "revision": source.name}
+        ),
         "scheduler": type(pipe.scheduler).__name__,
         "num_inference_steps": config.num_inference_steps,
     }

@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from huggingface_hub import (
     CommitOperationDelete,
     DatasetCard,
     DatasetCardData,
+    EvalResult,
     HfApi,
     ModelCard,
     ModelCardData,
@@ -54,6 +57,7 @@ LOCAL_FILES = (
     "__pycache__",
     "events.out.tfevents.*",
 )
+EVALUATION = ("<!-- pdiff-hf: evaluation -->", "<!-- pdiff-hf: evaluation end -->")
 GENERATED = ("<!-- pdiff-hf: what follows is rewritten by every push -->", "<!-- pdiff-hf: end -->")
 
 
@@ -82,11 +86,7 @@ def load_pipeline(
         [`PipelineError`]: there is no pipeline, or it is damaged.
         [`HubError`]: the repository cannot be read.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir() and is_repository(name_or_path):
-        # Code and weights in other formats than safetensors stay where they are.
-        patterns = ["model_index.json", "*/*.json", "*/*.safetensors"]
-        folder = Path(download(str(name_or_path), "model", revision, token, patterns))
+    folder = pipeline_folder(name_or_path, revision, token)
     if not (folder / DiffusionPipeline.config_name).is_file():
         raise PipelineError(f"{name_or_path} holds no pipeline: there is no {DiffusionPipeline.config_name}.")
     try:
@@ -95,6 +95,15 @@ def load_pipeline(
     except Exception as error:  # whatever a damaged or hostile folder makes of the loaders
         raise PipelineError(f"The pipeline in {name_or_path} cannot be loaded: {error}") from error
     return pipe
+
+
+def pipeline_folder(name_or_path: str | os.PathLike, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder itself, or that of the repository's commit in the cache, which is named by the commit."""
+    if Path(name_or_path).is_dir() or not is_repository(name_or_path):
+        return Path(name_or_path)
+    # Code, and weights in other formats than safetensors, stay where they are.
+    patterns = ["model_index.json", "*/*.json", "*/*.safetensors"]
+    return Path(download(str(name_or_path), "model", revision, token, patterns))
 
 
 def _check_weights(pipe: NeuralNetworkDiffusionPipeline, folder: Path) -> None:
@@ -128,6 +137,18 @@ def download_file(repo_id: str, repo_type: str, revision: str | None, token: str
     """One file of a repository, in the cache."""
     with explained(repo_id, revision):
         return hf_hub_download(repo_id, name, repo_type=repo_type, revision=revision, token=token)
+
+
+def matching_models(pattern: str, token: str | None) -> list[tuple[str, str]]:
+    """Names and present commits of the model repositories that a pattern, such as `org/*-digits`, matches."""
+    if re.fullmatch(r"[\w.-]+/[\w.*?\[\]-]+", pattern) is None:
+        raise HubError(
+            f"{pattern!r} is no pattern of repositories: expected namespace/name, * and ? in the name only."
+        )
+    with explained(pattern, None):
+        found = HfApi(token=token).list_models(author=pattern.partition("/")[0])
+        names = sorted(model.id for model in found if fnmatchcase(model.id, pattern))
+        return [(name, str(HfApi(token=token).model_info(name).sha)) for name in names]
 
 
 def push(
@@ -248,7 +269,7 @@ def merge_cards(new: str, old: str | None) -> str:
     old_data, new_data = present.data.to_dict(), fresh.data.to_dict()
     data = old_data | new_data
     data["tags"] = sorted({*old_data.get("tags", []), *new_data.get("tags", [])})
-    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n{text}"
+    return _card(data, text)
 
 
 def write_zoo_card(zoo: "WeightZoo", description: str) -> None:
@@ -284,8 +305,54 @@ def write_pipeline_card(folder: str | os.PathLike, zoo: "WeightZoo", facts: dict
         parameters=zoo.vector_size,
         facts=facts,
         markers=GENERATED,
+        evaluation=EVALUATION,
     )
     _write_card(Path(folder), str(card))
+
+
+def write_evaluation(folder: str | os.PathLike, report: dict[str, Any], picture: Path | None) -> None:
+    r"""
+    Puts the figures of a report into the card of a pipeline, as text and as the Hub's evaluation results, and the
+    picture beside it.
+    """
+    file = Path(folder) / "README.md"
+    start, end = EVALUATION
+    card = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    before, marker, rest = card.text.partition(start)
+    if not marker:
+        raise PipelineError(f"{file} has no place for figures: it lacks the line {start!r}.")
+    lines = [
+        "| networks | count | mean | min | best on validation | similarity |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for group, figures in report["groups"].items():
+        accuracy = figures["accuracy"]
+        cells = [f"{100 * accuracy[key]:.2f}" for key in ("mean", "min", "best_on_validation")]
+        similarity = f"{figures['maximum_similarity']['mean']:.3f}"
+        lines.append(f"| {group} | {figures['count']} | {' | '.join(cells)} | {similarity} |")
+    if picture is not None:
+        shutil.copyfile(picture, Path(folder) / picture.name)
+        lines += ["", f"![Accuracy against similarity]({picture.name})"]
+    text = before + "\n".join([start, "", *lines, "", end]) + rest.partition(end)[2]
+    generated = report["groups"]["generated"]
+    results = [
+        EvalResult(
+            task_type="weight-generation",
+            dataset_type=report["task"],
+            dataset_name=report["task"],
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name=f"{name} accuracy of {generated['count']} generated networks",
+            metric_value=round(generated["accuracy"][key], 6),
+        )
+        for name, key in (("mean", "mean"), ("minimum", "min"))
+    ]
+    data = card.data.to_dict() | ModelCardData(model_name="pdiff", eval_results=results).to_dict()
+    file.write_text(_card(data, text), encoding="utf-8")
+
+
+def _card(data: dict[str, Any], text: str) -> str:
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n{text}"
 
 
 def _write_card(folder: Path, card: str) -> None:

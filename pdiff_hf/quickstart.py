@@ -63,7 +63,9 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     timed("train", lambda: run_train(train_config))
     generate_config = GenerateConfig(pipeline=pipeline, output_dir=generated, seed=config.seed, task=config.task)
     timed("generate", lambda: run_generate(generate_config))
-    evaluate_config = EvaluateConfig(task=config.task, trained=zoo, generated=generated, output_dir=report_dir)
+    evaluate_config = EvaluateConfig(
+        task=config.task, trained=zoo, generated=generated, output_dir=report_dir, pipeline=pipeline
+    )
     report = timed("evaluate", lambda: run_evaluate(evaluate_config))
 
     report["timings_s"] = timings

@@ -1,4 +1,4 @@
-"""`pdiff-hf push` and `pdiff-hf pull`: folders to the Hub and back."""
+"""`pdiff-hf push`, `pull` and `import`: folders to the Hub and back."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,6 +7,7 @@ from huggingface_hub import snapshot_download
 
 from .config import stage_main
 from .hub import explained, push
+from .zoo import WeightZoo
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,31 @@ class PullConfig:
     """Branch, tag or commit."""
 
 
+@dataclass(frozen=True)
+class ImportConfig:
+    """Makes a zoo of model repositories on the Hub that share an architecture."""
+
+    repositories: str
+    """A pattern of their names in one namespace: 'org/*-digits'."""
+    output_dir: str
+    """Folder of the zoo."""
+    filename: str = "model.safetensors"
+    """The file of each that holds its weights; safetensors only."""
+    patterns: tuple[str, ...] = ("*",)
+    """Shell-style patterns of the tensors that are generated."""
+    task: str | None = None
+    """What the networks do: a built-in task, or path/to/file.py:MyTask."""
+
+
+def run_import(config: ImportConfig) -> str:
+    """Imports, and says what is there."""
+    return repr(
+        WeightZoo.from_hub(
+            config.output_dir, config.repositories, config.filename, patterns=config.patterns, task=config.task
+        )
+    )
+
+
 def run_push(config: PushConfig) -> str:
     """Pushes, and returns the address of the commit."""
     info = push(
@@ -62,5 +88,6 @@ def run_pull(config: PullConfig) -> str:
         )
 
 
+import_main = stage_main("import", ImportConfig, run_import)
 push_main = stage_main("push", PushConfig, run_push)
 pull_main = stage_main("pull", PullConfig, run_pull)

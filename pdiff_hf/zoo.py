@@ -1,5 +1,6 @@
 """A zoo: many networks of one architecture, in sharded safetensors files."""
 
+import functools
 import itertools
 import json
 import os
@@ -14,9 +15,10 @@ import torch
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 
 from .errors import PdiffError
-from .hub import download, download_file, is_repository, push
+from .hub import download, download_file, is_repository, matching_models, push
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .pipelines.neural_network_diffusion.layout.parameter_layout import check_tensors
 
@@ -185,11 +187,65 @@ class WeightZoo:
         files = [Path(checkpoint) for checkpoint in checkpoints]
         if not files:
             raise ZooError("No checkpoints were given.")
-        zoo = cls.create(folder, make_layout(_read_checkpoint(files[0]), patterns), task)
+        return cls._import(
+            folder, [(functools.partial(Path, file), {"source": file.name}) for file in files], patterns, task
+        )
+
+    @classmethod
+    def from_hub(
+        cls,
+        folder: str | os.PathLike,
+        repositories: str,
+        filename: str = "model.safetensors",
+        patterns: Sequence[str] = ("*",),
+        task: str | None = None,
+        token: str | None = None,
+    ) -> "WeightZoo":
+        r"""
+        Makes a zoo of model repositories on the Hub that share an architecture. Each row of its metadata names
+        repository and commit.
+
+        Args:
+            folder (`str` or `os.PathLike`): Where the zoo goes.
+            repositories (`str`): A pattern of their names in one namespace, such as `org/*-digits`.
+            filename (`str`, *optional*, defaults to `"model.safetensors"`):
+                The file of each that holds its weights; safetensors only.
+            patterns (`Sequence[str]`, *optional*, defaults to `("*",)`): What is generated, as for `ParameterLayout`.
+            task (`str`, *optional*): What the networks do, as [`load_task`] takes it.
+            token (`str`, *optional*): For private repositories; the one of `hf auth login` by default.
+
+        Raises:
+            [`HubError`]: a repository cannot be read, or lacks the file.
+            [`ZooError`]: nothing matches, or a network does not match the first; nothing is left behind then.
+        """
+        if not filename.endswith(".safetensors"):
+            raise ZooError(f"{filename}: only safetensors files are read from the Hub.")
+        models = matching_models(repositories, token)
+        if not models:
+            raise ZooError(f"No model repository on the Hub matches {repositories!r}.")
+
+        def fetch(name: str, commit: str) -> Path:
+            return Path(download_file(name, "model", commit, token, filename))
+
+        sources: list[tuple[Callable[[], Path], dict]] = [
+            (functools.partial(fetch, name, commit), {"source": name, "revision": commit}) for name, commit in models
+        ]
+        return cls._import(folder, sources, patterns, task)
+
+    @classmethod
+    def _import(
+        cls,
+        folder: str | os.PathLike,
+        sources: Sequence[tuple[Callable[[], Path], dict]],
+        patterns: Sequence[str],
+        task: str | None,
+    ) -> "WeightZoo":
+        """A zoo of files, each got by a function, and their metadata; on an error there is none."""
+        zoo = cls.create(folder, make_layout(_read_checkpoint(sources[0][0]()), patterns), task)
         try:
             with zoo:
-                for file in files:
-                    zoo.append(_read_checkpoint(file), source=file.name)
+                for get, row in tqdm(sources, desc="import", unit="network"):
+                    zoo.append(_read_checkpoint(get()), **row)
         except BaseException:
             zoo.delete()
             raise

@@ -1,8 +1,10 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from pdiff_hf import EvaluateConfig, ParameterLayout, WeightZoo, ZooError, load_task, run_evaluate
 from pdiff_hf.evaluate import _similarity
@@ -95,6 +97,22 @@ def test_the_report_its_configuration_and_its_picture_are_written(digits_zoo, ot
     assert (tmp_path / "evaluate.yaml").exists()
     printed = capsys.readouterr().out
     assert f"{100 * report['groups']['generated']['accuracy']['mean']:.2f}" in printed
+
+
+def test_the_figures_go_into_the_card_of_the_pipeline(digits_zoo, other_zoo, digits_pipeline, tmp_path):
+    shutil.copytree(digits_pipeline, tmp_path / "pipeline")
+    for _ in range(2):
+        report = run_evaluate(config(digits_zoo, other_zoo, tmp_path / "report", pipeline=str(tmp_path / "pipeline")))
+    card = ModelCard.load(tmp_path / "pipeline" / "README.md")
+    accuracy = report["groups"]["generated"]["accuracy"]
+    assert card.text.count("## Evaluation") == 1
+    assert "Not evaluated yet" not in card.text
+    assert f"| generated | 20 | {100 * accuracy['mean']:.2f} | {100 * accuracy['min']:.2f} |" in card.text
+    assert "![Accuracy against similarity](accuracy.png)" in card.text
+    assert (tmp_path / "pipeline" / "accuracy.png").exists()
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values["mean accuracy of 20 generated networks"] == pytest.approx(accuracy["mean"], abs=1e-6)
+    assert card.data.library_name == "diffusers"
 
 
 def test_two_networks_without_errors_are_alike():

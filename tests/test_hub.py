@@ -13,8 +13,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import DatasetCard, HfApi, ModelCard, snapshot_download
+from safetensors.torch import save_file
 
-from pdiff_hf import ParameterLayout, WeightZoo, ZooError, load_pipeline
+from pdiff_hf import ParameterLayout, PdiffError, WeightZoo, ZooError, load_pipeline
 from pdiff_hf.cli import main as cli
 from pdiff_hf.hub import GENERATED, HubError, merge_cards, push
 
@@ -379,6 +380,68 @@ def test_cards_are_merged_around_the_generated_part():
     assert merge_cards(new, None) == merge_cards(new, new)
     foreign = merge_cards(new, "---\nlicense: mit\n---\n# Somebody else's\n")
     assert foreign.index("# Somebody else's") < foreign.index("new")
+
+
+def publish_networks() -> None:
+    for seed in range(3):
+        save_file(random_network(seed).state_dict(), "model.safetensors")
+        HfApi().create_repo(f"alice/small-{seed}-digits")
+        HfApi().upload_file(
+            path_or_fileobj="model.safetensors", path_in_repo="model.safetensors", repo_id=f"alice/small-{seed}-digits"
+        )
+    HfApi().create_repo("alice/other")
+
+
+def import_errors(folder: Path) -> list[str]:
+    messages = []
+    for arguments in (
+        ("alice/none-*",),
+        ("*/x",),
+        ("alice/small-*", "model.bin"),
+        ("alice/small-*", "no.safetensors"),
+    ):
+        try:
+            WeightZoo.from_hub(folder, *arguments)
+        except PdiffError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_repositories_of_one_architecture_become_a_zoo(alice, tmp_path):
+    alice(os.chdir, tmp_path)
+    alice(publish_networks)
+    arguments = ["--repositories", "alice/small-*-digits", "--output-dir", str(tmp_path / "zoo")]
+    alice(run_cli, "import", *arguments)
+    zoo = WeightZoo(tmp_path / "zoo")
+    assert [row["source"] for row in zoo.metadata] == [f"alice/small-{seed}-digits" for seed in range(3)]
+    assert zoo.metadata[2]["revision"] == alice(commits, "alice/small-2-digits")[0]
+    for seed in range(3):
+        expected = random_network(seed).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in zoo.state_dict(seed).items())
+    none, pattern, pickle, lacking = alice(import_errors, tmp_path / "none")
+    assert "No model repository on the Hub matches 'alice/none-*'" in none
+    assert "expected namespace/name" in pattern
+    assert "only safetensors files are read from the Hub" in pickle
+    assert "alice/small-0-digits at revision" in lacking
+    assert not (tmp_path / "none").exists()
+
+
+def make_again(row: dict) -> torch.Tensor:
+    pipe = load_pipeline(row["pipeline"], revision=row["revision"])
+    generator = torch.Generator().manual_seed(row["seed"])
+    arguments = {"num_inference_steps": row["num_inference_steps"], "output_type": "pt"}
+    return pipe(generator=generator, **arguments).state_dicts[0]
+
+
+def test_a_generated_zoo_names_repository_and_commit(alice, digits_pipeline, tmp_path):
+    commit = alice(push_folder, digits_pipeline, "alice/origin")
+    arguments = ["--pipeline", "alice/origin", "--output-dir", str(tmp_path), "--num-networks", "2"]
+    alice(run_cli, "generate", *arguments, "--num-inference-steps", "3")
+    alice(tag_and_change, digits_pipeline, "alice/origin")
+    zoo = WeightZoo(tmp_path)
+    assert zoo.metadata[1]["pipeline"] == "alice/origin"
+    assert zoo.metadata[1]["revision"] == commit
+    torch.testing.assert_close(alice(make_again, zoo.metadata[1]), zoo[1], atol=1e-4, rtol=1e-4)
 
 
 def run_cli(*arguments: str) -> None:

@@ -17,7 +17,7 @@ from .conftest import run
 def quickstart(tmp_path_factory) -> Path:
     """The folder that `pdiff-hf quickstart` leaves."""
     folder = tmp_path_factory.mktemp("quickstart")
-    done = run("-m", "pdiff_hf.cli", "quickstart", "--output-dir", str(folder), OMP_NUM_THREADS="2")
+    done = run("-m", "pdiff_hf.cli", "quickstart", "--output-dir", str(folder), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert "best on validation" in done.stdout
     return folder
@@ -57,7 +57,7 @@ def test_a_fresh_process_makes_the_same_networks_bit_by_bit(quickstart, tmp_path
         torch.save(pipe(generator=seeds, output_type="pt").state_dicts, sys.argv[2])
     """)
     output = str(tmp_path / "vectors.pt")
-    done = run("-c", script, str(quickstart / "pipeline"), output, OMP_NUM_THREADS="2")
+    done = run("-c", script, str(quickstart / "pipeline"), output, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(output), WeightZoo(quickstart / "generated").vectors())
 
