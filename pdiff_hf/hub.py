@@ -58,6 +58,8 @@ LOCAL_FILES = (
     "events.out.tfevents.*",
 )
 EVALUATION = ("<!-- pdiff-hf: evaluation -->", "<!-- pdiff-hf: evaluation end -->")
+# Stands in cards where the name of the repository will be.
+PLACEHOLDER = "path/or/name/of/this/repository"
 GENERATED = ("<!-- pdiff-hf: what follows is rewritten by every push -->", "<!-- pdiff-hf: end -->")
 
 
@@ -194,7 +196,8 @@ def push(
             content: bytes | Path = path
             if name.as_posix() == "README.md":
                 old = _read_text(api, repo_id, repo_type, info.sha) if "README.md" in present else None
-                content = merge_cards(path.read_text(encoding="utf-8"), old).encode()
+                card = path.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
+                content = merge_cards(card, old).encode()
             operations.append(CommitOperationAdd(name.as_posix(), content))
         stale = sorted(name for name in present - names if name.endswith(".safetensors"))
         operations += [CommitOperationDelete(name) for name in stale]
@@ -286,6 +289,7 @@ def write_zoo_card(zoo: "WeightZoo", description: str) -> None:
         count=len(zoo),
         parameters=zoo.vector_size,
         markers=GENERATED,
+        placeholder=PLACEHOLDER,
     )
     _write_card(zoo.folder, str(card))
 
@@ -305,6 +309,7 @@ def write_pipeline_card(folder: str | os.PathLike, zoo: "WeightZoo", facts: dict
         parameters=zoo.vector_size,
         facts=facts,
         markers=GENERATED,
+        placeholder=PLACEHOLDER,
         evaluation=EVALUATION,
     )
     _write_card(Path(folder), str(card))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from pdiff_hf import ParameterLayout, PdiffError, WeightZoo, ZooError, load_pipeline
 from pdiff_hf.cli import main as cli
-from pdiff_hf.hub import GENERATED, HubError, merge_cards, push
+from pdiff_hf.hub import GENERATED, HubError, merge_cards, push, write_zoo_card
 
 from .conftest import SMALL_TRAINING, random_network
 from .hub_server import NOTHING_IS_LARGE, HubClient, HubServer, client_environment
@@ -344,6 +344,21 @@ def test_without_the_hub_the_cache_serves_and_what_is_not_in_it_is_named(
     assert "not in the cache" in offline(message_of, WeightZoo.from_pretrained, "alice/never-seen")
     assert server.log() == []
     offline.stop()
+
+
+def run_card(repo: str, repo_type: str) -> int:
+    (program,) = re.findall(r"^```python\n(.*?)^```", card_of(repo, repo_type), flags=re.MULTILINE | re.DOTALL)
+    scope: dict = {}
+    exec(program, scope)
+    return len(scope["zoo"]) if repo_type == "dataset" else len(scope["state_dicts"])
+
+
+def test_what_a_card_shows_runs_as_pasted(alice, digits_pipeline, zoo):
+    write_zoo_card(zoo, "A zoo.")
+    alice(push_folder, zoo.folder, "alice/shown-zoo")
+    alice(push_folder, digits_pipeline, "alice/shown-pipeline")
+    assert alice(run_card, "alice/shown-zoo", "dataset") == 10
+    assert alice(run_card, "alice/shown-pipeline", "model") == 8
 
 
 def edit_card(repo: str) -> None:
