@@ -365,7 +365,7 @@ def edit_card(repo: str) -> None:
     card = ModelCard.load(repo)
     card.text = "My own introduction.\n" + card.text + "\nMy own end.\n"
     card.data.license = "mit"
-    card.push_to_hub(repo)
+    HfApi().upload_file(path_or_fileobj=card.content.encode(), path_in_repo="README.md", repo_id=repo)
 
 
 def card_of(repo: str, repo_type: str) -> str:
