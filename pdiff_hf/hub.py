@@ -40,7 +40,11 @@ from huggingface_hub.errors import (
 from safetensors import safe_open
 
 from .errors import PdiffError
-from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
+from .pipelines.neural_network_diffusion import (
+    NeuralNetworkDiffusionPipeline,
+    ParameterAutoencoderKL,
+    ParameterUNet1DModel,
+)
 
 
 if TYPE_CHECKING:
@@ -92,8 +96,13 @@ def load_pipeline(
     if not (folder / DiffusionPipeline.config_name).is_file():
         raise PipelineError(f"{name_or_path} holds no pipeline: there is no {DiffusionPipeline.config_name}.")
     try:
+        for component, model_class in (("unet", ParameterUNet1DModel), ("vae", ParameterAutoencoderKL)):
+            _check_weights(folder / component, model_class)
         pipe = NeuralNetworkDiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **kwargs)
-        _check_weights(pipe, folder)
+        _check_weights(folder / "layout", pipe.layout)
+        statistics = torch.stack([pipe.layout.mean, pipe.layout.std])
+        if not torch.isfinite(statistics).all() or (pipe.layout.std < 0).any():
+            raise ValueError("the statistics of the layout are no numbers")
     except Exception as error:  # whatever a damaged or hostile folder makes of the loaders
         raise PipelineError(f"The pipeline in {name_or_path} cannot be loaded: {error}") from error
     return pipe
@@ -108,20 +117,22 @@ def pipeline_folder(name_or_path: str | os.PathLike, revision: str | None = None
     return Path(download(str(name_or_path), "model", revision, token, patterns))
 
 
-def _check_weights(pipe: NeuralNetworkDiffusionPipeline, folder: Path) -> None:
-    """The loaders fill up what a file lacks; a network made of that would be garbage."""
-    for name, component in pipe.components.items():
-        if not isinstance(component, ModelMixin):
-            continue
-        stored = set()
-        for file in (folder / name).glob("*.safetensors"):
-            with safe_open(file, "pt") as tensors:
-                stored |= set(tensors.keys())
-        if differing := sorted(stored ^ set(component.state_dict())):
-            raise ValueError(f"the weights of {name} do not fit its config: {', '.join(differing):.200}")
-    statistics = torch.stack([pipe.layout.mean, pipe.layout.std])
-    if not torch.isfinite(statistics).all() or (pipe.layout.std < 0).any():
-        raise ValueError("the statistics of the layout are no numbers")
+def _check_weights(folder: Path, model: Any) -> None:
+    """The loaders fill up what a file lacks, and allocate what a config claims: both are compared before."""
+    if isinstance(model, type):
+        config = model.load_config(str(folder))
+        if config.get("_class_name") != model.__name__:
+            return
+        with torch.device("meta"):
+            model = model.from_config(config)
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored: dict[str, list[int]] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            stored |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    differing = sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
+    if differing:
+        raise ValueError(f"the weights of {folder.name} do not fit its config: {', '.join(differing):.200}")
 
 
 def is_repository(name_or_path: str | os.PathLike) -> bool:
@@ -294,9 +305,20 @@ def write_zoo_card(zoo: "WeightZoo", description: str) -> None:
     _write_card(zoo.folder, str(card))
 
 
-def write_pipeline_card(folder: str | os.PathLike, zoo: "WeightZoo", facts: dict[str, Any]) -> None:
-    """Writes the model card of a pipeline that was trained on a zoo, keeping what a person wrote into it."""
+def write_pipeline_card(
+    folder: str | os.PathLike, zoo: "WeightZoo", facts: dict[str, Any], dataset: str | None = None
+) -> None:
+    r"""
+    Writes the model card of a pipeline that was trained on a zoo, keeping what a person wrote into it.
+
+    Args:
+        folder (`str` or `os.PathLike`): The pipeline.
+        zoo (`WeightZoo`): What it was trained on.
+        facts (`dict[str, Any]`): Of the training.
+        dataset (`str`, *optional*): The zoo's repository, where it came from the Hub.
+    """
     card_data = ModelCardData(
+        datasets=None if dataset is None else [dataset],
         library_name="diffusers",
         tags=["neural-network-diffusion", "weight-generation", "diffusers:NeuralNetworkDiffusionPipeline"],
     )

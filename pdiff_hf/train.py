@@ -357,7 +357,7 @@ def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNet
     if accelerator.is_main_process:
         pipeline.save_pretrained(str(folder))
         recipe = {k: v for k, v in asdict(config).items() if k not in RUN_SETTINGS and k != "zoo"}
-        write_pipeline_card(folder, zoo, recipe)
+        write_pipeline_card(folder, zoo, recipe, dataset=None if Path(config.zoo).is_dir() else config.zoo)
         if config.push_to_hub is not None:
             push(folder, config.push_to_hub)
     return pipeline

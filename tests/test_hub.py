@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -264,6 +265,28 @@ def test_a_push_that_dies_half_way_changes_nothing_and_can_be_repeated(server, a
     assert alice(commits, "alice/dying", "dataset")[0] == first
     alice(push_folder, big_zoo.folder, "alice/dying")
     assert len(alice(read_all, "alice/dying")) == 1001
+
+
+def test_a_killed_push_changes_nothing(server, alice, big_zoo, tmp_path):
+    first = alice(push_folder, big_zoo.folder, "alice/killed")
+    with big_zoo:
+        big_zoo.append(torch.zeros(50))
+    server.clear_log()
+    server.faults("delay", path="/preupload/", seconds=30)
+    program = f"from pdiff_hf.hub import push; push({str(big_zoo.folder)!r}, 'alice/killed')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, **client_environment(server.url, tmp_path / "home", xet=server.xet)},
+    )
+    while not server.log("/preupload/"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    server.clear_faults()
+    assert alice(commits, "alice/killed", "dataset")[0] == first
+    alice(push_folder, big_zoo.folder, "alice/killed")
+    assert len(alice(read_all, "alice/killed")) == 1001
 
 
 def push_against_another_writer(folder: Path, repo: str) -> str:

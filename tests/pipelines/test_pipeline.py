@@ -160,6 +160,11 @@ def test_loading_with_this_package_runs_none_of_the_folders_code(pipe, tmp_path)
         (lambda folder: (folder / "model_index.json").write_text("[]"), "cannot be loaded"),
         (lambda folder: (folder / "model_index.json").write_text('{"unet": []}'), "cannot be loaded"),
         (lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "cannot be loaded"),
+        (lambda folder: reconfigured(folder / "vae", hidden_channels=8 * 10**5), "vae do not fit its config"),
+        (lambda folder: reconfigured(folder / "vae", num_blocks=10**9), "`num_blocks` has to be between 0 and 1000"),
+        (lambda folder: reconfigured(folder / "vae", patch_size=0), "cannot be loaded"),
+        (lambda folder: reconfigured(folder / "unet", layers_per_block=10**9), "`layers_per_block` has to be between"),
+        (lambda folder: reconfigured(folder / "unet", block_out_channels=[8 * 10**6]), "unet do not fit its config"),
         (lambda folder: claim(folder / "layout", 10**12), r"claims 1,000,000,000,000 numbers"),
     ],
 )
@@ -179,6 +184,11 @@ def weights_without(folder, name):
 def weights_with(folder, **changes):
     weights = load_file(folder / "diffusion_pytorch_model.safetensors") | changes
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
+def reconfigured(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def claim(folder, size):

@@ -11,6 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 
+# A config may come from anywhere, and building its blocks takes time before any weight is read.
+MOST_BLOCKS = 1000
+
+
 @dataclass
 class ParameterUNet1DOutput(BaseOutput):
     """
@@ -71,8 +75,8 @@ class ParameterUNet1DModel(ModelMixin, ConfigMixin):
         norm_num_groups: int = 8,
     ):
         super().__init__()
-        if layers_per_block < 1:
-            raise ValueError(f"`layers_per_block` has to be at least 1, and is {layers_per_block}.")
+        if layers_per_block < 1 or layers_per_block * len(block_out_channels) > MOST_BLOCKS:
+            raise ValueError(f"`layers_per_block` has to be between 1 and {MOST_BLOCKS}, and is {layers_per_block}.")
         first, last = block_out_channels[0], block_out_channels[-1]
         time_embed_dim = 4 * first
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)

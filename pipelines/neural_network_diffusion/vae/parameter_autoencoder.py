@@ -10,6 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 
+# A config may come from anywhere, and building its blocks takes time before any weight is read.
+MOST_BLOCKS = 1000
+
+
 class PatchLinear(nn.Module):
     """A linear map of its own for each patch: `[B, N, I]` to `[B, N, O]`."""
 
@@ -77,6 +81,8 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
         latent_length: int = 32,
     ):
         super().__init__()
+        if not 0 <= num_blocks <= MOST_BLOCKS:
+            raise ValueError(f"`num_blocks` has to be between 0 and {MOST_BLOCKS}, and is {num_blocks}.")
         num_patches = -(-num_parameters // patch_size)
         latent_size = latent_channels * latent_length
 
