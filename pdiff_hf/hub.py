@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from diffusers import DiffusionPipeline
-from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -97,7 +96,7 @@ def load_pipeline(
         raise PipelineError(f"{name_or_path} holds no pipeline: there is no {DiffusionPipeline.config_name}.")
     try:
         for component, model_class in (("unet", ParameterUNet1DModel), ("vae", ParameterAutoencoderKL)):
-            _check_weights(folder / component, model_class)
+            _check_weights(folder / component, _described(folder / component, model_class))
         pipe = NeuralNetworkDiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **kwargs)
         _check_weights(folder / "layout", pipe.layout)
         statistics = torch.stack([pipe.layout.mean, pipe.layout.std])
@@ -117,14 +116,19 @@ def pipeline_folder(name_or_path: str | os.PathLike, revision: str | None = None
     return Path(download(str(name_or_path), "model", revision, token, patterns))
 
 
-def _check_weights(folder: Path, model: Any) -> None:
+def _described(folder: Path, model_class: Any) -> torch.nn.Module | None:
+    """The component that a config describes, without memory for its weights; None where it is of another class."""
+    config = model_class.load_config(str(folder))
+    if config.get("_class_name") != model_class.__name__:
+        return None
+    with torch.device("meta"):
+        return model_class.from_config(config)
+
+
+def _check_weights(folder: Path, model: torch.nn.Module | None) -> None:
     """The loaders fill up what a file lacks, and allocate what a config claims: both are compared before."""
-    if isinstance(model, type):
-        config = model.load_config(str(folder))
-        if config.get("_class_name") != model.__name__:
-            return
-        with torch.device("meta"):
-            model = model.from_config(config)
+    if model is None:
+        return
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     stored: dict[str, list[int]] = {}
     for file in folder.glob("*.safetensors"):
