@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,16 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=600,
     )
+
+
+def site_without_this_package(folder: Path) -> Path:
+    """A folder for `sys.path` with everything that is installed here, but for this package."""
+    site = folder / "site"
+    site.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not entry.name.startswith(("pdiff_hf", "__editable__")):
+            (site / entry.name).symlink_to(entry)
+    return site
 
 
 @pytest.fixture

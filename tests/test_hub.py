@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import textwrap
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from pdiff_hf import ParameterLayout, PdiffError, WeightZoo, ZooError, load_pipe
 from pdiff_hf.cli import main as cli
 from pdiff_hf.hub import GENERATED, HubError, merge_cards, push, write_zoo_card
 
-from .conftest import SMALL_TRAINING, random_network
+from .conftest import SMALL_TRAINING, random_network, site_without_this_package
 from .hub_server import NOTHING_IS_LARGE, HubClient, HubServer, client_environment
 from .test_readme import commands, containing
 
@@ -147,11 +146,7 @@ def test_another_environment_without_this_package_samples_saves_and_pushes_the_s
 ):
     alice(push_folder, digits_pipeline, "alice/elsewhere")
     before = alice(commits, "alice/elsewhere")
-    site = tmp_path / "site"
-    site.mkdir()
-    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if not entry.name.startswith(("pdiff_hf", "__editable__")):
-            (site / entry.name).symlink_to(entry)
+    site = site_without_this_package(tmp_path)
     script = textwrap.dedent("""
         import importlib.util, sys
         sys.path.insert(0, sys.argv[1])

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import textwrap
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from pdiff_hf import NeuralNetworkDiffusionPipeline, ParameterLayout, load_pipeline, load_task
 from pdiff_hf.hub import PipelineError
+
+from ..conftest import site_without_this_package
 
 
 COMPONENT_FILES = [
@@ -225,11 +226,7 @@ def test_a_reloaded_pipeline_saved_again_is_the_same(digits_pipeline, tmp_path):
 def test_a_process_without_this_package_samples_the_same_networks_and_saves_the_same_folder(
     pipe, digits_pipeline, tmp_path
 ):
-    site = tmp_path / "site"
-    site.mkdir()
-    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if not entry.name.startswith(("pdiff_hf", "__editable__")):
-            (site / entry.name).symlink_to(entry)
+    site = site_without_this_package(tmp_path)
     script = textwrap.dedent("""
         import importlib.util, sys
         site, folder, output = sys.argv[1:]
