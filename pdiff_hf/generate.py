@@ -1,5 +1,6 @@
 """Stage 3: sample networks from a pipeline into a zoo."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from .config import ConfigError, check_same_run, one_process, save_run, stage_main
+from .config import ConfigError, check_same_facts, check_same_run, one_process, save_run, stage_main
 from .hub import load_pipeline, pipeline_folder, write_zoo_card
 from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from .zoo import WeightZoo
@@ -59,13 +60,16 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
         check_same_run(folder, "generate", config, but_for=("output_dir", "num_networks", "batch_size"))
     source = pipeline_folder(config.pipeline, config.revision)
     pipe = load_pipeline(source).to(PartialState().device)
+    facts = {"weights_sha256": _sha256_of_weights(source)}
+    if exists:
+        check_same_facts(folder, "generate", facts)
     if config.scheduler is not None:
         pipe.scheduler = _scheduler(config.scheduler, pipe)
     most = pipe.scheduler.config.num_train_timesteps
     if config.num_inference_steps > most:
         raise ConfigError(f"num_inference_steps is {config.num_inference_steps}; the scheduler has {most} timesteps.")
     zoo = WeightZoo(folder) if exists else WeightZoo.create(folder, pipe.layout, task=config.task)
-    save_run(folder, "generate", config)
+    save_run(folder, "generate", config, **facts)
 
     pipe.set_progress_bar_config(disable=True)
     origin = {
@@ -96,6 +100,16 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
             progress.update(len(seeds))
     write_zoo_card(zoo, f"Networks sampled by Neural Network Diffusion from the pipeline `{origin['pipeline']}`.")
     return zoo
+
+
+def _sha256_of_weights(folder: Path) -> str:
+    """What tells a pipeline from another one in the same place."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*/*.safetensors")):
+        with file.open("rb") as content:
+            while chunk := content.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _scheduler(name: str, pipe: NeuralNetworkDiffusionPipeline) -> diffusers.SchedulerMixin:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -58,6 +59,18 @@ def test_what_cannot_be_generated_is_explained_and_leaves_no_zoo(digits_pipeline
     with pytest.raises(PdiffError, match=message):
         run_generate(config(digits_pipeline, tmp_path / "zoo", **changes))
     assert not (tmp_path / "zoo").exists()
+
+
+def test_networks_of_a_pipeline_that_was_replaced_are_not_mixed_in(digits_pipeline, tmp_path):
+    shutil.copytree(digits_pipeline, tmp_path / "pipeline")
+    run_generate(config(tmp_path / "pipeline", tmp_path / "zoo", num_networks=2))
+    pipe = load_pipeline(tmp_path / "pipeline")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.add_(1)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(ConfigError, match=r"weights_sha256, not .*: it cannot be resumed"):
+        run_generate(config(tmp_path / "pipeline", tmp_path / "zoo"))
+    assert len(WeightZoo(tmp_path / "zoo")) == 2
 
 
 def test_zoos_of_different_runs_are_not_mixed(digits_pipeline, tmp_path):
