@@ -11,7 +11,7 @@ from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
-from .config import ConfigError, check_same_run, one_process, save_run, stage_main
+from .config import ConfigError, check_positive, check_same_run, one_process, save_run, stage_main
 from .hub import write_zoo_card
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .tasks import Task, load_task
@@ -53,6 +53,7 @@ class Trainer:
 
     def __init__(self, task: Task, seed: int):
         self.task, self.seed, self.step = task, seed, 0
+        self._epoch, self._order = -1, torch.empty(0)
         device = PartialState().device
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -76,9 +77,11 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step."""
         epoch, batch = divmod(self.step, self.steps_per_epoch)
-        order = torch.randperm(len(self.targets), generator=_generator(self.seed, epoch))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = torch.randperm(len(self.targets), generator=_generator(self.seed, epoch))
         start = batch * self.task.batch_size
-        indices = order[start : start + self.task.batch_size].to(self.targets.device)
+        indices = self._order[start : start + self.task.batch_size].to(self.targets.device)
         with torch.random.fork_rng():
             generator = _generator(self.seed, self.step)
             torch.manual_seed(generator.initial_seed())
@@ -126,11 +129,13 @@ def run_collect(config: CollectConfig) -> WeightZoo:
     Makes or completes a zoo.
 
     Raises:
-        [`ZooError`]: the folder holds another zoo, or a network diverged to NaN or infinity. What was kept stays.
+        [`ConfigError`]: a number out of range, or a folder with another zoo.
+        [`ZooError`]: a network diverged to NaN or infinity, or the disk is full. What was kept stays.
     """
     one_process("collect")
-    if config.num_networks < 1 or config.save_every < 1 or (config.epochs or 0) < 0:
-        raise ConfigError("num_networks and save_every have to be at least 1, and epochs at least 0.")
+    check_positive(config, "num_networks", "save_every")
+    if config.epochs is not None and config.epochs < 0:
+        raise ConfigError(f"epochs has to be at least 0, and is {config.epochs}.")
     if config.protocol not in ("trajectory", "independent"):
         raise ConfigError(f"The protocol is {config.protocol!r}; expected 'trajectory' or 'independent'.")
     task = load_task(config.task)

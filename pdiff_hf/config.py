@@ -33,7 +33,7 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str] | None = N
     every run leaves beside its results; the other arguments override it.
     """
     args = list(sys.argv[1:] if args is None else args)
-    default: Any = tyro.MISSING
+    defaults: dict[str, Any] = {}
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in args:
         place = args.index("--config")
@@ -42,17 +42,16 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str] | None = N
         file = args[place + 1]
         del args[place : place + 2]
         try:
-            default = load_config(config_class, file)
+            defaults["default"] = load_config(config_class, file)
         except (ConfigError, OSError) as error:
             raise SystemExit(f"pdiff-hf {stage}: {error}") from error
-    return tyro.cli(
-        config_class, prog=f"pdiff-hf {stage}", args=args, **({} if default is tyro.MISSING else {"default": default})
-    )
+    return tyro.cli(config_class, prog=f"pdiff-hf {stage}", args=args, **defaults)
 
 
 def stage_main(stage: str, config_class: type[Config], run: Callable[[Config], Any]) -> Callable[..., None]:
     r"""
-    The `main` of a stage: parses arguments, runs, and ends with one line where the user can mend what went wrong.
+    The `main` of a stage: parses arguments, runs, prints what is returned where that is text, and ends with one line
+    where the user can mend what went wrong.
     """
 
     def main(args: Sequence[str] | None = None) -> None:
@@ -69,6 +68,13 @@ def stage_main(stage: str, config_class: type[Config], run: Callable[[Config], A
 
     main.__doc__ = f"`pdiff-hf {stage}`"
     return main
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises [`ConfigError`] where one of these fields is below one."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} has to be at least 1, and is {getattr(config, name)}.")
 
 
 def one_process(stage: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from .config import ConfigError, check_same_facts, check_same_run, one_process, save_run, stage_main
+from .config import ConfigError, check_positive, check_same_facts, check_same_run, one_process, save_run, stage_main
 from .hub import load_pipeline, pipeline_folder, write_zoo_card
 from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from .zoo import WeightZoo
@@ -48,9 +48,7 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
         [`ConfigError`]: a number below one, an unknown scheduler, or a folder with another zoo.
         [`PipelineError`]: there is no pipeline.
     """
-    for name in ("num_networks", "num_inference_steps", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} has to be at least 1, and is {getattr(config, name)}.")
+    check_positive(config, "num_networks", "num_inference_steps", "batch_size")
     one_process("generate")
     folder = Path(config.output_dir)
     if (folder / "model_index.json").exists():

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .config import ConfigError, check_same_facts, check_same_run, save_run, stage_main
+from .config import ConfigError, check_positive, check_same_facts, check_same_run, save_run, stage_main
 from .errors import PdiffError
 from .hub import push, write_pipeline_card
 from .pipelines.neural_network_diffusion import (
@@ -364,15 +364,13 @@ def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNet
 
 
 def _check(config: TrainConfig) -> None:
-    positive = [
+    check_positive(
+        config,
         *("batch_size", "gradient_accumulation_steps", "patch_size", "hidden_channels", "latent_channels"),
         *("latent_length", "vae_steps", "unet_steps", "layers_per_block", "checkpointing_steps"),
-    ]
-    for name in positive:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} has to be at least 1, and is {getattr(config, name)}.")
-    if config.checkpoints_total_limit is not None and config.checkpoints_total_limit < 1:
-        raise ConfigError(f"checkpoints_total_limit has to be at least 1, and is {config.checkpoints_total_limit}.")
+    )
+    if config.checkpoints_total_limit is not None:
+        check_positive(config, "checkpoints_total_limit")
     widths = (config.hidden_channels, *config.block_out_channels)
     if not config.block_out_channels or any(width < 8 or width % 8 for width in widths):
         raise ConfigError(f"hidden_channels and block_out_channels have to be multiples of 8, and are {widths}.")
@@ -423,12 +421,7 @@ def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
                 f"Present: {', '.join(path.name for path in present) or 'none'}."
             )
     if wanted is not None:
-        check_same_run(
-            folder,
-            "train",
-            config,
-            but_for=RUN_SETTINGS,
-        )
+        check_same_run(folder, "train", config, but_for=RUN_SETTINGS)
     return wanted
 
 

@@ -70,6 +70,7 @@ class WeightZoo:
     def __init__(self, folder: str | os.PathLike, fetch: Callable[[str], Path] | None = None):
         self.folder = Path(folder)
         self._fetch = fetch
+        self._checked: set[int] = set()
         self._check_links()
         self._pending: list[torch.Tensor] = []
         self._pending_rows: list[dict] = []
@@ -307,12 +308,14 @@ class WeightZoo:
         return out
 
     def _open_shard(self, shard: int) -> Path:
-        """The file of a shard, fetched and checked where it was not there yet."""
+        """The file of a shard; where it comes from the Hub, it is checked before its first use, cached or not."""
         file = self._shards[shard]
-        if self._fetch is not None and not file.exists():
-            file = self._fetch(file.name)
+        if self._fetch is not None and shard not in self._checked:
+            if not file.exists():
+                file = self._fetch(file.name)
             if self._shard_size(file) != self._sizes[shard]:
                 raise ZooError(f"{file} does not hold the {self._sizes[shard]} networks that metadata.jsonl names.")
+            self._checked.add(shard)
         return file
 
     def _writable(self) -> None:

@@ -18,6 +18,15 @@ def config(folder, **changes) -> CollectConfig:
     return CollectConfig(**{"output_dir": str(folder), "num_networks": 6, "epochs": 1, **changes})
 
 
+def accuracy_of(task_name: str, state_dict: dict) -> float:
+    """Of a stored network, loaded anew, on the validation split."""
+    task = load_task(task_name)
+    network = task.build_network()
+    network.load_state_dict(state_dict)
+    inputs, targets = task.data("validation")
+    return task.correct(task.predict(network, inputs), targets).float().mean().item()
+
+
 def test_a_trajectory_holds_consecutive_steps_of_one_run(tmp_path):
     zoo = run_collect(config(tmp_path / "zoo", save_every=2))
     assert [row["step"] for row in zoo.metadata] == [22, 24, 26, 28, 30, 32]
@@ -38,11 +47,7 @@ def test_the_same_seed_gives_the_same_zoo_and_another_seed_another(tmp_path):
 
 def test_the_recorded_accuracy_is_that_of_the_stored_network(tmp_path):
     zoo = run_collect(config(tmp_path / "zoo"))
-    task = load_task("digits-convnet")
-    network = task.build_network()
-    network.load_state_dict(zoo.state_dict(5))
-    inputs, targets = task.data("validation")
-    accuracy = task.correct(task.predict(network, inputs), targets).float().mean().item()
+    accuracy = accuracy_of("digits-convnet", zoo.state_dict(5))
     assert zoo.metadata[5]["validation_accuracy"] == pytest.approx(accuracy)
 
 
@@ -52,11 +57,7 @@ def test_only_the_chosen_batch_norms_move_and_all_else_stays_frozen(tmp_path):
     assert names == {"layer2.1.bn1", "layer2.1.bn2"}
     assert zoo.vectors().std(0).min() > 0
     # The frozen tensors are those of the trained network: with them the recorded accuracy is reached.
-    task = load_task("digits-resnet")
-    network = task.build_network()
-    network.load_state_dict(zoo.state_dict(0))
-    inputs, targets = task.data("validation")
-    accuracy = task.correct(task.predict(network, inputs), targets).float().mean().item()
+    accuracy = accuracy_of("digits-resnet", zoo.state_dict(0))
     assert zoo.metadata[0]["validation_accuracy"] == pytest.approx(accuracy)
     assert accuracy > 0.5
 
@@ -120,7 +121,7 @@ def test_one_zoo_is_collected_by_one_process(tmp_path, monkeypatch):
 
 
 def test_a_number_of_networks_below_one_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="have to be at least 1"):
+    with pytest.raises(ConfigError, match="num_networks has to be at least 1, and is 0"):
         run_collect(config(tmp_path / "zoo", num_networks=0))
 
 

@@ -205,6 +205,31 @@ def test_a_grown_zoo_is_a_new_commit_and_the_old_one_stays(alice, zoo):
     assert torch.equal(alice(read_all, "alice/growing", first), zoo.vectors(range(10)))
 
 
+def read_twice(repo: str) -> list[str]:
+    zoo, messages = WeightZoo.from_pretrained(repo), []
+    for _ in range(2):
+        try:
+            _ = zoo[9]
+        except ZooError as error:
+            messages.append(str(error))
+    return messages
+
+
+def shorten_the_last_shard(folder: Path, repo: str) -> None:
+    push(folder, repo)
+    name = "networks-00003-of-00003.safetensors"
+    save_file({"networks": torch.zeros(1, 42)}, "short.safetensors")
+    HfApi().upload_file(path_or_fileobj="short.safetensors", path_in_repo=name, repo_id=repo, repo_type="dataset")
+
+
+def test_a_shard_that_is_not_what_its_repository_says_is_refused_from_the_cache_too(alice, zoo, tmp_path):
+    alice(os.chdir, tmp_path)
+    alice(shorten_the_last_shard, zoo.folder, "alice/short")
+    messages = alice(read_twice, "alice/short")
+    assert len(messages) == 2
+    assert all("does not hold the 2 networks that metadata.jsonl names" in message for message in messages)
+
+
 def append_to_the_cache(repo: str) -> str:
     try:
         WeightZoo.from_pretrained(repo).append(torch.zeros(42))
