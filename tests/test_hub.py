@@ -1,5 +1,6 @@
 """Zoos and pipelines over a real server with the real clients. What talks to it runs in a process of its own."""
 
+import hashlib
 import json
 import os
 import re
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from pdiff_hf.cli import main as cli
 from pdiff_hf.hub import GENERATED, HubError, merge_cards, push, write_zoo_card
 
 from .conftest import SMALL_TRAINING, random_network, site_without_this_package
-from .hub_server import NOTHING_IS_LARGE, HubClient, HubServer, client_environment
+from .hub_server import NOTHING_IS_LARGE, HubClient, HubClientError, HubServer, client_environment
 from .test_readme import commands, containing
 
 
@@ -553,6 +556,195 @@ def test_training_pushes_in_the_end_and_keeps_checkpoints_to_itself(alice, digit
 
 def list_files(repo: str) -> list[str]:
     return HfApi().list_repo_files(repo)
+
+
+SHARD = "networks-00005-of-00008.safetensors"
+
+
+def shards_fetched(server: HubServer) -> list[str]:
+    """The names of the shards whose contents were asked for, once for each time."""
+    gets = [exchange["path"] for exchange in server.log("networks-") if exchange["method"] == "GET"]
+    return sorted(path.rpartition("/")[2] for path in gets)
+
+
+def pull(repo: str, folder: Path) -> torch.Tensor:
+    run_cli("pull", "--repo", repo, "--kind", "zoo", "--output-dir", str(folder))
+    return WeightZoo(folder).vectors()
+
+
+def stream(repo: str, folder: Path) -> torch.Tensor:
+    return read_all(repo)
+
+
+def error_of(function, *arguments) -> str:
+    try:
+        function(*arguments)
+    except BaseException as error:  # also what ends the command line
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@contextmanager
+def faulty(server: HubServer, action: str, **fault) -> Iterator[None]:
+    server.faults(action, **fault)
+    try:
+        yield
+    finally:
+        server.clear_faults()
+
+
+@pytest.mark.parametrize("get", [pull, stream])
+def test_a_download_that_loses_its_connection_goes_on_where_it_was(server, alice, big_zoo, tmp_path, get):
+    repo = f"alice/dropped-{get.__name__}"
+    alice(push_folder, big_zoo.folder, repo)
+    server.clear_log()
+    server.faults("drop", method="GET", path=SHARD, after_bytes=10_000)
+    assert torch.equal(alice(get, repo, tmp_path / "zoo"), big_zoo.vectors())
+    shards = sorted(shard.name for shard in big_zoo.folder.glob("networks-*"))
+    # Parts of less than the client's 10 MB at a time are not kept.
+    assert shards_fetched(server) == sorted([*shards, SHARD])
+
+
+@pytest.mark.parametrize("get", [pull, stream])
+def test_a_download_that_failed_is_repeated_for_what_is_missing(server, alice, big_zoo, tmp_path, get):
+    repo = f"alice/failed-{get.__name__}"
+    alice(push_folder, big_zoo.folder, repo)
+    server.clear_log()
+    with faulty(server, "drop", method="GET", path=SHARD, count=99):
+        assert alice(error_of, get, repo, tmp_path / "zoo") != "no error"
+    before = set(shards_fetched(server)) - {SHARD}
+    server.clear_log()
+    assert torch.equal(alice(get, repo, tmp_path / "zoo"), big_zoo.vectors())
+    assert shards_fetched(server) == sorted({shard.name for shard in big_zoo.folder.glob("networks-*")} - before)
+
+
+@pytest.mark.parametrize(
+    ("program", "others"),
+    [
+        ("from pdiff_hf.share import *; run_pull(PullConfig({repo!r}, {folder!r}, 'zoo'))", 7),
+        ("from pdiff_hf import *; list(WeightZoo.from_pretrained({repo!r}).batches())", 4),
+    ],
+    ids=["pull", "stream"],
+)
+def test_a_killed_download_is_repeated_for_what_is_missing(server, alice, big_zoo, tmp_path, program, others):
+    repo, get = f"alice/killed-{others}", pull if others == 7 else stream
+    alice(push_folder, big_zoo.folder, repo)
+    environment = client_environment(server.url, tmp_path / "home", xet=server.xet)
+    program = program.format(repo=repo, folder=str(tmp_path / "zoo"))
+    with faulty(server, "delay", method="GET", path=SHARD, seconds=60):
+        kill_when(
+            lambda: len(list(tmp_path.rglob("networks-*-of-00008.safetensors"))) == 8 + others, program, environment
+        )
+    server.clear_log()
+    again = HubClient(environment)
+    assert torch.equal(again(get, repo, tmp_path / "zoo"), big_zoo.vectors())
+    again.stop()
+    assert len(shards_fetched(server)) == 8 - others
+    assert SHARD in shards_fetched(server)
+
+
+def kill_when(condition: Callable[[], bool], program: str, environment: dict[str, str]) -> None:
+    """Runs a program with the environment of a client, and kills it in the moment when this is so."""
+    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **environment})
+    while not condition():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+
+
+def errors_without_a_connection(zoo: Path, folder: Path) -> list[str]:
+    return [
+        error_of(push, zoo, "alice/unreachable"),
+        error_of(WeightZoo.from_pretrained, "alice/unreachable"),
+        error_of(load_pipeline, "alice/unreachable"),
+        error_of(pull, "alice/unreachable", folder),
+    ]
+
+
+def test_a_lost_connection_is_explained(server, alice, zoo, tmp_path):
+    with faulty(server, "drop", count=1000):
+        messages = alice(errors_without_a_connection, zoo.folder, tmp_path / "zoo2")
+    assert [message.partition(":")[0] for message in messages] == ["HubError", "HubError", "HubError", "SystemExit"]
+    assert all("alice/unreachable" in message and "again" in message for message in messages)
+    assert not re.search("hf_alice|http", "".join(messages))
+
+
+def uploads(server: HubServer) -> list[str]:
+    """The SHA-256 of each large file that was sent and arrived."""
+    puts = [exchange for exchange in server.log("/lfs/upload/") if exchange["method"] == "PUT"]
+    return sorted(re.search("[0-9a-f]{64}", put["path"])[0] for put in puts if put["status"] == 200)
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_killed_upload_is_repeated_for_what_had_not_arrived(server, alice, big_zoo, tmp_path):
+    if server.xet:
+        pytest.skip("without large files, a commit is one request")
+    missing = sha256(big_zoo.folder / SHARD)
+    large = sorted(sha256(file) for file in big_zoo.folder.iterdir() if file.stat().st_size >= 10_000)
+    server.clear_log()
+    program = f"from pdiff_hf.hub import push; push({str(big_zoo.folder)!r}, 'alice/killed-upload')"
+    environment = client_environment(server.url, tmp_path / "home")
+    with faulty(server, "delay", method="PUT", path=missing, seconds=60):
+        kill_when(lambda: len(uploads(server)) == len(large) - 1, program, environment)
+    assert alice(list_datasets_files, "alice/killed-upload") == [".gitattributes"]
+    server.clear_log()
+    alice(push_folder, big_zoo.folder, "alice/killed-upload")
+    assert uploads(server) == [missing]
+    assert torch.equal(alice(read_all, "alice/killed-upload"), big_zoo.vectors())
+
+
+@pytest.mark.slow  # the client tries for twenty seconds
+def test_an_upload_that_failed_is_repeated_for_what_had_not_arrived(server, alice, big_zoo):
+    if server.xet:
+        pytest.skip("without large files, a commit is one request")
+    missing = sha256(big_zoo.folder / SHARD)
+    server.clear_log()
+    with faulty(server, "drop", method="PUT", path=missing, after_bytes=10_000, count=99):
+        assert alice(error_of, push, big_zoo.folder, "alice/failed-upload") != "no error"
+    before = uploads(server)
+    server.clear_log()
+    alice(push_folder, big_zoo.folder, "alice/failed-upload")
+    assert missing in uploads(server)
+    assert not set(uploads(server)) & set(before)
+    assert torch.equal(alice(read_all, "alice/failed-upload"), big_zoo.vectors())
+
+
+def list_datasets_files(repo: str) -> list[str]:
+    return HfApi().list_repo_files(repo, repo_type="dataset")
+
+
+def first_batch(repo: str) -> torch.Tensor:
+    return next(WeightZoo.from_pretrained(repo).batches(100))
+
+
+def test_a_batch_costs_its_shard_and_all_of_them_each_shard_once(server, alice, big_zoo):
+    alice(push_folder, big_zoo.folder, "alice/batches")
+    server.clear_log()
+    assert torch.equal(alice(first_batch, "alice/batches"), big_zoo.vectors(range(100)))
+    assert shards_fetched(server) == ["networks-00001-of-00008.safetensors"]
+    assert torch.equal(alice(read_all, "alice/batches"), big_zoo.vectors())
+    assert shards_fetched(server) == sorted(shard.name for shard in big_zoo.folder.glob("networks-*"))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=HubClientError,
+    reason="diffusers asks the Hub for the commit of remote code, offline too (get_cached_module_file)",
+)
+def test_offline_remote_code_is_loaded_by_name(server, alice, digits_pipeline, tmp_path):
+    alice(push_folder, digits_pipeline, "alice/by-name")
+    environment = client_environment(server.url, tmp_path / "home", xet=server.xet)
+    online = HubClient(environment)
+    expected = online(load_and_sample, "alice/by-name")
+    online.stop()
+    offline = HubClient({**environment, "HF_HUB_OFFLINE": "1"})
+    found = offline(load_and_sample, "alice/by-name")
+    offline.stop()
+    assert torch.equal(found, expected)
 
 
 def test_neither_zoo_nor_pipeline_is_not_pushed(tmp_path, zoo):
