@@ -6,6 +6,7 @@ import multiprocessing
 import re
 import resource
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -298,3 +299,50 @@ def test_a_component_that_cannot_run_is_refused(limited, pipeline_copy, componen
 
 def change(description: Path, entries: dict) -> None:
     description.write_text(json.dumps(json.loads(description.read_text()) | entries))
+
+
+def fetched(folder: Path) -> WeightZoo:
+    """The zoo as one that lies in the cache of the Hub, whose shards are not looked at before they are read."""
+    return WeightZoo(folder, fetch=lambda name: folder / name)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda zoo: zoo[0], lambda zoo: next(zoo.batches()), lambda zoo: zoo.layout],
+    ids=["one", "batch", "layout"],
+)
+def test_a_fetched_zoo_that_claims_too_much_is_refused(copy, read):
+    tensors = json.loads((copy / "zoo.json").read_text())["layout"]["tensors"]
+    frozen = [entry for entry in tensors if entry["role"] == "frozen"]
+    change(copy / "zoo.json", {"layout": {"tensors": [tensor(9 * 10**10), *frozen]}})
+    with pytest.raises(ZooError):
+        read(fetched(copy))
+
+
+def test_links_out_of_folders_inside_a_zoo_are_refused(copy, tmp_path):
+    (tmp_path / "secret.txt").touch()
+    (copy / "inner").mkdir()
+    (copy / "inner" / "link").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ZooError, match="leads out of the zoo"):
+        WeightZoo(copy)
+
+
+def test_links_in_a_circle_are_refused(copy):
+    (copy / "a").symlink_to("b")
+    (copy / "b").symlink_to("a")
+    with pytest.raises(ZooError):
+        WeightZoo(copy)
+
+
+def test_the_root_folder_holds_no_zoo():
+    with pytest.raises(ZooError):
+        WeightZoo("/")
+
+
+def test_networks_of_many_shards_are_found_at_once(copy):
+    with (copy / "metadata.jsonl").open("a") as file:
+        file.write("{}\n" * 30_000)
+    start = time.monotonic()
+    with pytest.raises(ZooError):
+        fetched(copy).vectors()
+    assert time.monotonic() - start < 5

@@ -747,6 +747,91 @@ def test_offline_remote_code_is_loaded_by_name(server, alice, digits_pipeline, t
     assert torch.equal(found, expected)
 
 
+def test_a_zoo_that_grew_is_pulled_into_the_same_folder(alice, zoo, tmp_path):
+    alice(push_folder, zoo.folder, "alice/pulled-twice")
+    alice(pull, "alice/pulled-twice", tmp_path / "pulled")
+    with zoo:
+        for seed in range(10, 17):
+            zoo.append(random_network(seed).state_dict(), seed=seed)
+    alice(push_folder, zoo.folder, "alice/pulled-twice")
+    assert torch.equal(alice(pull, "alice/pulled-twice", tmp_path / "pulled"), zoo.vectors())
+
+
+def test_a_zoo_is_not_pulled_over_another_one(alice, zoo, big_zoo):
+    alice(push_folder, zoo.folder, "alice/pulled-over")
+    before = big_zoo.vectors()
+    assert "big" in alice(error_of, pull, "alice/pulled-over", big_zoo.folder)
+    assert torch.equal(WeightZoo(big_zoo.folder).vectors(), before)
+
+
+def test_what_is_not_of_a_zoo_is_not_pushed_with_it(alice, zoo, tmp_path):
+    (tmp_path / "secret.txt").write_text("hf_alice")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "secret.txt").write_text("hf_alice")
+    (zoo.folder / "linked.txt").symlink_to(tmp_path / "secret.txt")
+    (zoo.folder / "linked").symlink_to(tmp_path / "secrets")
+    (zoo.folder / "inner").mkdir()
+    (zoo.folder / "inner" / "linked.txt").symlink_to(tmp_path / "secret.txt")
+    for name in (".env", ".netrc"):
+        (zoo.folder / name).write_text("hf_alice")
+    # Refusing is as good.
+    alice(error_of, push, zoo.folder, "alice/tidy")
+    files = set(alice(list_datasets_files, "alice/tidy"))
+    assert not files & {"linked.txt", "linked/secret.txt", "inner/linked.txt", ".env", ".netrc"}
+
+
+@pytest.mark.parametrize("token", ["hf_alice\n", "hf_aliceü"])
+def test_a_token_that_is_none_is_not_repeated(alice, zoo, token):
+    for function in (push_with_token, read_with_token):
+        message = alice(error_of, function, zoo.folder, token)
+        assert message.startswith("HubError")
+        assert "hf_alice" not in message
+
+
+def push_with_token(folder: Path, token: str) -> None:
+    push(folder, "alice/token", token=token)
+
+
+def read_with_token(folder: Path, token: str) -> None:
+    WeightZoo.from_pretrained("alice/token", token=token)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "- a",
+        "42",
+        "tags: [",
+        "tags: 5",
+        "tags: [1, a]",
+        "tags: [null]",
+        "tags: [[a]]",
+        "1: 2",
+        "self: x",
+        "!!python/x",
+    ],
+)
+def test_a_card_with_strange_metadata_is_merged_or_refused(metadata):
+    start, end = GENERATED
+    try:
+        merged = merge_cards(f"---\ntags: [b]\n---\n{start}\nnew\n{end}\n", f"---\n{metadata}\n---\nmine\n")
+    except PdiffError:
+        return
+    assert "b" in ModelCard(merged).data.tags
+    assert "mine" in merged
+
+
+def test_a_tag_that_is_no_list_is_one_tag():
+    merged = merge_cards("---\ntags: [b]\n---\n", "---\ntags: hello\n---\n")
+    assert ModelCard(merged).data.tags == ["b", "hello"]
+
+
+def test_a_card_that_is_no_text_is_refused(zoo):
+    (zoo.folder / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(PdiffError, match=r"README\.md"):
+        write_zoo_card(zoo, "A zoo.")
+
+
 def test_neither_zoo_nor_pipeline_is_not_pushed(tmp_path, zoo):
     (tmp_path / "empty").mkdir()
     with pytest.raises(HubError, match="holds neither a zoo"):
