@@ -1,5 +1,6 @@
 """What goes to the Hub and comes from it: pipelines, zoos and their cards."""
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 import yaml
 from diffusers import DiffusionPipeline
@@ -36,12 +38,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import httpx
 from safetensors import safe_open
 
 from .errors import PdiffError
 from .pipelines.neural_network_diffusion import (
     NeuralNetworkDiffusionPipeline,
     ParameterAutoencoderKL,
+    ParameterLayout,
     ParameterUNet1DModel,
 )
 
@@ -55,14 +59,15 @@ LOCAL_FILES = (
     "*.part",
     "*.state.pt",
     "*.yaml",
-    ".cache",
-    ".git",
+    ".*",
     "__pycache__",
     "events.out.tfevents.*",
 )
 EVALUATION = ("<!-- pdiff-hf: evaluation -->", "<!-- pdiff-hf: evaluation end -->")
 # Stands in cards where the name of the repository will be.
 PLACEHOLDER = "path/or/name/of/this/repository"
+# Far above any schedule; a scheduler allocates several numbers a timestep.
+MOST_TIMESTEPS = 10**6
 GENERATED = ("<!-- pdiff-hf: what follows is rewritten by every push -->", "<!-- pdiff-hf: end -->")
 
 
@@ -95,10 +100,16 @@ def load_pipeline(
     if not (folder / DiffusionPipeline.config_name).is_file():
         raise PipelineError(f"{name_or_path} holds no pipeline: there is no {DiffusionPipeline.config_name}.")
     try:
-        for component, model_class in (("unet", ParameterUNet1DModel), ("vae", ParameterAutoencoderKL)):
-            _check_weights(folder / component, _described(folder / component, model_class))
+        index = NeuralNetworkDiffusionPipeline.load_config(str(folder))
+        _check_schedule(folder / "scheduler")
+        for component, model_class in (
+            ("layout", ParameterLayout),
+            ("unet", ParameterUNet1DModel),
+            ("vae", ParameterAutoencoderKL),
+        ):
+            # The class that the loader takes is the one of the index, whatever the config says.
+            _check_weights(folder / component, _described(folder / component, index[component][1], model_class))
         pipe = NeuralNetworkDiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **kwargs)
-        _check_weights(folder / "layout", pipe.layout)
         statistics = torch.stack([pipe.layout.mean, pipe.layout.std])
         if not torch.isfinite(statistics).all() or (pipe.layout.std < 0).any():
             raise ValueError("the statistics of the layout are no numbers")
@@ -116,19 +127,23 @@ def pipeline_folder(name_or_path: str | os.PathLike, revision: str | None = None
     return Path(download(str(name_or_path), "model", revision, token, patterns))
 
 
-def _described(folder: Path, model_class: Any) -> torch.nn.Module | None:
-    """The component that a config describes, without memory for its weights; None where it is of another class."""
+def _check_schedule(folder: Path) -> None:
+    config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
+    timesteps = config.get("num_train_timesteps", 1000)
+    if type(timesteps) is not int or not 1 <= timesteps <= MOST_TIMESTEPS:
+        raise ValueError(f"num_train_timesteps has to be between 1 and {MOST_TIMESTEPS}, and is {timesteps!r:.200}")
+
+
+def _described(folder: Path, name: str, own_class: Any) -> torch.nn.Module:
+    """The component that a config describes, without memory for its weights: of our class or one of diffusers."""
+    model_class = own_class if name == own_class.__name__ else getattr(diffusers, name)
     config = model_class.load_config(str(folder))
-    if config.get("_class_name") != model_class.__name__:
-        return None
     with torch.device("meta"):
         return model_class.from_config(config)
 
 
-def _check_weights(folder: Path, model: torch.nn.Module | None) -> None:
+def _check_weights(folder: Path, model: torch.nn.Module) -> None:
     """The loaders fill up what a file lacks, and allocate what a config claims: both are compared before."""
-    if model is None:
-        return
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     stored: dict[str, list[int]] = {}
     for file in folder.glob("*.safetensors"):
@@ -207,11 +222,15 @@ def push(
             name = path.relative_to(folder)
             if any(part.match(pattern) for part in map(Path, name.parts) for pattern in LOCAL_FILES):
                 continue
+            if not _stays_inside(path, folder):
+                raise HubError(
+                    f"{path} is a link that leads out of {folder}: put the file itself there, or remove it."
+                )
             names.add(name.as_posix())
             content: bytes | Path = path
             if name.as_posix() == "README.md":
                 old = _read_text(api, repo_id, repo_type, info.sha) if "README.md" in present else None
-                card = path.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
+                card = _card_text(path).replace(PLACEHOLDER, repo_id)
                 content = merge_cards(card, old).encode()
             operations.append(CommitOperationAdd(name.as_posix(), content))
         stale = sorted(name for name in present - names if name.endswith(".safetensors"))
@@ -236,7 +255,22 @@ def _repo_type(folder: Path) -> str:
 
 def _read_text(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> str:
     file = api.hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=revision)
-    return Path(file).read_text(encoding="utf-8")
+    return _card_text(Path(file))
+
+
+def _card_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise HubError(f"{file} is no text in UTF-8: mend or remove it.") from error
+
+
+def _stays_inside(file: Path, folder: Path) -> bool:
+    """Whether a file is in the folder, or in the blobs of the Hub's cache that the folder is in."""
+    home, target = folder.resolve(), file.resolve()
+    return target.is_relative_to(home) or (
+        home.parent.name == "snapshots" and target.is_relative_to(home.parents[1] / "blobs")
+    )
 
 
 @contextmanager
@@ -271,6 +305,16 @@ def explained(repo_id: str, revision: str | None) -> Iterator[None]:
         }
         reason = reasons.get(status or 0, f"The Hub answered with status {status}. Try again later.")
         raise HubError(f"{repo_id}{at}: {reason}") from error
+    except (httpx.LocalProtocolError, UnicodeEncodeError):
+        # The client's error quotes it.
+        raise HubError(f"{repo_id}{at}: the token holds characters that none has. Copy it again.") from None
+    except (httpx.HTTPError, RuntimeError) as error:
+        # An upload that loses its connection is a RuntimeError of the client.
+        if isinstance(error, RuntimeError) and not isinstance(error.__cause__, httpx.HTTPError):
+            raise
+        raise HubError(
+            f"{repo_id}{at}: the connection to the Hub was lost. Try again: what was transferred is not repeated."
+        ) from error
 
 
 def merge_cards(new: str, old: str | None) -> str:
@@ -278,16 +322,30 @@ def merge_cards(new: str, old: str | None) -> str:
     The card to push: the generated part of `new` in the place of that of `old`, and everything that a person wrote
     around it. Metadata that only the old card has stays; tags are united.
     """
-    fresh = RepoCard(new, ignore_metadata_errors=True)
-    present = fresh if old is None else RepoCard(old, ignore_metadata_errors=True)
+    fresh = _parsed_card(new)
+    present = fresh if old is None else _parsed_card(old)
     start, end = GENERATED
     section = start + fresh.text.partition(start)[2].partition(end)[0] + end
     before, marker, rest = present.text.partition(start)
     text = before + section + rest.partition(end)[2] if marker else f"{present.text.rstrip()}\n\n{section}\n"
     old_data, new_data = present.data.to_dict(), fresh.data.to_dict()
     data = old_data | new_data
-    data["tags"] = sorted({*old_data.get("tags", []), *new_data.get("tags", [])})
+    data["tags"] = sorted({*_tags(old_data), *_tags(new_data)})
     return _card(data, text)
+
+
+def _parsed_card(content: str) -> RepoCard:
+    try:
+        return RepoCard(content, ignore_metadata_errors=True)
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise HubError(
+            f"The metadata of README.md cannot be read; mend them and push again: {error!s:.300}"
+        ) from error
+
+
+def _tags(data: dict[str, Any]) -> list[str]:
+    tags = data.get("tags") or []
+    return [str(tag) for tag in (tags if isinstance(tags, list) else [tags]) if tag is not None]
 
 
 def write_zoo_card(zoo: "WeightZoo", description: str) -> None:
@@ -388,7 +446,7 @@ def _card(data: dict[str, Any], text: str) -> str:
 
 def _write_card(folder: Path, card: str) -> None:
     file = folder / "README.md"
-    old = file.read_text(encoding="utf-8") if file.exists() else None
+    old = _card_text(file) if file.exists() else None
     file.write_text(merge_cards(card, old), encoding="utf-8")
 
 

@@ -1,12 +1,13 @@
 """`pdiff-hf push`, `pull` and `import`: folders to the Hub and back."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 
 from .config import stage_main
-from .hub import explained, push
+from .hub import HubError, explained, push
 from .zoo import WeightZoo
 
 
@@ -79,13 +80,21 @@ def run_push(config: PushConfig) -> str:
 
 def run_pull(config: PullConfig) -> str:
     """Downloads, and returns the folder."""
+    folder = Path(config.output_dir)
+    # Where the client notes what it downloaded into a folder.
+    notes = folder / ".cache" / "huggingface" / "download"
+    if any((folder / name).exists() for name in ("zoo.json", "model_index.json")) and not notes.is_dir():
+        raise HubError(f"{folder} holds a zoo or a pipeline that was not pulled. Choose another --output-dir.")
+    repo_type = "dataset" if config.kind == "zoo" else "model"
     with explained(config.repo, config.revision):
-        return snapshot_download(
-            config.repo,
-            repo_type="dataset" if config.kind == "zoo" else "model",
-            revision=config.revision,
-            local_dir=config.output_dir,
-        )
+        commit = HfApi().repo_info(config.repo, repo_type=repo_type, revision=config.revision).sha
+        snapshot_download(config.repo, repo_type=repo_type, revision=commit, local_dir=folder)
+        names = set(HfApi().list_repo_files(config.repo, repo_type=repo_type, revision=commit))
+    for shard in folder.glob("networks-*.safetensors"):
+        # Of an earlier pull: shards are named by how many there are.
+        if shard.name not in names and (notes / f"{shard.name}.metadata").exists():
+            shard.unlink()
+    return str(folder)
 
 
 import_main = stage_main("import", ImportConfig, run_import)

@@ -271,6 +271,9 @@ class WeightZoo:
                     name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
                 )
                 raise ValueError(f"the shapes of {', '.join(wrong):.500} differ")
+            if self._shards:
+                # Compares what zoo.json claims with a shard, before it is allocated.
+                self._open_shard(0)
             layout = ParameterLayout(tensors=self._tensors)
             layout.load_frozen(load_file(file))
         except (OSError, SafetensorError, ValueError) as error:
@@ -289,19 +292,24 @@ class WeightZoo:
     def vectors(self, indices: Sequence[int] | None = None) -> torch.Tensor:
         """Parameter vectors, float32 `[n, P]`: of all networks, or of these."""
         indices = range(len(self)) if indices is None else indices
-        out = torch.empty(len(indices), self.vector_size)
+        count, stored = len(self), sum(self._sizes)
+        waiting: list[tuple[int, int]] = []
         by_shard: dict[int, list[tuple[int, int]]] = {}
         for row, index in enumerate(indices):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"Network {index} of a zoo of {len(self)}.")
-            shard, offset = divmod(index % len(self), self.networks_per_shard)
-            stored = sum(self._sizes)
-            if index % len(self) >= stored:
-                out[row] = self._pending[index % len(self) - stored]
+            if not -count <= index < count:
+                raise IndexError(f"Network {index} of a zoo of {count}.")
+            shard, offset = divmod(index % count, self.networks_per_shard)
+            if index % count >= stored:
+                waiting.append((row, index % count - stored))
             else:
                 by_shard.setdefault(shard, []).append((row, offset))
+        # Opened first: what zoo.json claims is compared with the shards before it is allocated.
+        files = {shard: self._open_shard(shard) for shard in by_shard}
+        out = torch.empty(len(indices), self.vector_size)
+        for row, place in waiting:
+            out[row] = self._pending[place]
         for shard, places in by_shard.items():
-            with safe_open(self._open_shard(shard), "pt") as file:
+            with safe_open(files[shard], "pt") as file:
                 stored_vectors = file.get_slice("networks")
                 for row, offset in places:
                     out[row] = stored_vectors[offset]
@@ -441,10 +449,16 @@ class WeightZoo:
         """A zoo may come from anywhere: a link in it must not lead out, except into the blobs of the Hub's cache."""
         if not self.folder.is_dir():
             raise ZooError(f"{self.folder} holds no zoo: there is no such folder.")
+        if not (self.folder / "zoo.json").exists():
+            return  # and say so later
         home = self.folder.resolve()
-        for file in self.folder.iterdir():
-            target = file.resolve()
-            if file.is_symlink() and not any(target.is_relative_to(r) for r in (home, home.parents[1] / "blobs")):
+        roots = [home, *(parent / "blobs" for parent in home.parents[1:2])]
+        for file in self.folder.rglob("*"):
+            try:
+                inside = not file.is_symlink() or any(file.resolve().is_relative_to(root) for root in roots)
+            except (OSError, RuntimeError):  # links in a circle
+                inside = False
+            if not inside:
                 raise ZooError(f"{file} is a link that leads out of the zoo.")
 
     def _read_description(self) -> None:

@@ -75,6 +75,8 @@ class ParameterUNet1DModel(ModelMixin, ConfigMixin):
         norm_num_groups: int = 8,
     ):
         super().__init__()
+        if type(norm_num_groups) is not int or norm_num_groups < 1:
+            raise ValueError(f"`norm_num_groups` has to be a positive integer, and is {norm_num_groups!r}.")
         if layers_per_block < 1 or layers_per_block * len(block_out_channels) > MOST_BLOCKS:
             raise ValueError(f"`layers_per_block` has to be between 1 and {MOST_BLOCKS}, and is {layers_per_block}.")
         first, last = block_out_channels[0], block_out_channels[-1]

@@ -81,6 +81,8 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
         latent_length: int = 32,
     ):
         super().__init__()
+        if type(norm_num_groups) is not int or norm_num_groups < 1:
+            raise ValueError(f"`norm_num_groups` has to be a positive integer, and is {norm_num_groups!r}.")
         if not 0 <= num_blocks <= MOST_BLOCKS:
             raise ValueError(f"`num_blocks` has to be between 0 and {MOST_BLOCKS}, and is {num_blocks}.")
         num_patches = -(-num_parameters // patch_size)
