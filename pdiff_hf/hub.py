@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -399,18 +400,21 @@ def write_pipeline_card(
     _write_card(Path(folder), str(card))
 
 
-def write_evaluation(folder: str | os.PathLike, report: dict[str, Any], picture: Path | None) -> None:
+def write_evaluation(folder: str | os.PathLike, report: dict[str, Any], pictures: list[Path]) -> None:
     r"""
-    Puts the figures of a report into the card of a pipeline, as text and as the Hub's evaluation results, and the
-    picture beside it.
+    Puts verdict and figures of a report into the card of a pipeline, as text and as the Hub's evaluation results, and
+    the pictures beside it.
     """
     file = Path(folder) / "README.md"
     start, end = EVALUATION
-    card = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    card = ModelCard(_card_text(file), ignore_metadata_errors=True)
     before, marker, rest = card.text.partition(start)
     if not marker:
         raise PipelineError(f"{file} has no place for figures: it lacks the line {start!r}.")
+    verdict = report["verdict"]
     lines = [
+        f"**{verdict['label']}**: {verdict['sentence']}",
+        "",
         "| networks | count | mean | min | best on validation | similarity |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
@@ -419,25 +423,46 @@ def write_evaluation(folder: str | os.PathLike, report: dict[str, Any], picture:
         cells = [f"{100 * accuracy[key]:.2f}" for key in ("mean", "min", "best_on_validation")]
         similarity = f"{figures['maximum_similarity']['mean']:.3f}"
         lines.append(f"| {group} | {figures['count']} | {' | '.join(cells)} | {similarity} |")
-    if picture is not None:
-        shutil.copyfile(picture, Path(folder) / picture.name)
-        lines += ["", f"![Accuracy against similarity]({picture.name})"]
+    for picture in pictures:
+        target = Path(folder) / "evaluation" / picture.name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(picture, target)
+        lines += ["", f"![{picture.stem}](evaluation/{picture.name})"]
     text = before + "\n".join([start, "", *lines, "", end]) + rest.partition(end)[2]
     generated = report["groups"]["generated"]
+    values = {
+        ("accuracy", "mean accuracy"): generated["accuracy"]["mean"],
+        ("accuracy", "minimum accuracy"): generated["accuracy"]["min"],
+        ("iou", "mean maximum similarity of errors to a training network"): generated["maximum_similarity"]["mean"],
+    }
     results = [
         EvalResult(
             task_type="weight-generation",
             dataset_type=report["task"],
             dataset_name=report["task"],
             dataset_split="test",
-            metric_type="accuracy",
-            metric_name=f"{name} accuracy of {generated['count']} generated networks",
-            metric_value=round(generated["accuracy"][key], 6),
+            metric_type=kind,
+            metric_name=f"{name} of {generated['count']} generated networks",
+            metric_value=round(value, 6),
         )
-        for name, key in (("mean", "mean"), ("minimum", "min"))
+        for (kind, name), value in values.items()
     ]
     data = card.data.to_dict() | ModelCardData(model_name="pdiff", eval_results=results).to_dict()
     file.write_text(_card(data, text), encoding="utf-8")
+
+
+def push_evaluation(
+    name_or_path: str | os.PathLike, repo_id: str, report: dict[str, Any], pictures: list[Path]
+) -> None:
+    """Pushes a pipeline, of a folder or of the Hub, with the figures of a report in its card."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            with explained(str(name_or_path), None):
+                snapshot_download(str(name_or_path), local_dir=scratch)
+            folder = Path(scratch)
+            write_evaluation(folder, report, pictures)
+        push(folder, repo_id, commit_message="Evaluation")
 
 
 def _card(data: dict[str, Any], text: str) -> str:

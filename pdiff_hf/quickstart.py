@@ -11,7 +11,7 @@ import torch
 
 from .collect import CollectConfig, run_collect
 from .config import ConfigError, one_process, save_run, stage_main
-from .evaluate import EvaluateConfig, run_evaluate, write_report
+from .evaluate import EvaluateConfig, run_evaluate
 from .generate import GenerateConfig, run_generate
 from .tasks import load_task
 from .train import TrainConfig, run_train
@@ -69,7 +69,6 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     report = timed("evaluate", lambda: run_evaluate(evaluate_config))
 
     report["timings_s"] = timings
-    write_report(report, report_dir)
     print("Seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in timings.items()))
     print(f"Everything is in {folder}. Load the pipeline anywhere with\n")
     print(f'    DiffusionPipeline.from_pretrained("{pipeline}", trust_remote_code=True)\n')

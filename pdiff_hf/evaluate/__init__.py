@@ -1,237 +1,498 @@
-"""Stage 4: compare generated networks with those that they were learned from."""
+"""Stage 4: what generated networks are worth, against those they were learned from and against what costs nothing."""
 
-import importlib.util
-import json
-from collections.abc import Iterable
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from rich.table import Table
 from tqdm.auto import tqdm
 
-from .config import one_process, save_run, stage_main, versions
-from .extras import require
-from .hub import write_evaluation
-from .tasks import Task, TaskError, load_task
-from .tasks.task import BUILT_IN
-from .zoo import WeightZoo, ZooError
+from ..config import ConfigError, check_positive, one_process, save_run, stage_main, versions
+from ..hub import HubError, is_repository, load_pipeline, pipeline_folder, push_evaluation, write_evaluation
+from ..tasks import Task, load_task
+from ..tasks.task import BUILT_IN
+from ..zoo import WeightZoo, ZooError, make_layout
+from . import pictures
+from .alignment import Alignment, aligned_distances
+from .baselines import KINDS, Baseline, Source
+from .measures import Scorer, Scores, batches, distances, outside_span, parameter_statistics, similarity
+from .report import table, write_report
+from .verdict import COPY_RATIO, Place, Plane, verdict
 
 
-REPORT_VERSION = 1
-GROUPS = ("trained", "soup", "ensemble", "generated")
-LABELS = {"trained": "original", "soup": "soup", "ensemble": "ensemble", "generated": "generated"}
+REPORT_VERSION = 2
+# Networks of each baseline at each strength.
+NETWORKS_PER_POINT = 50
+# Where a curve passes the generated networks' similarity, it is refined by so many points.
+REFINEMENTS = 3
+MOST_DOUBLINGS = 14
+ALIGNED_CANDIDATES = 4
+TRAJECTORY_NETWORKS = 20
+
+Networks = WeightZoo | str | Path | Sequence[Mapping[str, torch.Tensor]]
+Generator = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Scores trained and generated networks, and the cheap ways to make one network of the trained ones."""
+    """Scores trained and generated networks and all trivial baselines, audits memorization, and gives a verdict."""
 
     task: str | None = None
     """A built-in task, or a class of your own: path/to/file.py:MyTask. The trained zoo's own by default."""
     trained: str = "runs/zoo"
-    """Folder of the zoo that was learned from."""
+    """The zoo that was learned from: a folder, or its name on the Hub."""
     generated: str = "runs/generated"
-    """Folder of the generated zoo."""
+    """The generated zoo, or the pipeline to sample from: a folder, or a name on the Hub."""
+    fresh: str | None = None
+    """A zoo of networks that were trained from new seeds: the gold standard."""
     output_dir: str = "runs/report"
-    """Folder of the report: report.json and accuracy.png."""
+    """Folder of the report: report.json, report.md, report.html and pictures."""
     pipeline: str | None = None
-    """Folder of the pipeline that generated; its card gets the figures and the picture."""
+    """The pipeline that generated, where `generated` is a zoo: adds its denoising and training to the report. The card
+    of a folder gets figures and pictures."""
+    num_networks: int = 100
+    """Networks to sample where `generated` is a pipeline."""
+    seed: int = 0
+    """Of the networks to sample."""
+    push_to_hub: str | None = None
+    """Name of the model repository that the pipeline, with its card, is pushed to in the end."""
 
 
-@dataclass(frozen=True)
-class Group:
+def evaluate(
+    task: str | Task | None = None,
+    *,
+    trained: Networks,
+    generated: Networks | Generator,
+    output_dir: str | Path | None = None,
+    fresh: Networks | None = None,
+    pipeline: Any = None,
+    num_networks: int = 100,
+    seed: int = 0,
+) -> dict[str, Any]:
     r"""
-    How the networks of a group do.
+    Measures generated networks against the networks they were learned from and against trivial baselines.
 
-    Attributes:
-        validation (`torch.Tensor`): Accuracy on the validation split, from 0 to 1, `[N]`.
-        wrong (`torch.Tensor`): Which test examples a network gets wrong, boolean `[N, E]`.
-        similarity (`torch.Tensor`):
-            Largest intersection over union of a network's wrong predictions with those of a training network (of
-            another one, for training networks), `[N]`. Two networks without errors have similarity 1.
+    Args:
+        task (`str` or `Task`, *optional*):
+            What the networks do, as [`load_task`] takes it. The trained zoo's own by default, if it is a built-in one.
+        trained (`WeightZoo`, `str`, `Path` or list of state dicts):
+            The training networks: a zoo, its folder, its name on the Hub, or state dicts. At least two.
+        generated (the same, or a pipeline):
+            The generated networks, or what generates them: a pipeline, its folder or its name on the Hub, or a
+            [`Baseline`].
+        output_dir (`str` or `Path`, *optional*): Where `report.json`, `report.md`, `report.html` and pictures go.
+        fresh (as `trained`, *optional*): Networks trained from new seeds.
+        pipeline (`NeuralNetworkDiffusionPipeline`, `str` or `Path`, *optional*):
+            What generated the networks. Adds what its autoencoder reconstructs and what its decoder makes of plain
+            noise, without the denoiser.
+        num_networks (`int`, *optional*, defaults to 100): Networks to sample where `generated` is a pipeline.
+        seed (`int`, *optional*, defaults to 0): Of the networks to sample.
+
+    Returns:
+        `dict`: what is in `report.json` (see `docs/report.md`).
+
+    Raises:
+        [`ZooError`]: fewer than two networks, different architectures, or a task that does not fit.
     """
+    report, _ = _evaluate(task, trained, generated, output_dir, fresh, pipeline, num_networks, seed)
+    return report
 
-    validation: torch.Tensor
-    wrong: torch.Tensor
-    similarity: torch.Tensor
 
-    @property
-    def test(self) -> torch.Tensor:
-        """Accuracy on the test split, `[N]`."""
-        return 1 - self.wrong.double().mean(1)
+def _evaluate(
+    task: str | Task | None,
+    trained: Networks,
+    generated: Networks | Generator,
+    output_dir: str | Path | None,
+    fresh: Networks | None,
+    pipeline: Any,
+    num_networks: int,
+    seed: int,
+) -> tuple[dict[str, Any], list[Path]]:
+    """The report, and its pictures."""
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        zoo = _open(trained, scratch / "trained")
+        name = _task_name(task, zoo)
+        loaded = load_task(task if task is not None else name)
+        if isinstance(pipeline, (str, Path)):
+            pipeline = load_pipeline(pipeline)
+        if isinstance(generated, (str, Path)) and _is_pipeline(generated):
+            generated = pipeline = load_pipeline(generated)
+        if callable(generated):
+            pipeline = pipeline or (None if isinstance(generated, Baseline) else generated)
+            made = _sample(generated, zoo, scratch / "generated", num_networks, seed)
+        else:
+            made = _open(generated, scratch / "generated", like=zoo)
+        groups = {"trained": zoo, "generated": made}
+        if fresh is not None:
+            groups["fresh"] = _open(fresh, scratch / "fresh", like=zoo)
+        for group, networks in groups.items():
+            least = 2 if group == "trained" else 1
+            if len(networks) < least:
+                raise ZooError(f"There are {len(networks)} {group} networks; an evaluation needs at least {least}.")
+            if networks.layout.config["tensors"] != zoo.layout.config["tensors"]:
+                raise ZooError(f"{zoo.folder} and {networks.folder} hold networks of different architectures.")
 
-    def summary(self) -> dict[str, Any]:
-        """The figures of the group."""
-        test = self.test
-        return {
-            "count": len(test),
-            "accuracy": {
-                "mean": test.mean().item(),
-                "min": test.min().item(),
-                "max": test.max().item(),
-                "best_on_validation": test[self.validation.argmax()].item(),
-            },
-            "maximum_similarity": {"mean": self.similarity.mean().item()},
+        study = _Study(loaded, zoo, made, groups.get("fresh"), pipeline)
+        report = {"report_version": REPORT_VERSION, "task": name, **study.figures()}
+        report["versions"] = versions()
+        report["seconds"] = round(time.perf_counter() - started, 2)
+        files: list[Path] = []
+        if output_dir is not None:
+            folder = Path(output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            files = study.draw(report, folder)
+            report["seconds"] = round(time.perf_counter() - started, 2)
+            write_report(report, folder, [file for file in files if file.suffix == ".png"])
+    return report, files
+
+
+class _Study:
+    """The evaluation of one set of generated networks."""
+
+    def __init__(self, task: Task, trained: WeightZoo, generated: WeightZoo, fresh: WeightZoo | None, pipeline: Any):
+        self.trained, self.generated, self.fresh, self.pipeline = trained, generated, fresh, pipeline
+        self.scorer = Scorer(task, trained, PartialState().device)
+        self.targets = self.scorer.targets["test"]
+        self.source = Source(trained)
+        self.scores: dict[str, Scores] = {}
+        self.curves: dict[str, list[tuple[float, Scores, Place]]] = {}
+
+    def figures(self) -> dict[str, Any]:
+        """All that the report says, but for its pictures."""
+        self._score_groups()
+        trained = self.scores["trained"]
+        self.similarity = {name: similarity(scores.wrong, trained.wrong) for name, scores in self.scores.items()}
+        largest = {name: values.amax(1) for name, values in self.similarity.items() if name != "trained"}
+        largest["trained"] = self.similarity["trained"].clone().fill_diagonal_(-1).amax(1)
+        groups = {name: scores.summary(largest[name]) for name, scores in self.scores.items()}
+
+        self.plane = Plane(trained.wrong)
+        self.place = self.plane.place(self.scores["generated"], seed=2)
+        chance = self._chance()
+        self._sweep(self.place.point[0], (chance + groups["trained"]["accuracy"]["mean"]) / 2)
+        nearest = self._nearest()
+        against = {
+            "curves": {kind: [place for _, _, place in points] for kind, points in self.curves.items()},
+            "trained_accuracy": groups["trained"]["accuracy"]["mean"],
+            "chance": chance,
         }
+        found = verdict(self.place, copied=nearest["copied"], outside=nearest["outside_span"], **against)
+        if "fresh" in self.scores:
+            place = self.plane.place(self.scores["fresh"], seed=3)
+            of_fresh = verdict(place, copied=0.0, outside=1.0, **against)
+            found["fresh_accuracy_gain"], found["fresh_interval"] = of_fresh["accuracy_gain"], of_fresh["interval"]
+        return {
+            "examples": len(self.targets),
+            "chance": chance,
+            "verdict": found,
+            "groups": groups,
+            "similarity": self._pairwise(),
+            "nearest_l2": {key: nearest[key] for key in ("trained", "generated", "aligned")},
+            "ensembles": {
+                name: [{k: v for k, v in row.items() if k != "predictions"} for row in self.scores[name].ensembles]
+                for name in ("trained", "generated", "fresh")
+                if name in self.scores
+            },
+            "parameters": parameter_statistics(self.trained, self.generated),
+            "baselines": [
+                {
+                    "kind": kind,
+                    "strength": strength,
+                    "count": len(scores),
+                    "accuracy": {"mean": scores.test.mean().item(), "min": scores.test.min().item()},
+                    "maximum_similarity": {"mean": place.point[0]},
+                }
+                for kind, points in self.curves.items()
+                for strength, scores, place in points
+            ],
+        }
+
+    def _score(self, zoo: WeightZoo, name: str) -> Scores:
+        try:
+            return self.scorer(zoo.batches(), len(zoo), name, calibrate=True)
+        except RuntimeError as error:
+            raise ZooError(f"The networks of {zoo.folder} do not fit the task: {error}") from error
+
+    def _score_groups(self) -> None:
+        self.scores["trained"] = trained = self._score(self.trained, "trained")
+        mean = torch.stack([batch.sum(0) for batch in batches(self.trained)]).sum(0) / len(self.trained)
+        self.scores["soup"] = self.scorer([mean.float()[None]], 1, "soup", calibrate=True)
+        if trained.ensembles[-1]["predictions"] is not None:
+            self.scores["ensemble"] = self.scorer.single(trained.ensembles[-1]["predictions"])
+        self.scores["generated"] = self._score(self.generated, "generated")
+        if self.fresh is not None:
+            self.scores["fresh"] = self._score(self.fresh, "fresh")
+        if self.pipeline is not None:
+            for name, vectors in (("reconstructed", self._reconstructed), ("decoded-noise", self._decoded_noise)):
+                count = len(self.trained) if name == "reconstructed" else len(self.generated)
+                self.scores[name] = self.scorer(vectors(), count, name, calibrate=True)
+
+    @torch.no_grad()
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        vae = self.pipeline.vae
+        normalized = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
+        return self.pipeline.layout(normalized, return_dict=False)[0].cpu()
+
+    def _reconstructed(self) -> Iterator[torch.Tensor]:
+        vae, layout = self.pipeline.vae, self.pipeline.layout
+        for batch in self.trained.batches():
+            with torch.no_grad():
+                posterior = vae.encode(layout.normalize(batch.to(layout.device)).to(vae.device, vae.dtype)).latent_dist
+            yield self._decode(posterior.mode())
+
+    def _decoded_noise(self) -> Iterator[torch.Tensor]:
+        config, generator = self.pipeline.vae.config, torch.Generator().manual_seed(0)
+        for start in range(0, len(self.generated), 64):
+            count = min(64, len(self.generated) - start)
+            yield self._decode(torch.randn(count, config.latent_channels, config.latent_length, generator=generator))
+
+    def _chance(self) -> float:
+        """Accuracy of always answering the most frequent class; 0 where targets are no classes."""
+        if self.targets.ndim != 1 or self.targets.is_floating_point():
+            return 0.0
+        return self.targets.unique(return_counts=True)[1].max().item() / len(self.targets)
+
+    def _sweep(self, generated: float, broken: float) -> None:
+        """Fills the curves: each baseline over its strengths, finer near the generated networks' similarity."""
+        with tqdm(desc="baselines", unit="point", leave=False) as progress:
+            for kind, (_, _, first) in KINDS.items():
+                points = self.curves[kind] = []
+                for strength in _strengths(kind, first, len(self.trained)):
+                    points.append(self._point(kind, strength))
+                    progress.update()
+                    similar, accuracy = points[-1][2].point
+                    if accuracy < broken and similar < generated:
+                        break
+                for _ in range(REFINEMENTS if kind != "soup" else 0):
+                    places = [place.point[0] for _, _, place in points]
+                    crossing = [i for i in range(1, len(points)) if places[i] <= generated < places[i - 1]]
+                    if crossing:
+                        middle = (points[crossing[0] - 1][0] * points[crossing[0]][0]) ** 0.5
+                        points.insert(crossing[0], self._point(kind, middle))
+                        progress.update()
+
+    def _point(self, kind: str, strength: float) -> tuple[float, Scores, Place]:
+        # The average of all is one network however often it is made.
+        count = 1 if kind == "soup" and strength == len(self.trained) else NETWORKS_PER_POINT
+        size = max(1, min(count, 2**28 // self.trained.vector_size))
+        seed = 1000 * (1 + list(KINDS).index(kind)) + len(self.curves[kind])
+        seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+        scores = self.scorer(Baseline(self.source, kind, strength).batches(seeds, size), count, kind)
+        return strength, scores, self.plane.place(scores, seed)
+
+    def _nearest(self) -> dict[str, Any]:
+        between = distances(self.trained, self.trained).fill_diagonal_(torch.inf)
+        away, nearest = distances(self.generated, self.trained).min(1)
+        own, neighbour = between.min(1)
+        copied = (away <= COPY_RATIO * own[nearest]).double().mean().item()
+        return {
+            "trained": _spread(own),
+            "generated": _spread(away),
+            "aligned": self._nearest_aligned(neighbour, nearest),
+            "copied": copied,
+            "outside_span": outside_span(self.trained, self.generated, nearest, away),
+        }
+
+    def _nearest_aligned(self, own: torch.Tensor, of_generated: torch.Tensor) -> dict[str, Any] | None:
+        """Nearest neighbours up to permutations of hidden units, where the architecture is a plain chain."""
+        try:
+            alignment = Alignment(self.trained.layout)
+        except ValueError:
+            return None
+        inputs = self.scorer.data["test"][0][:50]
+        if not alignment.holds(self.scorer.predict, self.trained[0], inputs):
+            return None
+        trained, generated = self.trained.vectors().double(), self.generated.vectors().double()
+        others = self.similarity["trained"].clone().fill_diagonal_(-1)
+        of_trained, of_generated = (
+            torch.cat([nearest[:, None], values.topk(min(ALIGNED_CANDIDATES, len(trained) - 1), 1).indices], 1)
+            for nearest, values in ((own, others), (of_generated, self.similarity["generated"]))
+        )
+        return {
+            "trained": _spread(aligned_distances(alignment, trained, trained, of_trained)),
+            "generated": _spread(aligned_distances(alignment, generated, trained, of_generated)),
+        }
+
+    def _pairwise(self) -> dict[str, float | None]:
+        among = similarity(self.scores["generated"].wrong, self.scores["generated"].wrong)
+        return {
+            "trained_trained": _off_diagonal(self.similarity["trained"]),
+            "generated_generated": _off_diagonal(among),
+            "generated_trained": self.similarity["generated"].mean().item(),
+            "maximum_generated_trained": self.similarity["generated"].max().item(),
+        }
+
+    def draw(self, report: dict[str, Any], folder: Path) -> list[Path]:
+        """Draws all pictures, PNG and SVG."""
+        wrong = {name: scores.wrong for name, scores in self.scores.items()}
+        files = [
+            *pictures.plane(report, self.scores, self.similarity, folder),
+            *pictures.parameters(self.trained, self.generated, folder),
+            *pictures.overlap(wrong["trained"], wrong["generated"], folder),
+            *pictures.calibration(report, folder),
+            *pictures.weight_map(self._mapped(), folder),
+        ]
+        if self.pipeline is not None:
+            files += pictures.denoising(*self._denoising(), report, folder)
+            files += pictures.training(self.pipeline, report, folder)
+        return files
+
+    def _mapped(self) -> dict[str, torch.Tensor]:
+        """Networks for the map, as vectors."""
+        draws = list(range(NETWORKS_PER_POINT))
+        few = Baseline(self.source, "gaussian", 1.0), Baseline(self.source, "soup", min(16, len(self.trained)))
+        return {
+            "trained": self.trained.vectors(),
+            "generated": self.generated.vectors(),
+            **({} if self.fresh is None else {"fresh": self.fresh.vectors()}),
+            **{b.kind: torch.cat(list(b.batches(draws, 50))) for b in few},
+        }
+
+    def _denoising(self) -> tuple[list[int], list[torch.Tensor]]:
+        """Accuracies of some networks, `[n]` each, if denoising ended after a step."""
+        kept: list[tuple[int, torch.Tensor]] = []
+
+        def keep(pipe: Any, step: int, timestep: int, tensors: dict) -> dict:
+            kept.append((step + 1, tensors["latents"].cpu()))
+            return {}
+
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline(
+            num_networks=TRAJECTORY_NETWORKS,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            callback_on_step_end=keep,
+        )
+        shown = kept[:: max(1, len(kept) // 15)]
+        shown = shown if shown[-1][0] == kept[-1][0] else [*shown, kept[-1]]
+        return [step for step, _ in shown], [
+            self.scorer([self._decode(latents)], len(latents), "denoising").test for _, latents in shown
+        ]
+
+
+def _strengths(kind: str, first: float, count: int) -> list[float]:
+    if kind == "soup":
+        return [float(2**power) for power in range(1, (count - 1).bit_length())] + [float(count)]
+    if kind == "interpolation":
+        return [first * step for step in range(1, 6)]
+    return [first * 2**power for power in range(MOST_DOUBLINGS)]
+
+
+def _spread(values: torch.Tensor) -> dict[str, float]:
+    return {"mean": values.mean().item(), "min": values.min().item(), "max": values.max().item()}
+
+
+def _off_diagonal(matrix: torch.Tensor) -> float | None:
+    count = len(matrix)
+    return None if count < 2 else ((matrix.sum() - matrix.diagonal().sum()) / (count * (count - 1))).item()
+
+
+def _open(networks: Any, scratch: Path, like: WeightZoo | None = None) -> WeightZoo:
+    """A zoo of whatever holds networks."""
+    if isinstance(networks, WeightZoo):
+        return networks
+    if isinstance(networks, (str, Path)):
+        return WeightZoo.from_pretrained(networks)
+    networks = list(networks)
+    if not networks:
+        raise ZooError("There are no networks: an empty list was given.")
+    layout = make_layout(networks[0], ("*",)) if like is None else like.layout
+    with WeightZoo.create(scratch, layout) as zoo:
+        for network in networks:
+            zoo.append(network)
+    return zoo
+
+
+def _is_pipeline(name_or_path: str | Path) -> bool:
+    if Path(name_or_path).is_dir() or not is_repository(name_or_path):
+        return (Path(name_or_path) / "model_index.json").is_file()
+    try:
+        return (pipeline_folder(name_or_path) / "model_index.json").is_file()
+    except HubError:
+        return False  # it may be a data set
+
+
+def _sample(generator: Generator, trained: WeightZoo, scratch: Path, count: int, seed: int) -> WeightZoo:
+    if hasattr(generator, "set_progress_bar_config"):
+        generator.set_progress_bar_config(disable=True)
+    with WeightZoo.create(scratch, trained.layout) as zoo:
+        for start in range(seed, seed + count, 100):
+            generators = [torch.Generator().manual_seed(s) for s in range(start, min(start + 100, seed + count))]
+            vectors = generator(num_networks=len(generators), generator=generators, output_type="pt").state_dicts
+            for vector in vectors.cpu():
+                zoo.append(vector)
+    return zoo
+
+
+def _task_name(task: str | Task | None, trained: WeightZoo) -> str:
+    if isinstance(task, str):
+        return task
+    if task is not None:
+        return type(task).__name__
+    if trained.task is None:
+        raise ZooError(f"{trained.folder} does not say what its networks do: pass --task.")
+    if trained.task not in BUILT_IN:
+        raise ZooError(
+            f"The zoo names the task {trained.task!r}, which is code of its own: pass --task {trained.task} to run it."
+        )
+    return trained.task
 
 
 def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     r"""
-    Scores the groups, prints a table, writes `report.json` and `accuracy.png`, and returns what is in the former:
-    `groups.trained|soup|ensemble|generated`, each with `count`, `accuracy.mean|min|max|best_on_validation` as
-    fractions of the test split, and `maximum_similarity.mean`, which says copy where it is near 1. The soup is the
-    average of the trained weights, the ensemble that of the trained networks' predictions; the best network is chosen
-    on the validation split.
+    Evaluates, writes the report, prints a table, and puts the figures into the card of the pipeline.
+
+    Returns:
+        `dict`: as [`evaluate`].
 
     Raises:
-        [`ZooError`]: the zoos are empty, or hold different architectures, or not the task's.
+        [`ConfigError`]: there is no pipeline to push.
+        [`ZooError`]: as [`evaluate`].
     """
     one_process("evaluate")
-    trained, generated = WeightZoo.from_pretrained(config.trained), WeightZoo.from_pretrained(config.generated)
-    name = config.task or trained.task
-    if name is None:
-        raise ZooError(f"{config.trained} does not say what its networks do: pass --task.")
-    if config.task is None and name not in BUILT_IN:
-        raise ZooError(f"The zoo names the task {name!r}, which is code of its own: pass --task {name} to run it.")
-    if not len(trained) or not len(generated):
-        raise ZooError(f"Nothing to compare: {len(trained)} trained and {len(generated)} generated networks.")
-    if trained.layout.config["tensors"] != generated.layout.config["tensors"]:
-        raise ZooError(f"{config.trained} and {config.generated} hold networks of different architectures.")
-    task = load_task(name)
-
-    predictions = {
-        "trained": _predict(task, trained, trained.batches(), len(trained), "trained"),
-        "generated": _predict(task, generated, generated.batches(), len(generated), "generated"),
-    }
-    soup = torch.stack([batch.double().sum(0) for batch in trained.batches()]).sum(0) / len(trained)
-    predictions["soup"] = _predict(task, trained, [soup.float()[None]], 1, "soup")
-    predictions["ensemble"] = {split: [torch.stack(p).mean(0)] for split, p in predictions["trained"].items()}
-    groups = _groups(task, predictions)
-
-    report = {
-        "report_version": REPORT_VERSION,
-        "task": name,
-        "groups": {group: groups[group].summary() for group in GROUPS},
-        "versions": versions(),
-    }
+    check_positive(config, "num_networks")
+    pipeline = config.pipeline or (config.generated if _is_pipeline(config.generated) else None)
+    if config.push_to_hub is not None and pipeline is None:
+        raise ConfigError("--push-to-hub pushes a pipeline with its card: name it with --pipeline.")
+    report, files = _evaluate(
+        config.task,
+        config.trained,
+        config.generated,
+        config.output_dir,
+        config.fresh,
+        pipeline,
+        config.num_networks,
+        config.seed,
+    )
     save_run(config.output_dir, "evaluate", config)
-    write_report(report, config.output_dir)
     Console().print(table(report))
-    picture = None
-    if importlib.util.find_spec("matplotlib"):
-        picture = Path(config.output_dir) / "accuracy.png"
-        plot(groups, name, picture)
-    else:
-        print("No picture without matplotlib: pip install 'pdiff-hf[plots]'")
-    if config.pipeline is not None:
-        write_evaluation(config.pipeline, report, picture)
+    Console().print(report["verdict"]["sentence"], highlight=False)
+    shown = [file for file in files if file.suffix == ".png"]
+    if pipeline is not None and (Path(pipeline) / "README.md").is_file():
+        write_evaluation(pipeline, report, shown)
+    if config.push_to_hub is not None and pipeline is not None:
+        push_evaluation(pipeline, config.push_to_hub, report, shown)
     return report
-
-
-def write_report(report: dict[str, Any], folder: str | Path) -> None:
-    """Writes `report.json`."""
-    Path(folder, "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def table(report: dict[str, Any]) -> Table:
-    """The groups of a report, accuracies in percent."""
-    result = Table(title=f"{report['task']}: accuracy on the test split, %")
-    for column in ("networks", "count", "mean", "min", "best on validation", "similarity"):
-        result.add_column(column, justify="left" if column == "networks" else "right")
-    for group, figures in report["groups"].items():
-        accuracies = (figures["accuracy"][key] for key in ("mean", "min", "best_on_validation"))
-        result.add_row(
-            LABELS[group],
-            str(figures["count"]),
-            *(f"{100 * accuracy:.2f}" for accuracy in accuracies),
-            f"{figures['maximum_similarity']['mean']:.3f}",
-        )
-    return result
-
-
-def plot(groups: dict[str, Group], task: str, file: Path) -> None:
-    """Draws each network in the plane of similarity and accuracy."""
-    figure_module = require("matplotlib.figure", "plots")
-    figure = figure_module.Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    # Okabe and Ito's colours, which the colour-blind can tell apart. Many networks share a point: area counts them.
-    styles = {
-        "trained": {"marker": "o", "facecolor": "#56B4E9", "edgecolor": "#0072B2", "alpha": 0.7},
-        "generated": {"marker": "^", "facecolor": "none", "edgecolor": "#D55E00", "linewidth": 1.5},
-        "soup": {"marker": "s", "facecolor": "#009E73", "edgecolor": "black", "linewidth": 0.5},
-        "ensemble": {"marker": "*", "facecolor": "#F0E442", "edgecolor": "black", "linewidth": 0.5},
-    }
-    for group, style in styles.items():
-        points = torch.stack([groups[group].similarity, 100 * groups[group].test], dim=1)
-        places, counts = points.unique(dim=0, return_counts=True)
-        size = 400 * counts / counts.sum() + 12 if len(points) > 1 else 80
-        label = f"{LABELS[group]} ({len(points)} networks)" if len(points) > 1 else LABELS[group]
-        axes.scatter(places[:, 0], places[:, 1], s=size, **style)
-        axes.scatter([], [], s=60, label=label, **style)
-    axes.set_xlabel("similarity of the errors to the most similar training network")
-    axes.set_ylabel("accuracy on the test split, %")
-    axes.set_title(task)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="best", framealpha=0.9)
-    figure.savefig(file)
-
-
-Predictions = dict[str, list[torch.Tensor]]
-
-
-def _predict(task: Task, zoo: WeightZoo, batches: Iterable[torch.Tensor], count: int, name: str) -> Predictions:
-    """Each network's probabilities `[E, classes]` on the validation and the test split."""
-    device = PartialState().device
-    network = task.build_network().to(device)
-    inputs = {split: task.data(split)[0].to(device) for split in ("validation", "test")}
-    predictions: Predictions = {split: [] for split in inputs}
-    state_dicts = (state_dict for batch in batches for state_dict in zoo.layout.unflatten(batch))
-    for state_dict in tqdm(state_dicts, total=count, desc=f"score {name}", unit="network"):
-        try:
-            network.load_state_dict(state_dict, strict=True)
-        except RuntimeError as error:
-            raise ZooError(f"The networks of {zoo.folder} do not fit the task: {error}") from error
-        for split in inputs:
-            predictions[split].append(task.predict(network, inputs[split]).cpu())
-    return predictions
-
-
-def _groups(task: Task, predictions: dict[str, Predictions]) -> dict[str, Group]:
-    targets = {split: task.data(split)[1].cpu() for split in ("validation", "test")}
-
-    def wrong(group: str, split: str) -> torch.Tensor:
-        correct = torch.stack([task.correct(p, targets[split]) for p in predictions[group][split]])
-        if correct.dtype != torch.bool or correct.shape[1:] != (len(targets[split]),):
-            raise TaskError(
-                f"{type(task).__name__}.correct() has to give a boolean for each of {len(targets[split])} examples; "
-                f"found {correct.dtype} of shape {list(correct.shape[1:])}."
-            )
-        return ~correct
-
-    trained = wrong("trained", "test")
-    groups = {}
-    for group in GROUPS:
-        of_test = wrong(group, "test")
-        similarity = _similarity(of_test, trained)
-        if group == "trained" and len(trained) > 1:
-            similarity.fill_diagonal_(0)
-        groups[group] = Group(1 - wrong(group, "validation").double().mean(1), of_test, similarity.amax(1))
-    return groups
-
-
-def _similarity(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Intersection over union of wrong predictions: boolean `[N, E]` and `[M, E]` to `[N, M]`."""
-    a, b = a.double(), b.double()
-    intersection = a @ b.T
-    union = a.sum(1)[:, None] + b.sum(1)[None] - intersection
-    return torch.where(union == 0, 1.0, intersection / union.clamp_min(1))
 
 
 main = stage_main("evaluate", EvaluateConfig, run_evaluate)
 
-if __name__ == "__main__":
-    main()
+
+class _CallableModule(ModuleType):
+    """So that `pdiff_hf.evaluate` is the function as well as the module that `python -m` runs."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return evaluate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

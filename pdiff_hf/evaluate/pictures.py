@@ -1,0 +1,206 @@
+"""The pictures of a report, in one style: legible in print, in Okabe and Ito's colours, which all can tell apart."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..extras import require
+from ..zoo import WeightZoo
+from .baselines import LABELS as BASELINES
+from .measures import Scores, similarity, tensor_values
+
+
+BLUE, ORANGE, GREEN, YELLOW, PURPLE, SKY, RED = (
+    *("#0072B2", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#56B4E9", "#D55E00"),
+)
+COLOURS = {"trained": BLUE, "generated": RED, "fresh": GREEN, "gaussian": ORANGE, "soup": "black"}
+CURVES = {
+    "noise": (PURPLE, ":"),
+    "soup": ("black", "-"),
+    "interpolation": (GREEN, "--"),
+    "gaussian": (ORANGE, "-."),
+    "low-rank-gaussian": (SKY, (0, (5, 1, 1, 1, 1, 1))),
+}
+NAMES = {"trained": "original", "generated": "generated", "fresh": "fresh", "soup": "soup", "ensemble": "ensemble"}
+MOST_TENSORS = 12
+MOST_ROWS = 60
+
+
+def _figure(width: float = 6.4, height: float = 4.4, **arguments: Any) -> tuple[Any, Any]:
+    figure = require("matplotlib.figure", "report").Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(**arguments)
+    for ax in axes.flat if hasattr(axes, "flat") else [axes]:
+        ax.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Any, folder: Path, name: str) -> list[Path]:
+    files = [folder / f"{name}.png", folder / f"{name}.svg"]
+    for file in files:
+        # No date, so that the same report has the same pictures.
+        figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+    return files
+
+
+def plane(
+    report: dict[str, Any], scores: dict[str, Scores], similarities: dict[str, torch.Tensor], folder: Path
+) -> list[Path]:
+    """Each network in the plane of similarity and accuracy, and the baselines as curves."""
+    figure, ax = _figure(6.4, 4.8)
+    for kind, (colour, line) in CURVES.items():
+        points = [point for point in report["baselines"] if point["kind"] == kind]
+        curve = [(point["maximum_similarity"]["mean"], 100 * point["accuracy"]["mean"]) for point in points]
+        ax.plot(
+            *zip(*curve, strict=True), color=colour, linestyle=line, marker=".", markersize=4, label=BASELINES[kind]
+        )
+    shown = {}
+    for name, marker in (("trained", "o"), ("generated", "^"), ("fresh", "D")):
+        if name in scores:
+            similar = similarities[name].clone()
+            if name == "trained":
+                similar.fill_diagonal_(-1)
+            x, y = similar.amax(1), 100 * scores[name].test
+            ax.scatter(x, y, s=10, marker=marker, color=COLOURS[name], alpha=0.4, linewidths=0)
+            shown[name] = (x.mean().item(), y.mean().item())
+            label = f"{NAMES[name]}: mean of {len(y)}"
+            ax.scatter(
+                *shown[name], s=90, marker=marker, color=COLOURS[name], edgecolor="black", zorder=4, label=label
+            )
+    # The networks and what surrounds them; the curves lead on to chance.
+    means = [mean for _, mean in shown.values()]
+    spread = max(0.5, 3 * max((100 * s.test.std(correction=0).item()) for s in scores.values()))
+    ax.set_xlim(max(0.0, min(similar for similar, _ in shown.values()) - 0.15), 1.01)
+    ax.set_ylim(min(means) - spread - 1, min(100.5, max(means) + spread))
+    ax.set_xlabel("similarity of the errors to the most similar training network (IoU)")
+    ax.set_ylabel("accuracy on the test split, %")
+    ax.set_title(f"{report['task']}: {report['verdict']['label']}")
+    ax.legend(loc="lower left", fontsize=7.5, framealpha=0.9)
+    return _save(figure, folder, "plane")
+
+
+def parameters(trained: WeightZoo, generated: WeightZoo, folder: Path) -> list[Path]:
+    """Histograms of the values of the first tensors."""
+    values = list(tensor_values(trained, generated).items())
+    values = values[:: -(-len(values) // MOST_TENSORS)]
+    columns = min(3, len(values))
+    lines = -(-len(values) // columns)
+    figure, axes = _figure(2.6 * columns, 1.9 * lines + 0.4, nrows=lines, ncols=columns, squeeze=False)
+    for ax, (name, (a, b)) in zip(axes.flat, values, strict=False):
+        low, high = torch.quantile(torch.cat([a, b]), torch.tensor([0.001, 0.999])).tolist()
+        edges = torch.linspace(low, high if high > low else low + 1e-6, 41).numpy()
+        ax.hist(a.numpy(), edges, density=True, color=BLUE, alpha=0.5, label="original")
+        ax.hist(b.numpy(), edges, density=True, histtype="step", color=RED, linewidth=1.3, label="generated")
+        ax.set_title(name, fontsize=8)
+        ax.tick_params(labelsize=7)
+    for ax in list(axes.flat)[len(values) :]:
+        ax.set_visible(False)
+    axes.flat[0].legend(fontsize=7)
+    figure.supxlabel("value of the parameter", fontsize=9)
+    figure.supylabel("density", fontsize=9)
+    return _save(figure, folder, "parameters")
+
+
+def overlap(trained: torch.Tensor, generated: torch.Tensor, folder: Path) -> list[Path]:
+    """A heat map of the overlap of wrong predictions, training networks first, evenly picked."""
+    picked = [wrong[:: -(-len(wrong) // MOST_ROWS)] for wrong in (trained, generated)]
+    figure, ax = _figure(5.4, 4.6)
+    both = torch.cat(picked)
+    image = ax.imshow(similarity(both, both).numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    border = len(picked[0]) - 0.5
+    ax.axhline(border, color="white", linewidth=1)
+    ax.axvline(border, color="white", linewidth=1)
+    places = [len(picked[0]) / 2, len(picked[0]) + len(picked[1]) / 2]
+    ax.set_xticks(places, ["original", "generated"])
+    ax.set_yticks(places, ["original", "generated"], rotation=90, va="center")
+    ax.grid(False)
+    figure.colorbar(image, ax=ax, label="intersection over union of wrong predictions")
+    return _save(figure, folder, "overlap")
+
+
+def calibration(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Accuracy, NLL and calibration error of ensembles against their size."""
+    measures = {"accuracy": "accuracy, %", "nll": "NLL, nats", "ece_scaled": "ECE after scaling"}
+    measures = {key: label for key, label in measures.items() if key in report["ensembles"]["trained"][0]}
+    figure, axes = _figure(2.9 * len(measures), 2.9, ncols=len(measures), squeeze=False)
+    for ax, (key, label) in zip(axes.flat, measures.items(), strict=True):
+        for (name, rows), marker in zip(report["ensembles"].items(), "o^D", strict=False):
+            y = [(100 if key == "accuracy" else 1) * row[key] for row in rows if row.get(key) is not None]
+            x = [row["size"] for row in rows if row.get(key) is not None]
+            ax.plot(x, y, marker=marker, markersize=4, color=COLOURS[name], label=NAMES[name])
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel("networks in the ensemble", fontsize=8)
+        ax.set_ylabel(label, fontsize=8)
+        ax.tick_params(labelsize=7)
+    axes.flat[0].legend(fontsize=7)
+    return _save(figure, folder, "calibration")
+
+
+def weight_map(groups: dict[str, torch.Tensor], folder: Path) -> list[Path]:
+    """All networks on the first two principal components of the training networks."""
+    trained = groups["trained"]
+    mean = trained.mean(0)
+    values, vectors = torch.linalg.eigh((trained - mean) @ (trained - mean).T)
+    axes_ = (trained - mean).T @ (vectors[:, [-1, -2]] / values[[-1, -2]].clamp_min(1e-12).sqrt())
+    shares = values.clamp_min(0)[[-1, -2]] / values.clamp_min(1e-12).sum()
+    figure, ax = _figure(5.6, 4.6)
+    styles = (
+        ("gaussian", "x", 14),
+        ("soup", "s", 14),
+        ("trained", "o", 14),
+        ("fresh", "D", 14),
+        ("generated", "^", 20),
+    )
+    names = NAMES | {"gaussian": "per-parameter Gaussian", "soup": "soups of 16"}
+    for name, marker, size in styles:
+        if name in groups:
+            x, y = ((groups[name] - mean) @ axes_).T.numpy()
+            colour = {"color": COLOURS[name]} if marker == "x" else {"facecolor": COLOURS[name], "linewidths": 0}
+            ax.scatter(x, y, s=size, marker=marker, alpha=0.6, label=names[name], **colour)
+    ax.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
+    ax.set_ylabel(f"second principal component ({100 * shares[1]:.0f} %)")
+    ax.legend(fontsize=8)
+    return _save(figure, folder, "map")
+
+
+def denoising(steps: list[int], accuracies: list[torch.Tensor], report: dict[str, Any], folder: Path) -> list[Path]:
+    """Accuracy of networks while they are denoised: mean, and from worst to best."""
+    figure, ax = _figure(5.4, 3.8)
+    mean, low, high = ([100 * float(f(values)) for values in accuracies] for f in (torch.mean, torch.min, torch.max))
+    ax.plot(steps, mean, color=RED, marker="^", markersize=4, label="generated, mean")
+    ax.fill_between(steps, low, high, color=RED, alpha=0.2, linewidth=0, label="worst to best")
+    trained = 100 * report["groups"]["trained"]["accuracy"]["mean"]
+    ax.axhline(trained, color=BLUE, linestyle="--", label="original, mean")
+    ax.set_xlabel("denoising steps done")
+    ax.set_ylabel("accuracy if decoded here, %")
+    ax.legend(fontsize=8, loc="lower right")
+    return _save(figure, folder, "denoising")
+
+
+def training(pipeline: Any, report: dict[str, Any], folder: Path) -> list[Path]:
+    """The losses that the training logged beside the pipeline, where it is a folder that holds them."""
+    log = Path(str(pipeline.config.get("_name_or_path") or ""), "train.losses.jsonl")
+    if not log.is_file():
+        return []
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    figure, axes = _figure(6.8, 3.2, ncols=2, squeeze=False)
+    figures = {"vae": "autoencoder", "unet": "denoiser"}
+    for ax, (stage, title) in zip(axes.flat, figures.items(), strict=True):
+        losses = torch.tensor([row["loss"] for row in rows if row["stage"] == stage])
+        if not len(losses):
+            continue
+        window = max(1, len(losses) // 50)
+        smooth = losses[: len(losses) // window * window].view(-1, window).mean(1)
+        ax.plot(losses.numpy(), color=SKY, linewidth=0.5, alpha=0.6, label="each step")
+        ax.plot(((torch.arange(len(smooth)) + 0.5) * window).numpy(), smooth.numpy(), color=BLUE, label="mean")
+        ax.set_yscale("log")
+        ax.set_xlabel("step of the stage")
+        ax.set_ylabel("loss")
+        ax.set_title(title, fontsize=9)
+        ax.legend(fontsize=7)
+    if "reconstructed" in report["groups"]:
+        groups = report["groups"]
+        accuracy = [100 * groups[name]["accuracy"]["mean"] for name in ("trained", "reconstructed")]
+        figure.suptitle(f"accuracy {accuracy[0]:.2f} % original, {accuracy[1]:.2f} % reconstructed", fontsize=9)
+    return _save(figure, folder, "training")

@@ -1,0 +1,158 @@
+"""Is a set of generated networks worth more than what costs nothing? Its place against the front of the baselines."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from .measures import Scores, interval, resample, similarity
+
+
+# Higher than that of the other intervals, since a verdict compares with many baselines.
+CONFIDENCE = 0.99
+LABELS = (
+    *("not-working", "memorized", "no-better-than-noise", "no-better-than-averaging", "on-the-front"),
+    "above-the-front",
+)
+# A network whose distance to the nearest training network is less than this share of the latter's distance to its own
+# neighbour is that network, for our purpose (the test of Yoon et al. 2023 for memorized images).
+COPY_RATIO = 1 / 3
+COPY_SIMILARITY = 0.95
+AVERAGING = ("soup", "interpolation")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a set of networks lies in the plane, in each of the bootstrap samples: accuracy and similarity `[B]`."""
+
+    accuracy: torch.Tensor
+    similarity: torch.Tensor
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """Similarity and accuracy of the sample itself, which comes first."""
+        return self.similarity[0].item(), self.accuracy[0].item()
+
+
+class Plane:
+    r"""
+    The plane of maximum similarity to a training network, and accuracy. Its uncertainty is a bootstrap over networks
+    and over test examples at once, the same examples for all sets; the nearest training network of each network stays
+    the one of the whole test split.
+
+    Args:
+        trained (`torch.Tensor`): Wrong predictions of the training networks, boolean `[M, E]`.
+    """
+
+    def __init__(self, trained: torch.Tensor):
+        self.trained = trained
+        examples = trained.shape[1]
+        self.examples = torch.cat([torch.ones(1, examples), resample(examples, 1).float() * examples]).T
+
+    def place(self, scores: Scores, seed: int) -> Place:
+        """The place of a set of networks; `seed` is that of the resampled networks."""
+        wrong = scores.wrong
+        nearest = self.trained[similarity(wrong, self.trained).argmax(1)]
+        both, either, wrong = (values.float() @ self.examples for values in (wrong & nearest, wrong | nearest, wrong))
+        similar = torch.where(either == 0, 1.0, both / either.clamp_min(1))
+        networks = torch.cat([torch.full((1, len(wrong)), 1 / len(wrong)), resample(len(wrong), seed).float()]).T
+        accuracy = 1 - wrong / len(self.examples)
+        return Place((accuracy * networks).sum(0), (similar * networks).sum(0))
+
+
+def front(curve: list[Place], at: torch.Tensor) -> torch.Tensor:
+    r"""
+    The best accuracy `[B]` of a curve at similarities up to `at`: at one of its points, or between neighbours. Minus
+    infinity where the curve does not reach so low a similarity.
+    """
+    best = torch.full_like(at, -torch.inf)
+    for place in curve:
+        best = torch.where(place.similarity <= at, torch.maximum(best, place.accuracy), best)
+    for a, b in pairwise(curve):
+        low, high = torch.minimum(a.similarity, b.similarity), torch.maximum(a.similarity, b.similarity)
+        share = (at - a.similarity) / torch.where(high == low, 1.0, b.similarity - a.similarity)
+        between = a.accuracy + share * (b.accuracy - a.accuracy)
+        best = torch.where((low < at) & (at < high), torch.maximum(best, between), best)
+    return best
+
+
+def gain(generated: Place, curves: dict[str, list[Place]]) -> torch.Tensor:
+    """Accuracy above the curves at equal similarity, `[B]`; infinite where none reaches that similarity."""
+    fronts = [front(curve, generated.similarity) for curve in curves.values()]
+    return generated.accuracy - torch.stack(fronts).amax(0)
+
+
+def verdict(
+    generated: Place,
+    curves: dict[str, list[Place]],
+    trained_accuracy: float,
+    chance: float,
+    copied: float,
+    outside: float,
+) -> dict[str, Any]:
+    r"""
+    What to think of generated networks.
+
+    Args:
+        generated (`Place`): Theirs.
+        curves (`dict[str, list[Place]]`): The baselines', by kind, in the order of their strengths.
+        trained_accuracy (`float`): Mean accuracy of the training networks.
+        chance (`float`): Accuracy of always answering the most frequent class.
+        copied (`float`): Share of generated networks that lie on a training network (see `COPY_RATIO`).
+        outside (`float`):
+            Share of the (squared) way from the nearest training network to the generated one that no weighted sum of
+            training networks can go: noise goes nearly all of it outside, averaging none.
+
+    Returns:
+        `dict`: `label`, `accuracy_gain` over the front at equal similarity, its `interval` and `confidence`, the
+        gains over noise and over averaging (None where that baseline is nowhere so dissimilar), and `sentence`.
+    """
+    similar, accuracy = generated.point
+    over_all = gain(generated, curves)
+    over_noise = gain(generated, {"noise": curves["noise"]})
+    over_averaging = gain(generated, {kind: curves[kind] for kind in AVERAGING})
+    low, high = interval(over_all[1:], CONFIDENCE)
+    as_noise = interval(over_noise[1:], CONFIDENCE)[0] <= 0
+    as_averaging = interval(over_averaging[1:], CONFIDENCE)[0] <= 0
+    # Where both do as well, the way they went tells them apart.
+    noisy = as_noise and (not as_averaging or outside >= 0.5)
+
+    margin = f"{100 * over_all[0].item():+.2f} points (99 % interval {100 * low:+.2f} to {100 * high:+.2f})"
+    place = f"accuracy {100 * accuracy:.2f} % at similarity {similar:.3f}"
+    if accuracy < (chance + trained_accuracy) / 2:
+        label = "not-working"
+        sentence = (
+            f"The generated networks do not work: {100 * accuracy:.2f} %, where the originals reach "
+            f"{100 * trained_accuracy:.2f} % and guessing {100 * chance:.2f} %."
+        )
+    elif copied > 0.5 and similar >= COPY_SIMILARITY:
+        label = "memorized"
+        sentence = f"{100 * copied:.0f} % of the generated networks are copies of training networks ({place})."
+    elif low > 0:
+        label = "above-the-front"
+        sentence = f"Above the front of the baselines: {place}, {margin} over the best baseline at equal similarity."
+    elif noisy:
+        label = "no-better-than-noise"
+        sentence = f"No better than training networks with noise on their weights: {place}, {margin} over the front."
+    elif as_averaging or high < 0:
+        label = "no-better-than-averaging"
+        sentence = f"No better than averages of training networks: {place}, {margin} over the front."
+    else:
+        label = "on-the-front"
+        sentence = f"On the front of the baselines, and not above it: {place}, {margin} over the front."
+    return {
+        "label": label,
+        "accuracy_gain": _number(over_all[0]),
+        "interval": [_number(torch.tensor(low)), _number(torch.tensor(high))],
+        "confidence": CONFIDENCE,
+        "gain_over_noise": _number(over_noise[0]),
+        "gain_over_averaging": _number(over_averaging[0]),
+        "copied": copied,
+        "outside_span": outside,
+        "sentence": sentence,
+    }
+
+
+def _number(value: torch.Tensor) -> float | None:
+    return value.item() if torch.isfinite(value) else None
