@@ -81,11 +81,11 @@ def main(config: Config) -> None:
         unet = build()
         with tempfile.TemporaryDirectory() as folder:
             train_config = TrainConfig(
-                output_dir=folder, seed=config.seed, vae_steps=0, unet_steps=config.steps, checkpointing_steps=10**9
+                output_dir=folder, seed=config.seed, unet_steps=config.steps, checkpointing_steps=10**9
             )
             with Training(train_config) as training:
                 start = time.perf_counter()
-                training.fit("unet", DenoiserObjective(unet, pipe.scheduler), latents, config.steps, 1e-3)
+                training.fit(DenoiserObjective(unet, pipe.scheduler), latents)
                 seconds = time.perf_counter() - start
                 loss = _final_loss(f"{folder}/train.losses.jsonl")
         parts = pipe.components | {"unet": unet}

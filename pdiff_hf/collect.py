@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import ConfigError, check_positive, check_same_run, one_process, save_run, stage_main
-from .hub import write_zoo_card
+from .hub import push, write_zoo_card
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .tasks import Task, load_task
 from .zoo import WeightZoo, ZooError, make_layout
@@ -43,6 +43,8 @@ class CollectConfig:
     """Shell-style patterns of the tensors that are generated; the task's own by default."""
     seed: int = 0
     """Of initialization, data order and dropout; an independent zoo counts up from it."""
+    push_to_hub: str | None = None
+    """Name of the dataset repository that the zoo is pushed to in the end."""
 
 
 class Trainer:
@@ -141,7 +143,7 @@ def run_collect(config: CollectConfig) -> WeightZoo:
     task = load_task(config.task)
     folder = Path(config.output_dir)
     if (folder / "zoo.json").exists() or (folder / STATE_FILE).exists():
-        check_same_run(folder, "collect", config, but_for=("output_dir", "num_networks"))
+        check_same_run(folder, "collect", config, but_for=("output_dir", "num_networks", "push_to_hub"))
     save_run(folder, "collect", config)
     zoo = WeightZoo(folder) if (folder / "zoo.json").exists() else None
     if zoo is None or len(zoo) < config.num_networks:
@@ -149,6 +151,8 @@ def run_collect(config: CollectConfig) -> WeightZoo:
         zoo = collect(config, task, folder, zoo)
         (folder / STATE_FILE).unlink(missing_ok=True)
     write_zoo_card(zoo, f"A {config.protocol} zoo of the task `{config.task}`, collected with seed {config.seed}.")
+    if config.push_to_hub is not None:
+        push(folder, config.push_to_hub)
     return zoo
 
 

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from .config import ConfigError, check_positive, check_same_facts, check_same_run, one_process, save_run, stage_main
-from .hub import load_pipeline, pipeline_folder, write_zoo_card
+from .hub import load_pipeline, pipeline_folder, push, write_zoo_card
 from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from .zoo import WeightZoo
 
@@ -37,6 +37,8 @@ class GenerateConfig:
     """Of the first network; the others count up from it, so that each can be made again alone."""
     task: str | None = None
     """What the networks do, for the zoo's description."""
+    push_to_hub: str | None = None
+    """Name of the dataset repository that the zoo is pushed to in the end."""
 
 
 def run_generate(config: GenerateConfig) -> WeightZoo:
@@ -55,7 +57,7 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
         raise ConfigError(f"{folder} holds a pipeline. Choose another --output-dir.")
     exists = (folder / "zoo.json").exists()
     if exists:
-        check_same_run(folder, "generate", config, but_for=("output_dir", "num_networks", "batch_size"))
+        check_same_run(folder, "generate", config, but_for=("output_dir", "num_networks", "batch_size", "push_to_hub"))
     source = pipeline_folder(config.pipeline, config.revision)
     pipe = load_pipeline(source).to(PartialState().device)
     facts = {"weights_sha256": _sha256_of_weights(source)}
@@ -97,6 +99,8 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
             zoo.flush()
             progress.update(len(seeds))
     write_zoo_card(zoo, f"Networks sampled by Neural Network Diffusion from the pipeline `{origin['pipeline']}`.")
+    if config.push_to_hub is not None:
+        push(folder, config.push_to_hub)
     return zoo
 
 

@@ -191,6 +191,7 @@ def push(
     token: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
+    license: str | None = None,
 ) -> CommitInfo:
     r"""
     Makes a repository hold what a folder with a zoo or a pipeline holds, in one commit: all of it or nothing, and no
@@ -204,6 +205,8 @@ def push(
         token (`str`, *optional*): The one of `hf auth login` by default.
         commit_message (`str`, *optional*): Of the commit.
         create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
+        license (`str`, *optional*):
+            The Hub's name of a licence, such as `"apache-2.0"`, for the card; one that the card has already stays.
 
     Raises:
         [`HubError`]: there is neither in the folder, or the repository cannot be written, or it changed meanwhile.
@@ -232,7 +235,7 @@ def push(
             if name.as_posix() == "README.md":
                 old = _read_text(api, repo_id, repo_type, info.sha) if "README.md" in present else None
                 card = _card_text(path).replace(PLACEHOLDER, repo_id)
-                content = merge_cards(card, old).encode()
+                content = merge_cards(card, old, license).encode()
             operations.append(CommitOperationAdd(name.as_posix(), content))
         stale = sorted(name for name in present - names if name.endswith(".safetensors"))
         operations += [CommitOperationDelete(name) for name in stale]
@@ -318,10 +321,10 @@ def explained(repo_id: str, revision: str | None) -> Iterator[None]:
         ) from error
 
 
-def merge_cards(new: str, old: str | None) -> str:
+def merge_cards(new: str, old: str | None, license: str | None = None) -> str:
     r"""
     The card to push: the generated part of `new` in the place of that of `old`, and everything that a person wrote
-    around it. Metadata that only the old card has stays; tags are united.
+    around it. Metadata that only the old card has stays; tags are united; a licence is set where one is given.
     """
     fresh = _parsed_card(new)
     present = fresh if old is None else _parsed_card(old)
@@ -332,6 +335,8 @@ def merge_cards(new: str, old: str | None) -> str:
     old_data, new_data = present.data.to_dict(), fresh.data.to_dict()
     data = old_data | new_data
     data["tags"] = sorted({*_tags(old_data), *_tags(new_data)})
+    if license is not None:
+        data["license"] = license
     return _card(data, text)
 
 
@@ -380,7 +385,9 @@ def write_pipeline_card(
         facts (`dict[str, Any]`): Of the training.
         dataset (`str`, *optional*): The zoo's repository, where it came from the Hub.
     """
+    sources = {str(row.get("pipeline", row.get("source"))) for row in zoo.metadata if "revision" in row}
     card_data = ModelCardData(
+        base_model=sorted(name for name in sources if is_repository(name)) or None,
         datasets=None if dataset is None else [dataset],
         library_name="diffusers",
         tags=["neural-network-diffusion", "weight-generation", "diffusers:NeuralNetworkDiffusionPipeline"],

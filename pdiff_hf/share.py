@@ -25,6 +25,8 @@ class PushConfig:
     """Of the commit."""
     create_pr: bool = False
     """Open a pull request instead of committing."""
+    license: str | None = None
+    """The Hub's name of a licence for the card, such as apache-2.0."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def run_push(config: PushConfig) -> str:
         private=config.private,
         commit_message=config.commit_message,
         create_pr=config.create_pr,
+        license=config.license,
     )
     return info.pr_url or info.commit_url
 

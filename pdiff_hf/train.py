@@ -33,6 +33,8 @@ from .zoo import WeightZoo, ZooError
 Model = TypeVar("Model", bound=nn.Module)
 CHECKPOINT = "checkpoint-"
 LOSSES = "train.losses.jsonl"
+# Parameters of all networks together that are in memory at a time.
+COLUMN_VALUES = 2**24
 # They may change from a run to the one that resumes it, and say nothing of the result.
 RUN_SETTINGS = ("output_dir", "resume_from_checkpoint", "checkpoints_total_limit", "report_to", "push_to_hub")
 
@@ -43,7 +45,7 @@ class TrainingError(PdiffError, ValueError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Trains the parameter autoencoder, then the denoiser, and saves a pipeline."""
+    """Fits the parameter autoencoder, trains the denoiser of its latents, and saves a pipeline."""
 
     zoo: str = "runs/zoo"
     """Folder of the zoo to learn from, or its name on the Hub."""
@@ -60,22 +62,10 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
 
-    patch_size: int = 64
-    """Parameters a patch of the autoencoder."""
-    hidden_channels: int = 64
-    """Features a patch of the autoencoder."""
-    latent_channels: int = 4
+    latent_channels: int = 8
     """Channels of the latents."""
-    latent_length: int = 32
-    """Length of the latents."""
-    vae_steps: int = 800
-    """Optimizer steps of the autoencoder."""
-    vae_learning_rate: float = 2e-3
-    """Peak of the one-cycle learning rate of the autoencoder."""
-    input_noise: float = 0.05
-    """Standard deviation of the noise on normalized vectors that the autoencoder removes."""
-    kl_weight: float = 1e-3
-    """Weight of the KL divergence, per latent element, against the squared error, per parameter."""
+    latent_length: int = 8
+    """Length of the latents. Channels times length are the directions that are kept: memory, too."""
 
     block_out_channels: tuple[int, ...] = (64, 64)
     """Channels of the denoiser, a level each."""
@@ -91,7 +81,7 @@ class TrainConfig:
     """What the denoiser predicts."""
 
     checkpointing_steps: int = 500
-    """Optimizer steps, over both stages, from one checkpoint to the next."""
+    """Optimizer steps from one checkpoint to the next."""
     checkpoints_total_limit: int | None = None
     """How many checkpoints are kept; the oldest go first."""
     resume_from_checkpoint: str | None = None
@@ -100,22 +90,6 @@ class TrainConfig:
     """Name of the model repository that the pipeline is pushed to in the end."""
     report_to: str | None = None
     """A tracker of accelerate: tensorboard, wandb, all, ..."""
-
-
-class AutoencoderObjective(nn.Module):
-    """The loss of the autoencoder: squared error of the reconstruction plus the weighted KL divergence."""
-
-    def __init__(self, vae: ParameterAutoencoderKL, input_noise: float, kl_weight: float):
-        super().__init__()
-        self.vae, self.input_noise, self.kl_weight = vae, input_noise, kl_weight
-
-    def forward(self, normalized: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        noise = torch.randn(normalized.shape, generator=generator, device=normalized.device)
-        posterior = self.vae.encode(normalized + self.input_noise * noise).latent_dist
-        reconstruction = self.vae.decode(posterior.sample(generator)).sample
-        # Kingma and Welling (2013, arXiv 1312.6114), appendix B.
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        return F.mse_loss(reconstruction.float(), normalized) + self.kl_weight * kl
 
 
 class DenoiserObjective(nn.Module):
@@ -141,8 +115,8 @@ class DenoiserObjective(nn.Module):
 
 class Training:
     r"""
-    The loop that both stages share. Steps are counted over both; the batch and the noise of a step depend on seed,
-    stage, step and process alone, so that a resumed training has the losses of an uninterrupted one.
+    The training loop of the denoiser. The batch and the noise of a step depend on seed, step and process alone, so
+    that a resumed training has the losses of an uninterrupted one.
     """
 
     def __init__(self, config: TrainConfig):
@@ -165,7 +139,7 @@ class Training:
                 "processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ..."
             )
         self.progress = tqdm(
-            total=config.vae_steps + config.unet_steps,
+            total=config.unet_steps,
             initial=self.step,
             desc="train",
             unit="step",
@@ -175,20 +149,17 @@ class Training:
             self.losses = _open_losses(self.folder / LOSSES, self.step)
         self.accelerator.init_trackers("pdiff-hf")
 
-    def fit(self, stage: str, objective: nn.Module, data: torch.Tensor, steps: int, learning_rate: float) -> None:
+    def fit(self, objective: nn.Module, data: torch.Tensor) -> None:
         r"""
-        Trains a stage, from the present step or from the checkpoint to resume, and leaves the moving average of the
-        weights in the objective.
+        Trains, from the beginning or from the checkpoint to resume, and leaves the moving average of the weights in
+        the objective.
 
         Args:
-            stage (`str`): Its name, in logs.
             objective (`nn.Module`): Called as `objective(batch, generator)`, gives a loss.
             data (`torch.Tensor`): Training examples, `[N, ...]`.
-            steps (`int`): Optimizer steps of the stage.
-            learning_rate (`float`): Peak of the one-cycle schedule.
         """
         accelerator, config = self.accelerator, self.config
-        first_step = 0 if stage == "vae" else config.vae_steps
+        steps, learning_rate = config.unet_steps, config.unet_learning_rate
         optimizer = torch.optim.AdamW(objective.parameters(), lr=learning_rate, fused=True)
         # Not prepared: accelerate would take a step of the schedule for every process.
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
@@ -202,7 +173,7 @@ class Training:
 
         model.train()
         data = data.to(accelerator.device)
-        while self.step < first_step + steps:
+        while self.step < steps:
             losses = []
             for accumulation in range(config.gradient_accumulation_steps):
                 with accelerator.accumulate(model):
@@ -216,8 +187,8 @@ class Training:
             schedule.step()
             ema.step(objective.parameters())
             self.step += 1
-            self._log(stage, accelerator.reduce(torch.stack(losses).mean(), "mean").item())
-            if self.step % config.checkpointing_steps == 0 and self.step < first_step + steps:
+            self._log(accelerator.reduce(torch.stack(losses).mean(), "mean").item())
+            if self.step % config.checkpointing_steps == 0 and self.step < steps:
                 self._save_checkpoint()
         ema.copy_to(objective.parameters())
         objective.eval()
@@ -233,16 +204,16 @@ class Training:
         indices = torch.randint(len(data), (config.batch_size,), generator=generator, device=accelerator.device)
         return data[indices], generator
 
-    def _log(self, stage: str, loss: float) -> None:
+    def _log(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise TrainingError(
-                f"The {stage} diverged: its loss is {loss} at step {self.step}. Lower --{stage}-learning-rate."
+                f"The denoiser diverged: its loss is {loss} at step {self.step}. Lower --unet-learning-rate."
             )
         self.progress.update()
-        self.progress.set_postfix(stage=stage, loss=f"{loss:.4f}", refresh=False)
-        self.accelerator.log({f"{stage}/loss": loss}, step=self.step)
+        self.progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.accelerator.log({"loss": loss}, step=self.step)
         if self.accelerator.is_main_process:
-            self.losses.write(json.dumps({"step": self.step, "stage": stage, "loss": loss}) + "\n")
+            self.losses.write(json.dumps({"step": self.step, "loss": loss}) + "\n")
 
     def _save_checkpoint(self) -> None:
         target = self.folder / f"{CHECKPOINT}{self.step}"
@@ -280,7 +251,7 @@ class Training:
 
 def run_train(config: TrainConfig) -> NeuralNetworkDiffusionPipeline:
     r"""
-    Trains both stages on a zoo and saves the pipeline in `config.output_dir`.
+    Learns the networks of a zoo and saves the pipeline in `config.output_dir`.
 
     Raises:
         [`ZooError`]: the zoo cannot be read, or has fewer than two networks.
@@ -303,35 +274,21 @@ def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNet
     if accelerator.is_main_process:
         save_run(folder, "train", config, **facts)
 
-    # 1. Statistics
-    layout = zoo.layout.fit(zoo.batches())
+    # 1. Statistics of the parameters
+    layout = zoo.layout.fit(zoo.batches(_networks_at_a_time(zoo)))
     if not (layout.std > 0).any():
         raise ZooError(f"The {len(zoo)} networks of {config.zoo} are identical: there is no distribution to learn.")
-    normalized = torch.cat([layout.normalize(batch) for batch in zoo.batches()])
 
     # 2. Autoencoder
-    vae_folder = folder / "vae"
-    if training.step >= config.vae_steps:
-        vae = ParameterAutoencoderKL.from_pretrained(str(vae_folder))
-    else:
-        vae = _seeded(
-            config.seed,
-            lambda: ParameterAutoencoderKL(
-                num_parameters=layout.vector_size,
-                patch_size=config.patch_size,
-                hidden_channels=config.hidden_channels,
-                latent_channels=config.latent_channels,
-                latent_length=config.latent_length,
-            ),
-        )
-        objective = AutoencoderObjective(vae, config.input_noise, config.kl_weight)
-        training.fit("vae", objective, normalized, config.vae_steps, config.vae_learning_rate)
-        latents = _encode(vae, normalized)
-        vae.standardize_latents(latents.mean(0), (latents - latents.mean(0)).std())
-        if accelerator.is_main_process:
-            vae.save_pretrained(str(vae_folder))
+    vae = ParameterAutoencoderKL(layout.vector_size, config.latent_channels, config.latent_length)
+    width = max(1, COLUMN_VALUES // len(zoo))
+    starts = range(0, layout.vector_size, width)
+    shares = vae.fit(lambda: (layout.normalize(zoo.columns(s, s + width), s) for s in starts))
     vae.to(accelerator.device)
-    latents = _encode(vae, normalized)
+    with torch.no_grad():
+        batches = (layout.normalize(batch).to(vae.device) for batch in zoo.batches(_networks_at_a_time(zoo)))
+        latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
+    accelerator.print(f"{len(latents[0].flatten())} latents explain {100 * shares.sum():.4f} % of the variance.")
 
     # 3. Denoiser. Clipping would cut latents, which have unit scale and no bounds.
     scheduler = DDPMScheduler(
@@ -350,7 +307,7 @@ def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNet
             layers_per_block=config.layers_per_block,
         ),
     )
-    training.fit("unet", DenoiserObjective(unet, scheduler), latents, config.unet_steps, config.unet_learning_rate)
+    training.fit(DenoiserObjective(unet, scheduler), latents)
 
     # 4. Pipeline
     pipeline = NeuralNetworkDiffusionPipeline(unet=unet, vae=vae, layout=layout, scheduler=scheduler)
@@ -366,22 +323,20 @@ def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNet
 def _check(config: TrainConfig) -> None:
     check_positive(
         config,
-        *("batch_size", "gradient_accumulation_steps", "patch_size", "hidden_channels", "latent_channels"),
-        *("latent_length", "vae_steps", "unet_steps", "layers_per_block", "checkpointing_steps"),
+        *("batch_size", "gradient_accumulation_steps", "latent_channels", "latent_length"),
+        *("unet_steps", "layers_per_block", "checkpointing_steps"),
     )
     if config.checkpoints_total_limit is not None:
         check_positive(config, "checkpoints_total_limit")
-    widths = (config.hidden_channels, *config.block_out_channels)
-    if not config.block_out_channels or any(width < 8 or width % 8 for width in widths):
-        raise ConfigError(f"hidden_channels and block_out_channels have to be multiples of 8, and are {widths}.")
+    widths = config.block_out_channels
+    if not widths or any(width < 8 or width % 8 for width in widths):
+        raise ConfigError(f"block_out_channels have to be multiples of 8, and are {widths}.")
     if (Path(config.output_dir) / "zoo.json").exists():
         raise ConfigError(f"{config.output_dir} holds a zoo. Choose another --output-dir.")
 
 
-@torch.no_grad()
-def _encode(vae: ParameterAutoencoderKL, normalized: torch.Tensor) -> torch.Tensor:
-    """The latents' means, `[N, C, L]`."""
-    return torch.cat([vae.encode(batch.to(vae.device)).latent_dist.mean for batch in normalized.split(64)])
+def _networks_at_a_time(zoo: WeightZoo) -> int:
+    return max(1, min(64, COLUMN_VALUES // zoo.vector_size))
 
 
 def _seeded(seed: int, build: Callable[[], Model]) -> Model:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .errors import PdiffError
-from .hub import download, download_file, is_repository, matching_models, push
+from .hub import download, download_file, is_repository, matching_models, push, write_zoo_card
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .pipelines.neural_network_diffusion.layout.parameter_layout import check_tensors
 
@@ -250,6 +250,7 @@ class WeightZoo:
         except BaseException:
             zoo.delete()
             raise
+        write_zoo_card(zoo, f"{len(zoo)} networks that were trained elsewhere, imported.")
         return zoo
 
     def __len__(self) -> int:
@@ -314,6 +315,15 @@ class WeightZoo:
                 for row, offset in places:
                     out[row] = stored_vectors[offset]
         return out
+
+    def columns(self, start: int, stop: int) -> torch.Tensor:
+        """Some consecutive parameters of all networks, float32 `[N, stop - start]`; reads no others."""
+        parts = [vector[None, start:stop] for vector in self._pending]
+        stored = []
+        for shard in range(len(self._shards)):
+            with safe_open(self._open_shard(shard), "pt") as file:
+                stored.append(file.get_slice("networks")[:, start:stop])
+        return torch.cat([*stored, *parts])
 
     def _open_shard(self, shard: int) -> Path:
         """The file of a shard; where it comes from the Hub, it is checked before its first use, cached or not."""

@@ -26,7 +26,7 @@ from pdiff_hf import CollectConfig, ParameterLayout, TrainConfig, WeightZoo, run
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
-SMALL_TRAINING = {"vae_steps": 60, "unet_steps": 60, "block_out_channels": (16, 16), "hidden_channels": 16}
+SMALL_TRAINING = {"unet_steps": 120, "block_out_channels": (16, 16)}
 
 
 def small_network() -> nn.Module:

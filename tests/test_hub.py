@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 
 from pdiff_hf import ParameterLayout, PdiffError, WeightZoo, ZooError, load_pipeline
 from pdiff_hf.cli import main as cli
-from pdiff_hf.hub import GENERATED, HubError, merge_cards, push, write_zoo_card
+from pdiff_hf.hub import GENERATED, HubError, merge_cards, push, write_pipeline_card, write_zoo_card
 
 from .conftest import SMALL_TRAINING, random_network, site_without_this_package
 from .hub_server import NOTHING_IS_LARGE, HubClient, HubClientError, HubServer, client_environment
@@ -544,14 +545,65 @@ def test_the_readme_shares_as_it_says(alice, digits_zoo, digits_pipeline, tmp_pa
 
 def test_training_pushes_in_the_end_and_keeps_checkpoints_to_itself(alice, digits_zoo, tmp_path):
     arguments = ["--zoo", str(digits_zoo.folder), "--output-dir", str(tmp_path), "--push_to_hub", "alice/trained"]
-    for name in ("vae_steps", "unet_steps", "hidden_channels"):
-        arguments += [f"--{name}", str(SMALL_TRAINING[name])]
+    arguments += ["--unet-steps", str(SMALL_TRAINING["unet_steps"])]
     alice(run_cli, "train", *arguments, "--checkpointing-steps", "50")
-    assert (tmp_path / "checkpoint-100").exists()
+    assert (tmp_path / "checkpoint-50").exists()
     files = alice(list_files, "alice/trained")
     assert "model_index.json" in files
     assert not [name for name in files if "checkpoint" in name]
     assert len(alice(commits, "alice/trained")) == 2
+
+
+def card(repo: str, repo_type: str) -> dict:
+    return (DatasetCard if repo_type == "dataset" else ModelCard).load(repo).data.to_dict()
+
+
+def test_every_stage_pushes_what_it_made(alice, digits_pipeline, tmp_path):
+    collected = ["--task", "digits-mlp", "--epochs", "0", "--num-networks", "3", "--output-dir", str(tmp_path / "zoo")]
+    alice(run_cli, "collect", *collected, "--push-to-hub", "alice/collected")
+    assert alice(read_all, "alice/collected").equal(WeightZoo(tmp_path / "zoo").vectors())
+
+    shutil.copytree(digits_pipeline, tmp_path / "pipeline")
+    generated = ["--pipeline", str(tmp_path / "pipeline"), "--num-networks", "2", "--num-inference-steps", "3"]
+    generated += ["--output-dir", str(tmp_path / "generated"), "--push-to-hub", "alice/sampled"]
+    alice(run_cli, "generate", *generated)
+    assert alice(read_all, "alice/sampled").equal(WeightZoo(tmp_path / "generated").vectors())
+
+
+def test_evaluation_pushes_figures_and_pictures_of_a_pipeline_on_the_hub(alice, digits_zoo, digits_pipeline, tmp_path):
+    alice(push_folder, digits_pipeline, "alice/judged")
+    arguments = ["--trained", str(digits_zoo.folder), "--generated", "alice/judged", "--num-networks", "10"]
+    alice(run_cli, "evaluate", *arguments, "--output-dir", str(tmp_path), "--push-to-hub", "alice/judged")
+    report = json.loads((tmp_path / "report.json").read_text())
+    model = ModelCard.load(alice(snapshot_download, "alice/judged") + "/README.md")
+    assert report["verdict"]["sentence"] in model.text
+    assert "evaluation/plane.png" in alice(list_files, "alice/judged")
+    values = {result.metric_name: result.metric_value for result in model.data.eval_results}
+    expected = report["groups"]["generated"]["accuracy"]["mean"]
+    assert values["mean accuracy of 10 generated networks"] == pytest.approx(expected, abs=1e-6)
+    assert len(alice(commits, "alice/judged")) == 3
+
+
+def push_licensed(folder: Path, repo: str) -> None:
+    push(folder, repo, license="apache-2.0")
+
+
+def test_a_licence_goes_into_the_card_and_stays(alice, zoo):
+    alice(push_licensed, zoo.folder, "alice/licensed")
+    assert alice(card, "alice/licensed", "dataset")["license"] == "apache-2.0"
+    alice(push_folder, zoo.folder, "alice/licensed")
+    assert alice(card, "alice/licensed", "dataset")["license"] == "apache-2.0"
+
+
+def test_a_card_names_the_models_that_the_networks_come_from(layout, tmp_path):
+    with WeightZoo.create(tmp_path / "zoo", layout) as zoo:
+        for seed in (1, 0):
+            zoo.append(random_network(seed).state_dict(), source=f"org/net-{seed}", revision="0" * 40)
+        zoo.append(random_network(2).state_dict(), source="net.safetensors")
+    write_pipeline_card(tmp_path, zoo, {}, dataset="org/zoo")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model == ["org/net-0", "org/net-1"]
+    assert data.datasets == ["org/zoo"]
 
 
 def list_files(repo: str) -> list[str]:

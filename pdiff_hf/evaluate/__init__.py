@@ -91,8 +91,7 @@ def evaluate(
         output_dir (`str` or `Path`, *optional*): Where `report.json`, `report.md`, `report.html` and pictures go.
         fresh (as `trained`, *optional*): Networks trained from new seeds.
         pipeline (`NeuralNetworkDiffusionPipeline`, `str` or `Path`, *optional*):
-            What generated the networks. Adds what its autoencoder reconstructs and what its decoder makes of plain
-            noise, without the denoiser.
+            What generated the networks. Adds what its autoencoder reconstructs, and pictures of what it learned.
         num_networks (`int`, *optional*, defaults to 100): Networks to sample where `generated` is a pipeline.
         seed (`int`, *optional*, defaults to 0): Of the networks to sample.
 
@@ -233,9 +232,8 @@ class _Study:
         if self.fresh is not None:
             self.scores["fresh"] = self._score(self.fresh, "fresh")
         if self.pipeline is not None:
-            for name, vectors in (("reconstructed", self._reconstructed), ("decoded-noise", self._decoded_noise)):
-                count = len(self.trained) if name == "reconstructed" else len(self.generated)
-                self.scores[name] = self.scorer(vectors(), count, name, calibrate=True)
+            vectors = self._reconstructed()
+            self.scores["reconstructed"] = self.scorer(vectors, len(self.trained), "reconstructed", calibrate=True)
 
     @torch.no_grad()
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -243,18 +241,15 @@ class _Study:
         normalized = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
         return self.pipeline.layout(normalized, return_dict=False)[0].cpu()
 
-    def _reconstructed(self) -> Iterator[torch.Tensor]:
+    @torch.no_grad()
+    def _encode(self, zoo: WeightZoo) -> torch.Tensor:
         vae, layout = self.pipeline.vae, self.pipeline.layout
-        for batch in self.trained.batches():
-            with torch.no_grad():
-                posterior = vae.encode(layout.normalize(batch.to(layout.device)).to(vae.device, vae.dtype)).latent_dist
-            yield self._decode(posterior.mode())
+        vectors = (layout.normalize(batch.float().to(layout.device)) for batch in batches(zoo))
+        return torch.cat([vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mode().cpu() for batch in vectors])
 
-    def _decoded_noise(self) -> Iterator[torch.Tensor]:
-        config, generator = self.pipeline.vae.config, torch.Generator().manual_seed(0)
-        for start in range(0, len(self.generated), 64):
-            count = min(64, len(self.generated) - start)
-            yield self._decode(torch.randn(count, config.latent_channels, config.latent_length, generator=generator))
+    def _reconstructed(self) -> Iterator[torch.Tensor]:
+        for latents in self._encode(self.trained).split(64):
+            yield self._decode(latents)
 
     def _chance(self) -> float:
         """Accuracy of always answering the most frequent class; 0 where targets are no classes."""
@@ -344,7 +339,8 @@ class _Study:
         ]
         if self.pipeline is not None:
             files += pictures.denoising(*self._denoising(), report, folder)
-            files += pictures.training(self.pipeline, report, folder)
+            latents = self._encode(self.trained), self._encode(self.generated)
+            files += pictures.training(self.pipeline, *latents, report, folder)
         return files
 
     def _mapped(self) -> dict[str, torch.Tensor]:

@@ -178,29 +178,32 @@ def denoising(steps: list[int], accuracies: list[torch.Tensor], report: dict[str
     return _save(figure, folder, "denoising")
 
 
-def training(pipeline: Any, report: dict[str, Any], folder: Path) -> list[Path]:
-    """The losses that the training logged beside the pipeline, where it is a folder that holds them."""
+def training(
+    pipeline: Any, trained: torch.Tensor, generated: torch.Tensor, report: dict[str, Any], folder: Path
+) -> list[Path]:
+    """The spread of each latent over both zoos, and the losses where the pipeline is a folder that holds their log."""
     log = Path(str(pipeline.config.get("_name_or_path") or ""), "train.losses.jsonl")
-    if not log.is_file():
-        return []
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     figure, axes = _figure(6.8, 3.2, ncols=2, squeeze=False)
-    figures = {"vae": "autoencoder", "unet": "denoiser"}
-    for ax, (stage, title) in zip(axes.flat, figures.items(), strict=True):
-        losses = torch.tensor([row["loss"] for row in rows if row["stage"] == stage])
-        if not len(losses):
-            continue
+    spread, loss = axes.flat
+    for name, latents, marker in (("trained", trained, "o"), ("generated", generated, "^")):
+        values = latents.flatten(1).std(0).numpy()
+        spread.plot(range(1, len(values) + 1), values, marker, markersize=3, color=COLOURS[name], label=NAMES[name])
+    spread.set_yscale("log")
+    spread.set_xlabel("latent")
+    spread.set_ylabel("standard deviation over the networks")
+    spread.legend(fontsize=7)
+    if log.is_file():
+        losses = torch.tensor([json.loads(line)["loss"] for line in log.read_text(encoding="utf-8").splitlines()])
         window = max(1, len(losses) // 50)
         smooth = losses[: len(losses) // window * window].view(-1, window).mean(1)
-        ax.plot(losses.numpy(), color=SKY, linewidth=0.5, alpha=0.6, label="each step")
-        ax.plot(((torch.arange(len(smooth)) + 0.5) * window).numpy(), smooth.numpy(), color=BLUE, label="mean")
-        ax.set_yscale("log")
-        ax.set_xlabel("step of the stage")
-        ax.set_ylabel("loss")
-        ax.set_title(title, fontsize=9)
-        ax.legend(fontsize=7)
-    if "reconstructed" in report["groups"]:
-        groups = report["groups"]
-        accuracy = [100 * groups[name]["accuracy"]["mean"] for name in ("trained", "reconstructed")]
-        figure.suptitle(f"accuracy {accuracy[0]:.2f} % original, {accuracy[1]:.2f} % reconstructed", fontsize=9)
+        loss.plot(losses.numpy(), color=SKY, linewidth=0.5, alpha=0.6, label="each step")
+        loss.plot(((torch.arange(len(smooth)) + 0.5) * window).numpy(), smooth.numpy(), color=BLUE, label="mean")
+        loss.set_yscale("log")
+        loss.set_xlabel("training step of the denoiser")
+        loss.set_ylabel("loss")
+        loss.legend(fontsize=7)
+    else:
+        loss.set_visible(False)
+    accuracy = [100 * report["groups"][name]["accuracy"]["mean"] for name in ("trained", "reconstructed")]
+    figure.suptitle(f"accuracy: {accuracy[0]:.2f} % original, {accuracy[1]:.2f} % reconstructed", fontsize=9)
     return _save(figure, folder, "training")

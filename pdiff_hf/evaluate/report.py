@@ -17,7 +17,6 @@ LABELS = {
     "generated": "generated",
     "fresh": "fresh",
     "reconstructed": "reconstructed",
-    "decoded-noise": "decoded noise",
 }
 CAPTIONS = {
     "plane": "Accuracy against similarity to the most similar training network, with the baselines as curves",
@@ -26,7 +25,7 @@ CAPTIONS = {
     "calibration": "Ensembles: accuracy and calibration against their size",
     "map": "The networks on the first two principal components of the training networks",
     "denoising": "Accuracy of the networks while they are denoised",
-    "training": "Losses of both stages, and accuracy of reconstructed networks",
+    "training": "What the denoiser learned: the scale of each latent, and its loss",
 }
 
 

@@ -49,9 +49,6 @@ def build_unet() -> ParameterUNet1DModel:
 def build_vae() -> ParameterAutoencoderKL:
     return ParameterAutoencoderKL(
         num_parameters=NUM_PARAMETERS,
-        patch_size=8,
-        hidden_channels=8,
-        norm_num_groups=4,
         latent_channels=2,
         latent_length=6,
     )
@@ -78,7 +75,6 @@ CASES = {
         build_vae,
         lambda: {"sample": randn(2, NUM_PARAMETERS)},
         output_shape=(2, NUM_PARAMETERS),
-        block="ResidualConvBlock",
     ),
     "layout": Case(build_layout, lambda: {"normalized": randn(2, 32)}, output_shape=(2, 32)),
 }
@@ -345,8 +341,8 @@ def test_an_ema_follows_training_and_survives_a_checkpoint(trainable, tmp_path):
     assert_same_tensors(type(model).from_pretrained(tmp_path), averaged)
 
 
-def test_gradient_checkpointing_is_off_until_it_is_enabled(trainable):
-    model = trainable.model()
+def test_gradient_checkpointing_is_off_until_it_is_enabled():
+    model = CASES["unet"].model()
     assert not model.is_gradient_checkpointing
     model.enable_gradient_checkpointing()
     assert model.is_gradient_checkpointing
@@ -354,12 +350,14 @@ def test_gradient_checkpointing_is_off_until_it_is_enabled(trainable):
     assert not model.is_gradient_checkpointing
 
 
-def test_gradient_checkpointing_is_refused_where_there_is_nothing_to_checkpoint():
+@pytest.mark.parametrize("name", ["vae", "layout"])
+def test_gradient_checkpointing_is_refused_where_there_is_nothing_to_checkpoint(name):
     with pytest.raises(ValueError, match="does not support gradient checkpointing"):
-        CASES["layout"].model().enable_gradient_checkpointing()
+        CASES[name].model().enable_gradient_checkpointing()
 
 
-def test_gradient_checkpointing_changes_neither_loss_nor_gradients(trainable):
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients():
+    trainable = CASES["unet"]
     plain, checkpointed = trainable.model(), trainable.model()
     checkpointed.enable_gradient_checkpointing()
     calls = []
@@ -432,7 +430,8 @@ def test_the_layout_keeps_its_frozen_tensors_while_it_is_offloaded(tmp_path, kwa
 
 
 @torch.no_grad()
-def test_a_model_runs_partly_from_disk_on_a_small_memory_budget(trainable, tmp_path):
+def test_a_model_runs_partly_from_disk_on_a_small_memory_budget(tmp_path):
+    trainable = CASES["unet"]  # the autoencoder is one tensor
     model = trainable.model().eval()
     expected = trainable.run(model)
     model.save_pretrained(tmp_path / "model")
@@ -445,7 +444,7 @@ def test_a_model_runs_partly_from_disk_on_a_small_memory_budget(trainable, tmp_p
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "start"), [("unet", "mid_block"), ("unet", "up_blocks"), ("vae", "from_latent")])
+@pytest.mark.parametrize(("name", "start"), [("unet", "mid_block"), ("unet", "up_blocks")])
 def test_a_model_runs_on_two_devices(name, start):
     # The meta device stands for a second accelerator: it computes shapes and refuses tensors of other devices.
     model = CASES[name].model().eval()
@@ -470,7 +469,8 @@ def test_a_model_loads_with_a_device_map(case, tmp_path):
 
 
 @torch.no_grad()
-def test_layerwise_casting_shrinks_the_model(trainable):
+def test_layerwise_casting_shrinks_the_model():
+    trainable = CASES["unet"]
     footprints = []
     for storage, compute in [
         (torch.float32, torch.float32),
@@ -636,3 +636,47 @@ def test_generated_networks_are_whole_on_the_device_of_the_vectors():
     layout = CASES["layout"].model()
     (network,) = layout.unflatten(torch.empty(1, 32, device="meta"))
     assert {tensor.device.type for tensor in network.values()} == {"meta"}
+
+
+# ---- the autoencoder, which is fitted instead of trained
+
+
+def columns_of(vectors: torch.Tensor, width: int) -> Callable[[], list[torch.Tensor]]:
+    return lambda: list(vectors.split(width, dim=1))
+
+
+@torch.no_grad()
+def test_a_fitted_autoencoder_keeps_all_that_its_networks_span():
+    vectors = randn(7, NUM_PARAMETERS)
+    vectors = vectors - vectors.mean(0)
+    vae = CASES["vae"].model()
+    shares = vae.fit(columns_of(vectors, 10))
+    assert shares.sum().item() == pytest.approx(1, abs=1e-5)
+    assert (shares[:6] > 0).all()
+    assert not shares[6:].any()
+    torch.testing.assert_close(vae(vectors).sample, vectors, atol=1e-4, rtol=0)
+    latents = vae.encode(vectors).latent_dist.mean.flatten(1)
+    assert latents[:, :6].square().mean().item() == pytest.approx(1, abs=1e-4)
+    assert not latents[:, 6:].any()
+
+
+@torch.no_grad()
+def test_the_fit_is_the_principal_subspace_whatever_the_width_of_the_columns():
+    vectors = randn(30, NUM_PARAMETERS) * torch.linspace(3, 0.1, NUM_PARAMETERS)
+    vectors = vectors - vectors.mean(0)
+    one, other = CASES["vae"].model(), CASES["vae"].model()
+    shares = one.fit(columns_of(vectors, NUM_PARAMETERS))
+    other.fit(columns_of(vectors, 5))
+    torch.testing.assert_close(one.basis.weight, other.basis.weight, atol=1e-5, rtol=1e-4)
+    _, values, directions = torch.linalg.svd(vectors.double(), full_matrices=False)
+    torch.testing.assert_close(shares.double(), (values.square() / values.square().sum())[:12], atol=1e-6, rtol=1e-4)
+    subspace = directions[:12].T @ directions[:12]
+    torch.testing.assert_close(one(vectors).sample.double(), vectors.double() @ subspace, atol=1e-4, rtol=0)
+    # What is left over is the variance of the posterior, in units of the latents.
+    left = values[12:].square().sum() / (30 * (NUM_PARAMETERS - 12)) / one.basis.scale.double().square()
+    assert one.encode(vectors).latent_dist.var[0, 0, 0].item() == pytest.approx(left.item(), rel=1e-3)
+
+
+def test_networks_that_do_not_differ_cannot_be_encoded():
+    with pytest.raises(ValueError, match="do not differ"):
+        CASES["vae"].model().fit(columns_of(torch.zeros(3, NUM_PARAMETERS), 10))

@@ -83,7 +83,7 @@ def test_networks_differ_from_each_other(pipe):
         ({"batch_size": 0}, "`batch_size` has to be a positive integer"),
         ({"num_inference_steps": -1}, "`num_inference_steps` has to be a positive integer"),
         ({"output_type": "pil"}, "'pil'; expected 'state_dict', 'pt', 'np' or 'latent'"),
-        ({"latents": torch.zeros(4, 3)}, r"shape \(4, 3\); expected \(4, 4, 32\)"),
+        ({"latents": torch.zeros(4, 3)}, r"shape \(4, 3\); expected \(4, 8, 8\)"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "has to be in"),
     ],
 )
@@ -128,7 +128,12 @@ def test_a_saved_pipeline_carries_its_code_byte_for_byte(digits_pipeline):
 
 
 def test_a_denoiser_of_diffusers_serves_as_well_and_needs_no_code(pipe, tmp_path):
-    pipe.unet = UNet1DModel(32, in_channels=4, out_channels=4, extra_in_channels=16, time_embedding_dim=16)
+    blocks = {
+        "down_block_types": ("DownBlock1DNoSkip", "DownBlock1D"),
+        "up_block_types": ("UpBlock1D", "UpBlock1DNoSkip"),
+        "block_out_channels": (32, 32),
+    }
+    pipe.unet = UNet1DModel(8, in_channels=8, out_channels=8, extra_in_channels=16, time_embedding_dim=16, **blocks)
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["unet"] == ["diffusers", "UNet1DModel"]
     assert not list((tmp_path / "unet").glob("*.py"))
@@ -161,9 +166,8 @@ def test_loading_with_this_package_runs_none_of_the_folders_code(pipe, tmp_path)
         (lambda folder: (folder / "model_index.json").write_text("[]"), "cannot be loaded"),
         (lambda folder: (folder / "model_index.json").write_text('{"unet": []}'), "cannot be loaded"),
         (lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "cannot be loaded"),
-        (lambda folder: reconfigured(folder / "vae", hidden_channels=8 * 10**5), "vae do not fit its config"),
-        (lambda folder: reconfigured(folder / "vae", num_blocks=10**9), "`num_blocks` has to be between 0 and 1000"),
-        (lambda folder: reconfigured(folder / "vae", patch_size=0), "cannot be loaded"),
+        (lambda folder: reconfigured(folder / "vae", latent_length=10**7), "vae do not fit its config"),
+        (lambda folder: reconfigured(folder / "vae", latent_length=0), "cannot be loaded"),
         (lambda folder: reconfigured(folder / "unet", layers_per_block=10**9), "`layers_per_block` has to be between"),
         (lambda folder: reconfigured(folder / "unet", block_out_channels=[8 * 10**6]), "unet do not fit its config"),
         (lambda folder: claim(folder / "layout", 10**12), r"claims 1,000,000,000,000 numbers"),

@@ -44,9 +44,6 @@ def build_components(patterns: tuple[str, ...] = ("*",)) -> dict:
         ).eval(),
         "vae": ParameterAutoencoderKL(
             num_parameters=layout.vector_size,
-            patch_size=8,
-            hidden_channels=8,
-            norm_num_groups=4,
             latent_channels=channels,
             latent_length=length,
         ).eval(),

@@ -246,11 +246,21 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         self.std.copy_(torch.where(constant, 0.0, (squares / count).sqrt().to(torch.float32)))
         return self
 
-    def normalize(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Parameter vectors `[N, P]` to normalized vectors `[N, P]` in the layout's `dtype`."""
-        values = torch.where(self.log, vectors.clamp_min(SMALLEST_VARIANCE).log(), vectors)
-        std = torch.where(self.std == 0, 1.0, self.std)
-        return torch.where(self.std == 0, 0.0, (values - self.mean) / std).to(self.normalized_like.dtype)
+    def normalize(self, vectors: torch.Tensor, start: int = 0) -> torch.Tensor:
+        r"""
+        Normalized vectors, in the layout's `dtype`.
+
+        Args:
+            vectors (`torch.Tensor`): Parameter vectors `[N, P]`, or p consecutive columns of them, `[N, p]`.
+            start (`int`, *optional*, defaults to 0): The first of the columns.
+
+        Returns:
+            `torch.Tensor`: of the same shape.
+        """
+        mean, std, log = (part[start : start + vectors.shape[1]] for part in (self.mean, self.std, self.log))
+        values = torch.where(log, vectors.clamp_min(SMALLEST_VARIANCE).log(), vectors)
+        values = (values - mean) / torch.where(std == 0, 1.0, std)
+        return torch.where(std == 0, 0.0, values).to(self.normalized_like.dtype)
 
     def forward(
         self, normalized: torch.Tensor, return_dict: bool = True

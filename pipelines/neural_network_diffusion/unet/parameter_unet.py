@@ -53,9 +53,9 @@ class ParameterUNet1DModel(ModelMixin, ConfigMixin):
     A 1-D U-Net that takes noisy latents and a timestep and returns an output of the latents' shape.
 
     Parameters:
-        in_channels (`int`, *optional*, defaults to 4): Channels C of the latents.
-        out_channels (`int`, *optional*, defaults to 4): Channels of the output.
-        block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128)`):
+        in_channels (`int`, *optional*, defaults to 8): Channels C of the latents.
+        out_channels (`int`, *optional*, defaults to 8): Channels of the output.
+        block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 64)`):
             Channels a level; the length is halved from one level to the next.
         layers_per_block (`int`, *optional*, defaults to 1): Residual blocks a level.
         norm_num_groups (`int`, *optional*, defaults to 8): Groups of the group norms.
@@ -68,9 +68,9 @@ class ParameterUNet1DModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        in_channels: int = 4,
-        out_channels: int = 4,
-        block_out_channels: tuple[int, ...] = (64, 128),
+        in_channels: int = 8,
+        out_channels: int = 8,
+        block_out_channels: tuple[int, ...] = (64, 64),
         layers_per_block: int = 1,
         norm_num_groups: int = 8,
     ):
