@@ -64,16 +64,6 @@ def main(config: Config) -> None:
         "UNet1DModel, residual blocks (64, 128)": lambda: UNet1DModel(
             sample_size=latents.shape[2], in_channels=channels, out_channels=channels, **residual
         ),
-        "UNet1DModel, default blocks without attention (64, 64)": lambda: UNet1DModel(
-            sample_size=latents.shape[2],
-            in_channels=channels,
-            out_channels=channels,
-            extra_in_channels=16,
-            time_embedding_dim=16,
-            down_block_types=("DownBlock1DNoSkip", "DownBlock1D"),
-            up_block_types=("UpBlock1D", "UpBlock1DNoSkip"),
-            block_out_channels=(64, 64),
-        ),
     }
     print("denoiser | parameters | seconds | loss | DDPM 50: mean, min | DPM-Solver++ 10: mean, min")
     for name, build in candidates.items():

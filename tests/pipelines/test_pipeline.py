@@ -128,12 +128,22 @@ def test_a_saved_pipeline_carries_its_code_byte_for_byte(digits_pipeline):
 
 
 def test_a_denoiser_of_diffusers_serves_as_well_and_needs_no_code(pipe, tmp_path):
-    blocks = {
-        "down_block_types": ("DownBlock1DNoSkip", "DownBlock1D"),
-        "up_block_types": ("UpBlock1D", "UpBlock1DNoSkip"),
-        "block_out_channels": (32, 32),
-    }
-    pipe.unet = UNet1DModel(8, in_channels=8, out_channels=8, extra_in_channels=16, time_embedding_dim=16, **blocks)
+    # Residual blocks, as diffusers' own value-guided planning uses them.
+    pipe.unet = UNet1DModel(
+        8,
+        in_channels=8,
+        out_channels=8,
+        time_embedding_type="positional",
+        use_timestep_embedding=True,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        act_fn="mish",
+        down_block_types=("DownResnetBlock1D", "DownResnetBlock1D"),
+        mid_block_type="MidResTemporalBlock1D",
+        up_block_types=("UpResnetBlock1D",),
+        out_block_type="OutConv1DBlock",
+        block_out_channels=(16, 32),
+    )
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["unet"] == ["diffusers", "UNet1DModel"]
     assert not list((tmp_path / "unet").glob("*.py"))

@@ -19,8 +19,10 @@ class LinearBasis(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_parameters, rank).normal_(std=0.02))
         # Length of a direction: what a latent of 1 moves a vector by.
+        self.scale: torch.Tensor
         self.register_buffer("scale", torch.ones(()))
         # Of the posterior: the variance that the basis leaves over in a direction, in units of the latents.
+        self.logvar: torch.Tensor
         self.register_buffer("logvar", torch.zeros(()))
 
     def forward(self, inputs: torch.Tensor, encode: bool = False) -> torch.Tensor:
