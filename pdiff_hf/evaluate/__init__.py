@@ -29,8 +29,6 @@ from .verdict import COPY_RATIO, Place, Plane, verdict
 
 
 REPORT_VERSION = 2
-# Networks of each baseline at each strength.
-NETWORKS_PER_POINT = 50
 # Where a curve passes the generated networks' similarity, it is refined by so many points.
 REFINEMENTS = 3
 MOST_DOUBLINGS = 14
@@ -62,6 +60,8 @@ class EvaluateConfig:
     """Networks to sample where `generated` is a pipeline."""
     seed: int = 0
     """Of the networks to sample."""
+    networks_per_point: int = 50
+    """Networks of each baseline at each strength; fewer are faster, and make wider intervals."""
     push_to_hub: str | None = None
     """Name of the model repository that the pipeline, with its card, is pushed to in the end."""
 
@@ -76,6 +76,7 @@ def evaluate(
     pipeline: Any = None,
     num_networks: int = 100,
     seed: int = 0,
+    networks_per_point: int = 50,
 ) -> dict[str, Any]:
     r"""
     Measures generated networks against the networks they were learned from and against trivial baselines.
@@ -94,6 +95,7 @@ def evaluate(
             What generated the networks. Adds what its autoencoder reconstructs, and pictures of what it learned.
         num_networks (`int`, *optional*, defaults to 100): Networks to sample where `generated` is a pipeline.
         seed (`int`, *optional*, defaults to 0): Of the networks to sample.
+        networks_per_point (`int`, *optional*, defaults to 50): Networks of each baseline at each strength.
 
     Returns:
         `dict`: what is in `report.json` (see `docs/report.md`).
@@ -101,7 +103,9 @@ def evaluate(
     Raises:
         [`ZooError`]: fewer than two networks, different architectures, or a task that does not fit.
     """
-    report, _ = _evaluate(task, trained, generated, output_dir, fresh, pipeline, num_networks, seed)
+    report, _ = _evaluate(
+        task, trained, generated, output_dir, fresh, pipeline, num_networks, seed, networks_per_point
+    )
     return report
 
 
@@ -114,6 +118,7 @@ def _evaluate(
     pipeline: Any,
     num_networks: int,
     seed: int,
+    networks_per_point: int,
 ) -> tuple[dict[str, Any], list[Path]]:
     """The report, and its pictures."""
     started = time.perf_counter()
@@ -141,7 +146,7 @@ def _evaluate(
             if networks.layout.config["tensors"] != zoo.layout.config["tensors"]:
                 raise ZooError(f"{zoo.folder} and {networks.folder} hold networks of different architectures.")
 
-        study = _Study(loaded, zoo, made, groups.get("fresh"), pipeline)
+        study = _Study(loaded, zoo, made, groups.get("fresh"), pipeline, networks_per_point)
         report = {"report_version": REPORT_VERSION, "task": name, **study.figures()}
         report["versions"] = versions()
         report["seconds"] = round(time.perf_counter() - started, 2)
@@ -158,8 +163,17 @@ def _evaluate(
 class _Study:
     """The evaluation of one set of generated networks."""
 
-    def __init__(self, task: Task, trained: WeightZoo, generated: WeightZoo, fresh: WeightZoo | None, pipeline: Any):
+    def __init__(
+        self,
+        task: Task,
+        trained: WeightZoo,
+        generated: WeightZoo,
+        fresh: WeightZoo | None,
+        pipeline: Any,
+        networks_per_point: int,
+    ):
         self.trained, self.generated, self.fresh, self.pipeline = trained, generated, fresh, pipeline
+        self.networks_per_point = networks_per_point
         self.scorer = Scorer(task, trained, PartialState().device)
         self.targets = self.scorer.targets["test"]
         self.source = Source(trained)
@@ -278,7 +292,7 @@ class _Study:
 
     def _point(self, kind: str, strength: float) -> tuple[float, Scores, Place]:
         # The average of all is one network however often it is made.
-        count = 1 if kind == "soup" and strength == len(self.trained) else NETWORKS_PER_POINT
+        count = 1 if kind == "soup" and strength == len(self.trained) else self.networks_per_point
         size = max(1, min(count, 2**28 // self.trained.vector_size))
         seed = 1000 * (1 + list(KINDS).index(kind)) + len(self.curves[kind])
         seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -345,7 +359,7 @@ class _Study:
 
     def _mapped(self) -> dict[str, torch.Tensor]:
         """Networks for the map, as vectors."""
-        draws = list(range(NETWORKS_PER_POINT))
+        draws = list(range(50))
         few = Baseline(self.source, "gaussian", 1.0), Baseline(self.source, "soup", min(16, len(self.trained)))
         return {
             "trained": self.trained.vectors(),
@@ -456,7 +470,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         [`ZooError`]: as [`evaluate`].
     """
     one_process("evaluate")
-    check_positive(config, "num_networks")
+    check_positive(config, "num_networks", "networks_per_point")
     pipeline = config.pipeline or (config.generated if _is_pipeline(config.generated) else None)
     if config.push_to_hub is not None and pipeline is None:
         raise ConfigError("--push-to-hub pushes a pipeline with its card: name it with --pipeline.")
@@ -469,6 +483,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         pipeline,
         config.num_networks,
         config.seed,
+        config.networks_per_point,
     )
     save_run(config.output_dir, "evaluate", config)
     Console().print(table(report))
