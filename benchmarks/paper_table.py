@@ -256,7 +256,8 @@ def markdown(table: dict[str, dict[str, Any]], ablation: dict[str, dict[str, Any
         f"{facts['num_networks']} generated networks. Best is chosen on validation data. "
         "Gain: accuracy over the best trivial baseline at equal similarity, with its 99 % interval.",
         "",
-        "| task | generated parameters | original: best, mean | soup | generated: best, mean, min | similarity | verdict | gain |",
+        "| task | generated parameters | original: best, mean | soup | generated: best, mean, min | similarity "
+        "| verdict | gain |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in table.items():
