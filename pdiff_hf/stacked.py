@@ -4,7 +4,7 @@ import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -56,6 +56,10 @@ class StackedNetwork:
         except Exception as error:  # whatever a forward of the user's own makes of the tracer
             raise NotStackableError(f"{type(network).__name__} cannot be traced: {error}") from error
         self.modules = dict(network.named_modules())
+        self.tensors = {
+            owner: [(name, f"{owner}.{name}") for name in module.state_dict()]
+            for owner, module in self.modules.items()
+        }
         for node in self.graph.nodes:
             if node.op == "call_module":
                 module = self.modules[node.target]
@@ -93,7 +97,7 @@ class StackedNetwork:
                 if node in self.in_place:
                     values[node] = args[0].relu_()
                     continue
-                own = {name: weights[f"{node.target}.{name}"] for name in module.state_dict()}
+                own = {name: weights[place] for name, place in self.tensors[node.target]}
                 values[node] = RULES[type(module)](module, own, *args, **kwargs)
             elif node.op == "call_function" and node.target in POINTWISE_FUNCTIONS:
                 values[node] = node.target(*args, **kwargs)
@@ -134,14 +138,42 @@ def _conv2d(module: nn.Conv2d, own: Weights, hidden: torch.Tensor) -> torch.Tens
 
 def _patches(hidden: torch.Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple:
     """`[N, C, H, W, E]` to `[N, C * kernel, H' * W' * E]`, and `(H', W')`."""
-    count, channels, height, width, _ = hidden.shape
     if tuple(kernel) == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
-        return hidden.flatten(2), (height, width)
+        return hidden.flatten(2), hidden.shape[2:4]
     if any(padding):
         hidden = F.pad(hidden, (0, 0, padding[1], padding[1], padding[0], padding[0]))
-    windows = list(_windows(hidden, kernel, stride, dilation))
-    size = windows[0].shape[2:4]
-    return torch.stack(windows, dim=2).view(count, channels * len(windows), -1), size
+    patches = _Windows.apply(hidden, kernel, stride, dilation)
+    return patches.flatten(3).flatten(1, 2), patches.shape[3:5]
+
+
+class _Windows(torch.autograd.Function):
+    """All windows, `[N, C, kernel, H', W', E]`. Its gradient adds into one buffer, not into one for each window."""
+
+    @staticmethod
+    def forward(ctx, hidden, kernel, stride, dilation):
+        ctx.shape, ctx.arguments = hidden.shape, (kernel, stride, dilation)
+        return torch.stack(list(_windows(hidden, kernel, stride, dilation)), dim=2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        total = gradient.new_zeros(ctx.shape)
+        for place, window in enumerate(_windows(total, *ctx.arguments)):
+            window += gradient[:, :, place]
+        return total, None, None, None
+
+
+class _Larger(torch.autograd.Function):
+    """The larger of two; the first one has the gradient where they are equal, as in max pooling."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a >= b)
+        return torch.maximum(a, b)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        first = gradient * ctx.saved_tensors[0]
+        return first, gradient - first
 
 
 def _windows(hidden: torch.Tensor, kernel: Any, stride: Any, dilation: Any = (1, 1)) -> Iterator[torch.Tensor]:
@@ -162,15 +194,22 @@ def _pool(combine: Callable, module: nn.MaxPool2d | nn.AvgPool2d, own: Weights, 
         raise NotStackableError("Pooling with padding or of another unusual kind.")
     if isinstance(module, nn.AvgPool2d) and module.divisor_override is not None:
         raise NotStackableError("Pooling with a divisor of its own.")
-    windows = _windows(hidden, kernel, stride)
-    pooled = next(windows)
-    for window in windows:
-        pooled = combine(pooled, window)
+    height, width = hidden.shape[2] // kernel[0] * kernel[0], hidden.shape[3] // kernel[1] * kernel[1]
+    if kernel == stride:
+        # Along rows, then along columns; unlike those of slices, the gradients of unbind are put together at once.
+        tiles = hidden[:, :, :height, :width].unflatten(3, (-1, kernel[1])).unflatten(2, (-1, kernel[0]))
+        pooled = reduce(combine, reduce(combine, tiles.unbind(5)).unbind(3))
+    else:
+        pooled = reduce(combine, _windows(hidden, kernel, stride))
     return pooled / (kernel[0] * kernel[1]) if isinstance(module, nn.AvgPool2d) else pooled
 
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _maximum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return _Larger.apply(a, b) if torch.is_grad_enabled() else torch.maximum(a, b)
 
 
 def _adaptive_mean(module: nn.AdaptiveAvgPool2d, own: Weights, hidden: torch.Tensor) -> torch.Tensor:
@@ -216,7 +255,7 @@ def _mean(hidden: torch.Tensor, dim: Any, keepdim: bool = False) -> torch.Tensor
 RULES: dict[type, Callable] = {
     nn.Linear: _linear,
     nn.Conv2d: _conv2d,
-    nn.MaxPool2d: partial(_pool, torch.maximum),
+    nn.MaxPool2d: partial(_pool, _maximum),
     nn.AvgPool2d: partial(_pool, torch.add),
     nn.AdaptiveAvgPool2d: _adaptive_mean,
     nn.BatchNorm1d: _batch_norm,

@@ -8,8 +8,10 @@ import time
 import pytest
 import torch
 
-from pdiff_hf import CollectConfig, WeightZoo, ZooError, load_task, run_collect
+from pdiff_hf import CollectConfig, ParameterLayout, WeightZoo, ZooError, load_task, run_collect
+from pdiff_hf.collect import StackedTrainer, Trainer
 from pdiff_hf.config import ConfigError
+from pdiff_hf.tasks.digits import DigitsMLP
 
 from .conftest import ROOT, run
 
@@ -186,3 +188,38 @@ def test_a_killed_collection_leaves_a_zoo_and_goes_on_as_if_nothing_had_happened
     assert torch.equal(finished.vectors(), uninterrupted.vectors())
     assert finished.metadata == uninterrupted.metadata
     assert not list(finished.folder.glob("*.pt"))
+
+
+@pytest.mark.parametrize("name", ["digits-mlp", "digits-convnet"])
+def test_networks_trained_at_once_are_those_trained_one_by_one(name):
+    task = load_task(name)
+    layout = ParameterLayout.from_state_dict(task.build_network().state_dict())
+    stacked = StackedTrainer(task, [3, 4, 5]).train(1, layout)
+    for seed, (vector, row) in zip([3, 4, 5], stacked, strict=True):
+        ((expected, expected_row),) = Trainer(task, seed).train(1, layout)
+        torch.testing.assert_close(vector, expected, atol=1e-4, rtol=1e-3)
+        assert row == pytest.approx(expected_row, abs=0.006)
+
+
+class OwnLoss(DigitsMLP):
+    def loss(self, outputs, targets):
+        return super().loss(outputs, targets) * 2
+
+
+class WithDropout(DigitsMLP):
+    def build_network(self):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.Dropout(0.5))
+
+
+class WithBatchNorm(DigitsMLP):
+    def build_network(self):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.BatchNorm1d(10))
+
+
+@pytest.mark.parametrize("task_class", [OwnLoss, WithDropout, WithBatchNorm])
+def test_what_cannot_be_trained_at_once_is_trained_one_by_one(task_class, tmp_path):
+    name = f"{__name__}:{task_class.__name__}"
+    zoo = run_collect(CollectConfig(name, str(tmp_path), num_networks=2, protocol="independent", epochs=1))
+    task = task_class()
+    ((expected, _),) = Trainer(task, 1).train(1, zoo.layout)
+    assert torch.equal(zoo[1], expected)
