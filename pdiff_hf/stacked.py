@@ -2,7 +2,7 @@
 
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
 from typing import Any
@@ -45,12 +45,13 @@ class StackedNetwork:
 
     Args:
         network (`nn.Module`): The architecture; its own weights are not used.
+        frozen (`Collection[str]`, *optional*): Names of tensors that are the same in all networks.
 
     Raises:
         [`NotStackableError`]: it has another part, or cannot be traced.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, frozen: Collection[str] = ()):
         try:
             self.graph = fx.Tracer().trace(network)
         except Exception as error:  # whatever a forward of the user's own makes of the tracer
@@ -75,20 +76,33 @@ class StackedNetwork:
             and type(self.modules[node.args[0].target]) in (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.BatchNorm1d)
             and len(node.args[0].users) == 1
         }
+        # What the networks have in common: all that is computed of the inputs before the first difference.
+        self.shared: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            own = self.tensors[node.target] if node.op == "call_module" else []
+            if all(place in frozen for _, place in own) and self.shared.issuperset(node.all_input_nodes):
+                self.shared.add(node)
         if sum(node.op == "placeholder" for node in self.graph.nodes) != 1:
             raise NotStackableError(f"{type(network).__name__} takes several inputs.")
 
-    def __call__(self, weights: Weights, inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, weights: Weights, inputs: torch.Tensor, common: dict[fx.Node, Any] | None = None
+    ) -> torch.Tensor:
         r"""
         Args:
-            weights (`Mapping[str, torch.Tensor]`): Each tensor of the state dict, stacked: `[N, ...]`.
+            weights (`Mapping[str, torch.Tensor]`):
+                Each tensor of the state dict, stacked: `[N, ...]`, or `[1, ...]` where all networks have the same.
             inputs (`torch.Tensor`): `[1, features..., E]` for all networks, or `[N, features..., E]`.
+            common (`dict`, *optional*):
+                Keeps what the networks have in common, for further calls with other networks and the same inputs.
 
         Returns:
             `torch.Tensor`: Outputs, `[N, features..., E]`.
         """
-        values: dict[fx.Node, Any] = {}
+        values: dict[fx.Node, Any] = {} if common is None else dict(common)
         for node in self.graph.nodes:
+            if node in values:
+                continue
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
             if node.op == "placeholder":
                 values[node] = inputs
@@ -108,6 +122,8 @@ class StackedNetwork:
             elif node.target in (torch.mean, "mean"):
                 values[node] = _mean(*args, **kwargs)
             elif node.op == "output":
+                if common is not None:
+                    common.update((shared, values[shared]) for shared in self.shared if shared in values)
                 return args[0]
             else:
                 raise NotStackableError(f"{node.target} has no stacked form.")
@@ -126,6 +142,7 @@ def _matrix_product(weight: torch.Tensor, bias: torch.Tensor | None, hidden: tor
         # One product for all networks, since they see the same.
         outputs = (weight.flatten(0, 1) @ hidden[0]).unflatten(0, weight.shape[:2])
         return outputs if bias is None else outputs.add_(bias[..., None])
+    weight = weight.expand(len(hidden), -1, -1)
     return torch.bmm(weight, hidden) if bias is None else torch.baddbmm(bias[..., None], weight, hidden)
 
 
@@ -267,7 +284,10 @@ RULES: dict[type, Callable] = {
 
 
 def stack(layout: ParameterLayout, vectors: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The state dict of N networks, each tensor `[N, ...]`, of their parameter vectors `[N, P]`."""
+    r"""
+    The state dict of N networks of their parameter vectors `[N, P]`: what is generated is `[N, ...]`, what is frozen
+    `[1, ...]`.
+    """
     values, start = {}, 0
     for tensor in layout.tensors("generated"):
         size = torch.Size(tensor["shape"]).numel()
@@ -275,7 +295,7 @@ def stack(layout: ParameterLayout, vectors: torch.Tensor) -> dict[str, torch.Ten
         values[tensor["name"]] = part.to(getattr(torch, tensor["dtype"]))
         start += size
     for name, tensor in layout.frozen_state_dict().items():
-        values[name] = tensor.to(vectors.device).expand(len(vectors), *tensor.shape)
+        values[name] = tensor.to(vectors.device)[None]
     return {t["name"]: values[t.get("tied_to", t["name"])] for t in layout.config.tensors}
 
 
@@ -300,7 +320,7 @@ class Predictor:
         self._tried, self._largest = False, 1
         if type(task).predict is Task.predict:
             try:
-                self._stacked = StackedNetwork(self.network)
+                self._stacked = StackedNetwork(self.network, layout.frozen_state_dict())
             except NotStackableError:
                 self._stacked = None
 
@@ -332,7 +352,7 @@ class Predictor:
         self._tried = True
         few, examples = vectors[:8], inputs[:EXAMPLES]
         try:
-            weights, example = stack(self.layout, few[:1].to(self.device)), examples[:1].to(self.device)
+            weights, example = stack(self.layout, few[[0, 0]].to(self.device)), examples[:1].to(self.device)
             self._largest = self._largest_activation(network, weights, example)
             expected, loop_seconds = _timed(lambda: self._run_one_by_one(few, examples))
             predictions, seconds = _timed(lambda: self._run_stacked(network, few, examples))
@@ -353,41 +373,42 @@ class Predictor:
     def _run_stacked(self, network: StackedNetwork, vectors: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         examples = min(max(ACTIVATION_VALUES // self._largest, 1), EXAMPLES)
         together = max(ACTIVATION_VALUES // (self._largest * examples), 1)
-        blocks = [block.to(self.device) for block in inputs.split(examples)]
 
-        def run(start: int) -> torch.Tensor:
+        def run(block: torch.Tensor) -> torch.Tensor:
+            common: dict[fx.Node, Any] = {}
+            stacked_inputs = block.to(self.device).movedim(0, -1)[None].contiguous()
             with torch.inference_mode():
-                weights = stack(self.layout, vectors[start : start + together].to(self.device))
-                return torch.cat([self._outputs(network, weights, block) for block in blocks], dim=-1).cpu()
+                chunks = (stack(self.layout, chunk.to(self.device)) for chunk in vectors.split(together))
+                outputs = [self._probabilities(network(weights, stacked_inputs, common)) for weights in chunks]
+                return torch.cat(outputs).cpu()
 
-        starts = range(0, len(vectors), together)
+        blocks = inputs.split(examples)
         threads = torch.get_num_threads()
-        if self.device.type != "cpu" or threads == 1 or len(starts) == 1:
-            return torch.cat([run(start) for start in starts]).movedim(-1, 1)
+        if self.device.type != "cpu" or threads == 1 or len(blocks) == 1:
+            return torch.cat([run(block) for block in blocks], dim=-1).movedim(-1, 1)
         # Small operations gain more from running side by side than from threads of their own.
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            predictions = list(pool.map(run, starts))
+            predictions = list(pool.map(run, blocks))
         torch.set_num_threads(threads)
-        return torch.cat(predictions).movedim(-1, 1)
+        return torch.cat(predictions, dim=-1).movedim(-1, 1)
 
-    def _outputs(self, network: StackedNetwork, weights: Weights, inputs: torch.Tensor) -> torch.Tensor:
-        """Probabilities, the examples last: `[N, classes, E]`."""
-        outputs = network(weights, inputs.movedim(0, -1)[None].contiguous())
+    def _probabilities(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Of outputs `[N, classes, E]`, in the same order."""
         if type(self.task).probabilities is Task.probabilities and outputs.ndim == 3:
             return outputs.softmax(1)
         return torch.stack([self.task.probabilities(output) for output in outputs.movedim(-1, 1)]).movedim(1, -1)
 
     @staticmethod
     def _largest_activation(network: StackedNetwork, weights: Weights, inputs: torch.Tensor) -> int:
-        """Values of the largest activation, patches included, of one network for one example."""
-        largest = inputs.numel()
+        """Values of the largest activation, patches included, that each of two networks has for one example."""
+        largest = 1
 
         class Watch(torch.overrides.TorchFunctionMode):
             def __torch_function__(self, func, types, args=(), kwargs=None):
                 nonlocal largest
                 result = func(*args, **(kwargs or {}))
-                if isinstance(result, torch.Tensor) and result.shape[-1:] == (1,):
-                    largest = max(largest, result.numel())
+                if isinstance(result, torch.Tensor) and result.shape[:1] == (2,) and result.shape[-1:] == (1,):
+                    largest = max(largest, result.numel() // 2)
                 return result
 
         with Watch():
