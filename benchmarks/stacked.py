@@ -1,0 +1,123 @@
+"""Many networks at once against one by one: scoring a zoo, and training an independent one.
+
+Prints for each task the seconds of both ways, their ratio, and how far results differ. Both ways take turns, and the
+best of several rounds counts, since machines are noisy.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from pdiff_hf import ParameterLayout, Task, load_task
+from pdiff_hf.collect import StackedTrainer, Trainer
+from pdiff_hf.config import versions
+from pdiff_hf.stacked import Predictor
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measures both ways."""
+
+    tasks: tuple[str, ...] = ("digits-convnet", "digits-mlp", "digits-resnet")
+    num_networks: int = 200
+    """To score."""
+    num_trained: int = 64
+    """To train at once; a quarter of them is trained one by one."""
+    epochs: int = 3
+    rounds: int = 3
+    threads: int = 2
+    output: str | None = None
+    """A JSON file for the figures."""
+
+
+def main(config: Config) -> None:
+    """Measures and prints."""
+    torch.set_num_threads(config.threads)
+    rows = []
+    print("work | task | one by one, s | at once, s | ratio | largest difference")
+    for name in config.tasks:
+        task = load_task(name)
+        rows.append(scoring(config, name, task))
+        if name != "digits-resnet":  # batch norm in training has no stacked form
+            rows.append(training(config, name, task))
+    if config.output:
+        facts = {
+            "threads": config.threads,
+            "machine": f"{platform.system()} {platform.machine()}",
+            "versions": versions(),
+        }
+        Path(config.output).write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def scoring(config: Config, name: str, task: Task) -> dict[str, Any]:
+    """Predictions on validation and test split."""
+    network = task.build_network().eval()
+    layout = ParameterLayout.from_state_dict(network.state_dict(), task.patterns)
+    vector = layout.flatten(network.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    vectors = vector * (1 + 0.05 * torch.randn(config.num_networks, len(vector), generator=generator))
+    splits = [task.data(split)[0] for split in ("validation", "test")]
+    predict = Predictor(task, layout, torch.device("cpu"))
+
+    def one_by_one() -> torch.Tensor:
+        predictions = []
+        for state_dict in layout.unflatten(vectors):
+            network.load_state_dict(state_dict)
+            predictions.append(torch.cat([task.predict(network, inputs) for inputs in splits]))
+        return torch.stack(predictions)
+
+    def at_once() -> torch.Tensor:
+        return torch.cat([predict(vectors, inputs) for inputs in splits], dim=1)
+
+    return compare(config, f"score {config.num_networks} networks", name, one_by_one, at_once, 1)
+
+
+def training(config: Config, name: str, task: Task) -> dict[str, Any]:
+    """Networks of different seeds, from the beginning."""
+    layout = ParameterLayout.from_state_dict(task.build_network().state_dict())
+    fewer = config.num_trained // 4
+
+    def one_by_one() -> torch.Tensor:
+        return torch.stack([Trainer(task, seed).train(config.epochs, layout)[0][0] for seed in range(fewer)])
+
+    def at_once() -> torch.Tensor:
+        trained = StackedTrainer(task, list(range(config.num_trained))).train(config.epochs, layout)
+        return torch.stack([vector for vector, _ in trained])
+
+    work = f"train {config.num_trained} networks, {config.epochs} epochs"
+    return compare(config, work, name, one_by_one, at_once, config.num_trained / fewer)
+
+
+def compare(
+    config: Config, work: str, task: str, one_by_one: Callable, at_once: Callable, factor: float
+) -> dict[str, Any]:
+    """Both ways; the first does only a part of the work, and counts `factor` times."""
+    seconds: list[list[float]] = [[], []]
+    results: list[Any] = [None, None]
+    for _ in range(config.rounds):
+        for way, run in enumerate((one_by_one, at_once)):
+            start = time.perf_counter()
+            results[way] = run()
+            seconds[way].append(time.perf_counter() - start)
+    slow, fast = factor * min(seconds[0]), min(seconds[1])
+    difference = (results[0] - results[1][: len(results[0])]).abs().max().item()
+    print(f"{work} | {task} | {slow:.3f} | {fast:.3f} | {slow / fast:.1f} | {difference:.1e}", flush=True)
+    return {
+        "work": work,
+        "task": task,
+        "one_by_one_s": slow,
+        "at_once_s": fast,
+        "ratio": slow / fast,
+        "largest_difference": difference,
+    }
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
