@@ -1,13 +1,21 @@
+import html.parser
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from torch import nn
 
-from pdiff_hf import EvaluateConfig, ParameterLayout, WeightZoo, ZooError, load_task, run_evaluate
-from pdiff_hf.evaluate import _similarity
+import pdiff_hf
+from pdiff_hf import Baseline, EvaluateConfig, ParameterLayout, Task, WeightZoo, ZooError, load_task, run_evaluate
+
+
+# Probabilities are computed in float32: a relative error of 1e-6 or so each, hence of their logarithms and squares.
+ROUNDING = 1e-6
+FIGURES = ("nll", "brier", "ece", "ece_scaled", "temperature")
 
 
 @pytest.fixture(scope="module")
@@ -21,115 +29,495 @@ def other_zoo(digits_zoo, tmp_path_factory) -> WeightZoo:
     return zoo
 
 
+@pytest.fixture(scope="module")
+def written(digits_zoo, other_zoo, tmp_path_factory):
+    """A report, and the folder that it was written to."""
+    folder = tmp_path_factory.mktemp("evaluate") / "report"
+    report = pdiff_hf.evaluate(trained=digits_zoo, generated=other_zoo, fresh=other_zoo, output_dir=folder)
+    return report, folder
+
+
+@pytest.fixture(scope="module")
+def report(written):
+    return written[0]
+
+
 def config(trained, generated, folder, **changes) -> EvaluateConfig:
     names = {"trained": str(trained.folder), "generated": str(generated.folder), "output_dir": str(folder)}
     return EvaluateConfig(**{**names, **changes})
 
 
-def slow_predictions(zoo, split):
-    """Probabilities `[N, E, classes]` of a plain loop, without the library."""
+# A second opinion: NumPy in double precision, one network and one example at a time where that is clearest.
+
+
+def slow_digits(split):
     inputs, targets = load_task("digits-convnet").data(split)
-    outputs = []
-    for index in range(len(zoo)):
-        w1, b1, w2, b2, w3, b3 = (value.double() for value in zoo.state_dict(index).values())
-        hidden = torch.relu(torch.conv2d(inputs.double(), w1, b1, padding=1))
-        hidden = torch.nn.functional.max_pool2d(hidden, 2)
-        hidden = torch.relu(torch.conv2d(hidden, w2, b2, padding=1))
-        hidden = torch.nn.functional.max_pool2d(hidden, 2)
-        outputs.append((hidden.flatten(1) @ w3.T + b3).softmax(1).numpy())
-    return np.stack(outputs), targets.numpy()
+    return inputs.numpy().astype(np.float64), targets.numpy()
 
 
-def test_the_report_agrees_with_an_independent_slow_computation(digits_zoo, other_zoo, tmp_path):
-    report = run_evaluate(config(digits_zoo, other_zoo, tmp_path))
-    trained, targets = slow_predictions(digits_zoo, "test")
-    generated, _ = slow_predictions(other_zoo, "test")
-    wrong_trained, wrong = trained.argmax(2) != targets, generated.argmax(2) != targets
-    validation, validation_targets = slow_predictions(other_zoo, "validation")
-    best = (validation.argmax(2) == validation_targets).mean(1).argmax()
+def slow_convolution(images, weight, bias):
+    """`[E, I, H, W]` with a 3x3 kernel and a border of zeros."""
+    count, _, height, width = images.shape
+    padded = np.zeros((count, images.shape[1], height + 2, width + 2))
+    padded[:, :, 1:-1, 1:-1] = images
+    out = np.zeros((count, len(weight), height, width)) + bias[:, None, None]
+    for i in range(3):
+        for j in range(3):
+            out += np.einsum(
+                "ehwo->eohw",
+                np.einsum("eihw,oi->ehwo", padded[:, :, i : i + height, j : j + width], weight[:, :, i, j]),
+            )
+    return out
 
-    figures = report["groups"]["generated"]
-    assert figures["count"] == 20
-    assert figures["accuracy"] == pytest.approx(
-        {
-            "mean": 1 - wrong.mean(),
-            "min": 1 - wrong.mean(1).max(),
-            "max": 1 - wrong.mean(1).min(),
-            "best_on_validation": 1 - wrong[best].mean(),
-        },
-        abs=1e-6,
+
+def slow_pool(images):
+    return np.max([images[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=0)
+
+
+def slow_probabilities(state, images):
+    w1, b1, w2, b2, w3, b3 = (value.numpy().astype(np.float64) for value in state.values())
+    hidden = slow_pool(np.maximum(slow_convolution(images, w1, b1), 0))
+    hidden = slow_pool(np.maximum(slow_convolution(hidden, w2, b2), 0))
+    logits = hidden.reshape(len(images), -1) @ w3.T + b3
+    odds = np.exp(logits - logits.max(1, keepdims=True))
+    return odds / odds.sum(1, keepdims=True)
+
+
+def slow_zoo(zoo, split):
+    images, _ = slow_digits(split)
+    return [slow_probabilities(zoo.state_dict(index), images) for index in range(len(zoo))]
+
+
+def slow_wrong(predictions, targets):
+    return {e for e, p in enumerate(predictions) if max(range(len(p)), key=p.__getitem__) != targets[e]}
+
+
+def slow_accuracy(predictions, targets):
+    return 1 - len(slow_wrong(predictions, targets)) / len(targets)
+
+
+def slow_overlap(a, b):
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def slow_nll(predictions, targets):
+    return sum(-np.log(p[t]) for p, t in zip(predictions, targets, strict=True)) / len(targets)
+
+
+def slow_brier(predictions, targets):
+    total = 0.0
+    for p, t in zip(predictions, targets, strict=True):
+        total += sum((p[c] - (c == t)) ** 2 for c in range(len(p)))
+    return total / len(targets)
+
+
+def slow_calibration_error(predictions, targets):
+    """Guo et al. 2017: bins of equal width of the confidence; absolute gaps, weighted by how many are in a bin."""
+    bins = {}
+    for p, t in zip(predictions, targets, strict=True):
+        place = min(int(max(p) * 15), 14)
+        bins.setdefault(place, []).append((max(p), float(np.argmax(p) == t)))
+    gaps = [abs(sum(c for c, _ in rows) - sum(right for _, right in rows)) for rows in bins.values()]
+    return sum(gaps) / len(targets)
+
+
+def slow_scaled(predictions, temperature):
+    odds = np.asarray(predictions) ** (1 / temperature)
+    return odds / odds.sum(1, keepdims=True)
+
+
+def slow_temperature(predictions, targets):
+    """The one of a fine grid at which the likelihood is largest."""
+    grid = np.exp(np.arange(-3, 3.0005, 0.002))
+    index = np.arange(len(targets))
+    scores = [-np.log(np.maximum(slow_scaled(predictions, t)[index, targets], 1e-300)).mean() for t in grid]
+    return grid[int(np.argmin(scores))]
+
+
+@pytest.fixture(scope="module")
+def slow(digits_zoo, other_zoo):
+    """Predictions of the zoos and their errors."""
+    zoos = {"trained": digits_zoo, "generated": other_zoo}
+    targets = {split: slow_digits(split)[1] for split in ("validation", "test")}
+    predictions = {name: {split: slow_zoo(zoo, split) for split in targets} for name, zoo in zoos.items()}
+    wrong = {name: [slow_wrong(p, targets["test"]) for p in of["test"]] for name, of in predictions.items()}
+    return predictions, targets, wrong
+
+
+@pytest.mark.parametrize("group", ["trained", "generated"])
+def test_accuracies_agree_with_a_slow_computation(report, slow, group):
+    predictions, targets, _ = slow
+    accuracies = [slow_accuracy(p, targets["test"]) for p in predictions[group]["test"]]
+    validation = [slow_accuracy(p, targets["validation"]) for p in predictions[group]["validation"]]
+    figures = report["groups"][group]
+    assert figures["count"] == len(accuracies)
+    assert figures["not_finite"] == 0
+    expected = {
+        "mean": sum(accuracies) / len(accuracies),
+        "min": min(accuracies),
+        "max": max(accuracies),
+        "best_on_validation": accuracies[validation.index(max(validation))],
+    }
+    assert {key: figures["accuracy"][key] for key in expected} == pytest.approx(expected, abs=ROUNDING)
+    for key in ("interval_networks", "interval_examples"):
+        low, high = figures["accuracy"][key]
+        assert low <= expected["mean"] <= high
+        assert high - low < 0.06
+
+
+@pytest.mark.parametrize("group", ["trained", "generated"])
+def test_calibration_agrees_with_a_slow_computation(report, slow, group):
+    predictions, targets, _ = slow
+    figures, test = report["groups"][group], targets["test"]
+    of_test, of_validation = predictions[group]["test"], predictions[group]["validation"]
+    expected = {
+        "nll": np.mean([slow_nll(p, test) for p in of_test]),
+        "brier": np.mean([slow_brier(p, test) for p in of_test]),
+        # A confidence on the border of two bins may fall into the other one; the gaps change by 1 / 597 each then.
+        "ece": np.mean([slow_calibration_error(p, test) for p in of_test]),
+    }
+    assert {key: figures[key] for key in expected} == pytest.approx(expected, rel=1e-5, abs=ROUNDING)
+    temperatures = [slow_temperature(p, targets["validation"]) for p in of_validation]
+    assert figures["temperature"] == pytest.approx(np.mean(temperatures), rel=1e-2)
+    scaled = [slow_calibration_error(slow_scaled(p, t), test) for p, t in zip(of_test, temperatures, strict=True)]
+    # Temperatures from the grid move a few examples to another bin.
+    assert figures["ece_scaled"] == pytest.approx(np.mean(scaled), abs=1e-3)
+
+
+def test_overlaps_of_errors_agree_with_a_slow_computation(report, slow):
+    _, _, wrong = slow
+    trained, generated = wrong["trained"], wrong["generated"]
+    largest = [max(slow_overlap(a, b) for b in trained) for a in generated]
+    others = [max(slow_overlap(a, b) for j, b in enumerate(trained) if i != j) for i, a in enumerate(trained)]
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    assert report["groups"]["generated"]["maximum_similarity"]["mean"] == pytest.approx(mean(largest), abs=ROUNDING)
+    assert report["groups"]["trained"]["maximum_similarity"]["mean"] == pytest.approx(mean(others), abs=ROUNDING)
+    expected = {
+        name: mean([slow_overlap(a, b) for i, a in enumerate(sets) for j, b in enumerate(sets) if i != j])
+        for name, sets in (("trained_trained", trained), ("generated_generated", generated))
+    }
+    expected["generated_trained"] = mean([slow_overlap(a, b) for a in generated for b in trained])
+    expected["maximum_generated_trained"] = max(largest)
+    assert report["similarity"] == pytest.approx(expected, abs=ROUNDING)
+
+
+def test_distances_agree_with_a_slow_computation(report, digits_zoo, other_zoo):
+    trained, generated = (zoo.vectors().numpy().astype(np.float64) for zoo in (digits_zoo, other_zoo))
+    nearest = [min(np.sqrt(((a - b) ** 2).sum()) for b in trained) for a in generated]
+    own = [min(np.sqrt(((a - b) ** 2).sum()) for j, b in enumerate(trained) if i != j) for i, a in enumerate(trained)]
+    for name, values in (("generated", nearest), ("trained", own)):
+        expected = {"mean": np.mean(values), "min": min(values), "max": max(values)}
+        assert report["nearest_l2"][name] == pytest.approx(expected, rel=ROUNDING)
+    parents = [int(np.argmin([((a - b) ** 2).sum() for b in trained])) for a in generated]
+    copied = np.mean([away <= own[parent] / 3 for away, parent in zip(nearest, parents, strict=True)])
+    assert report["verdict"]["copied"] == pytest.approx(copied)
+    outside = []
+    for network, parent in zip(generated, parents, strict=True):
+        way = network - trained[parent]
+        basis = np.linalg.qr((trained - trained[parent])[[i for i in range(40) if i != parent]].T)[0]
+        outside.append(1 - ((basis.T @ way) ** 2).sum() / (way**2).sum())
+    assert report["verdict"]["outside_span"] == pytest.approx(np.mean(outside), abs=1e-5)
+
+
+@pytest.mark.parametrize("group", ["trained", "generated"])
+def test_ensembles_agree_with_a_slow_computation(report, slow, group):
+    predictions, targets, _ = slow
+    rows = report["ensembles"][group]
+    count = len(predictions[group]["test"])
+    assert [row["size"] for row in rows] == [*[2**k for k in range(10) if 2**k < count], count]
+    average = {split: sum(of) / count for split, of in predictions[group].items()}
+    whole, test = average["test"], targets["test"]
+    assert rows[-1]["accuracy"] == pytest.approx(slow_accuracy(whole, test), abs=ROUNDING)
+    expected = {"nll": slow_nll, "brier": slow_brier, "ece": slow_calibration_error}
+    assert {key: rows[-1][key] for key in expected} == pytest.approx(
+        {key: figure(whole, test) for key, figure in expected.items()}, rel=1e-5, abs=ROUNDING
     )
-    similarity = np.mean([max((a & b).sum() / (a | b).sum() for b in wrong_trained) for a in wrong])
-    assert figures["maximum_similarity"]["mean"] == pytest.approx(similarity, abs=1e-6)
-    similarity = np.mean(
-        [
-            max((a & b).sum() / (a | b).sum() for j, b in enumerate(wrong_trained) if i != j)
-            for i, a in enumerate(wrong_trained)
-        ]
-    )
-    assert report["groups"]["trained"]["maximum_similarity"]["mean"] == pytest.approx(similarity, abs=1e-6)
-    ensemble = (trained.mean(0).argmax(1) == targets).mean()
-    assert report["groups"]["ensemble"]["accuracy"]["mean"] == pytest.approx(ensemble, abs=1e-6)
+    temperature = slow_temperature(average["validation"], targets["validation"])
+    assert rows[-1]["temperature"] == pytest.approx(temperature, rel=1e-2)
+    alone = [slow_nll(p, test) for p in predictions[group]["test"]]
+    # Of one, it is one of them; the likelihood of an average is never worse than the average one.
+    assert min(abs(rows[0]["nll"] - nll) for nll in alone) < 1e-5
+    assert rows[-1]["nll"] <= np.mean(alone)
+    if group == "trained":
+        figures = report["groups"]["ensemble"]
+        assert figures["accuracy"]["mean"] == rows[-1]["accuracy"]
+        assert {key: figures[key] for key in FIGURES} == {key: rows[-1][key] for key in FIGURES}
 
 
-def test_the_soup_is_the_average_network(digits_zoo, other_zoo, tmp_path):
-    report = run_evaluate(config(digits_zoo, other_zoo, tmp_path / "report"))
-    with WeightZoo.create(tmp_path / "soup", digits_zoo.layout) as soup:
-        soup.append(digits_zoo.vectors().mean(0))
-    probabilities, targets = slow_predictions(soup, "test")
-    assert report["groups"]["soup"]["count"] == 1
-    assert report["groups"]["soup"]["accuracy"]["mean"] == pytest.approx(
-        (probabilities[0].argmax(1) == targets).mean(), abs=1e-6
-    )
+def test_the_soup_agrees_with_a_slow_computation(report, digits_zoo, slow):
+    states = [digits_zoo.state_dict(index) for index in range(40)]
+    soup = {name: torch.stack([state[name].double() for state in states]).mean(0) for name in states[0]}
+    images, targets = slow_digits("test")
+    predictions = slow_probabilities(soup, images)
+    figures = report["groups"]["soup"]
+    assert figures["count"] == 1
+    assert figures["accuracy"]["mean"] == pytest.approx(slow_accuracy(predictions, targets), abs=ROUNDING)
+    # The averaged weights themselves are rounded to float32 too.
+    assert figures["nll"] == pytest.approx(slow_nll(predictions, targets), rel=1e-4)
+    _, _, wrong = slow
+    similar = max(slow_overlap(slow_wrong(predictions, targets), b) for b in wrong["trained"])
+    assert figures["maximum_similarity"]["mean"] == pytest.approx(similar, abs=ROUNDING)
 
 
-def test_copies_have_similarity_one(digits_zoo, tmp_path):
-    report = run_evaluate(config(digits_zoo, digits_zoo, tmp_path))
+def test_statistics_of_parameters_agree_with_a_slow_computation(report, digits_zoo, other_zoo):
+    row = next(row for row in report["parameters"] if row["tensor"] == "0.bias")
+    for name, zoo in (("trained", digits_zoo), ("generated", other_zoo)):
+        values = np.array([zoo.state_dict(i)["0.bias"].double().numpy() for i in range(len(zoo))])
+        assert row[name] == pytest.approx({"mean": values.mean(), "std": values.std()}, rel=1e-5)
+    assert [row["tensor"] for row in report["parameters"]] == list(digits_zoo.state_dict(0))
+
+
+def test_every_baseline_is_a_curve(report):
+    kinds = {}
+    for point in report["baselines"]:
+        kinds.setdefault(point["kind"], []).append(point)
+    assert list(kinds) == ["noise", "soup", "interpolation", "gaussian", "low-rank-gaussian"]
+    for points in kinds.values():
+        strengths = [point["strength"] for point in points]
+        assert strengths == sorted(strengths)
+        assert all(0 <= point["maximum_similarity"]["mean"] <= 1 for point in points)
+        assert all(point["accuracy"]["min"] <= point["accuracy"]["mean"] + 1e-6 for point in points)
+    assert [point["strength"] for point in kinds["soup"]] == [2, 4, 8, 16, 32, 40]
+    assert kinds["noise"][0]["maximum_similarity"]["mean"] > 0.95
+    assert kinds["noise"][-1]["accuracy"]["mean"] < 0.6
+
+
+def test_copies_have_similarity_one(digits_zoo):
+    report = pdiff_hf.evaluate(trained=digits_zoo, generated=digits_zoo)
     assert report["groups"]["generated"]["maximum_similarity"]["mean"] == 1
     assert report["groups"]["generated"]["accuracy"] == report["groups"]["trained"]["accuracy"]
+    assert report["nearest_l2"]["generated"] == {"mean": 0, "min": 0, "max": 0}
+    assert report["nearest_l2"]["aligned"]["generated"]["max"] == 0
+    assert report["verdict"]["label"] == "memorized"
 
 
-def test_the_report_its_configuration_and_its_picture_are_written(digits_zoo, other_zoo, tmp_path, capsys):
-    report = run_evaluate(config(digits_zoo, other_zoo, tmp_path))
-    assert json.loads((tmp_path / "report.json").read_text()) == report
-    assert list(report["groups"]) == ["trained", "soup", "ensemble", "generated"]
-    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "evaluate.yaml").exists()
-    printed = capsys.readouterr().out
-    assert f"{100 * report['groups']['generated']['accuracy']['mean']:.2f}" in printed
+# What is written.
 
 
-def test_the_figures_go_into_the_card_of_the_pipeline(digits_zoo, other_zoo, digits_pipeline, tmp_path):
+def without_time(report):
+    return {key: value for key, value in report.items() if key != "seconds"}
+
+
+def test_the_report_is_what_is_in_its_file(written):
+    report, folder = written
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert json.loads((folder / "report.json").read_text(), parse_constant=refuse) == report
+    assert report["task"] == "digits-convnet"
+    assert report["examples"] == 597
+    assert list(report["groups"]) == ["trained", "soup", "ensemble", "generated", "fresh"]
+    assert report["groups"]["fresh"]["accuracy"] == report["groups"]["generated"]["accuracy"]
+    assert report["verdict"]["fresh_accuracy_gain"] == pytest.approx(report["verdict"]["accuracy_gain"], abs=1e-6)
+
+
+def test_every_picture_is_there_for_the_screen_and_for_print(written):
+    _, folder = written
+    pictures = {"plane", "parameters", "overlap", "calibration", "map"}
+    assert {file.stem for file in folder.glob("*.png")} == {file.stem for file in folder.glob("*.svg")} == pictures
+    for picture in pictures:
+        assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (folder / f"{picture}.svg").read_text()
+
+
+def test_the_text_has_the_verdict_the_figures_and_the_pictures(written):
+    report, folder = written
+    text = (folder / "report.md").read_text()
+    assert f"**{report['verdict']['label']}**: {report['verdict']['sentence']}" in text
+    for group in report["groups"].values():
+        assert f"| {group['count']} | {100 * group['accuracy']['mean']:.2f} |" in text
+    shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert sorted(shown) == sorted(file.name for file in folder.glob("*.png"))
+    assert "None" not in text
+    assert "nan" not in text.split()
+
+
+class References(html.parser.HTMLParser):
+    """All that a browser would fetch, and the tags that are open."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.tags = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.found += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action", "poster")]
+
+
+def test_the_page_holds_all_it_shows(written):
+    report, folder = written
+    page = (folder / "report.html").read_text()
+    references = References()
+    references.feed(page)
+    assert len(references.found) == 5
+    assert all(reference.startswith("data:image/png;base64,") for reference in references.found)
+    assert not {"script", "link", "iframe", "object"} & set(references.tags)
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert report["verdict"]["sentence"] in page
+
+
+def test_a_page_does_not_run_what_names_hold(tmp_path):
+    class Evil(BlobTask):
+        pass
+
+    Evil.__name__ = "<script>alert(1)</script>"
+    task = Evil()
+    pdiff_hf.evaluate(task, trained=states(task, 3), generated=states(task, 2, seed=9), output_dir=tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_the_same_networks_give_the_same_figures(report, digits_zoo, other_zoo):
+    again = pdiff_hf.evaluate(trained=digits_zoo, generated=other_zoo, fresh=other_zoo)
+    assert without_time(again) == without_time(report)
+
+
+def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pdiff_hf.evaluate(BlobTask(), trained=states(BlobTask(), 3), generated=states(BlobTask(), 2, seed=9))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_randomness_of_the_caller_is_left_alone():
+    networks = states(BlobTask(), 3)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    pdiff_hf.evaluate(BlobTask(), trained=networks, generated=networks)
+    assert torch.equal(torch.rand(2), expected)
+
+
+# What can be passed.
+
+
+def test_zoos_folders_and_state_dicts_are_the_same_to_it(report, digits_zoo, other_zoo):
+    of_folders = pdiff_hf.evaluate(trained=str(digits_zoo.folder), generated=other_zoo.folder)
+    lists = [[zoo.state_dict(index) for index in range(len(zoo))] for zoo in (digits_zoo, other_zoo)]
+    of_lists = pdiff_hf.evaluate("digits-convnet", trained=lists[0], generated=lists[1])
+    for other in (of_folders, of_lists):
+        for key in ("similarity", "nearest_l2", "baselines", "parameters", "task"):
+            assert other[key] == report[key]
+        assert other["groups"] == {name: group for name, group in report["groups"].items() if name != "fresh"}
+
+
+def test_pipelines_are_sampled(digits_zoo, digits_pipeline, tmp_path):
+    pipeline = pdiff_hf.load_pipeline(digits_pipeline)
+    of_folder = pdiff_hf.evaluate(trained=digits_zoo, generated=str(digits_pipeline), num_networks=6, seed=3)
+    of_object = pdiff_hf.evaluate(trained=digits_zoo, generated=pipeline, num_networks=6, seed=3, output_dir=tmp_path)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3, 9)]
+    states = pipeline(num_networks=6, generator=generators).state_dicts
+    of_states = pdiff_hf.evaluate(trained=digits_zoo, generated=states, pipeline=pipeline)
+    for other in (of_object, of_states):
+        assert without_time(other) == without_time(of_folder)
+    assert of_folder["groups"]["generated"]["count"] == 6
+    assert of_folder["groups"]["reconstructed"]["count"] == 40
+    assert of_folder["groups"]["decoded-noise"]["count"] == 6
+    assert (tmp_path / "denoising.png").exists()
+    assert (tmp_path / "training.png").exists()
+
+
+def test_baselines_are_generators_too(digits_zoo):
+    report = pdiff_hf.evaluate(trained=digits_zoo, generated=Baseline(digits_zoo, "soup", 40), num_networks=3)
+    generated, soup = (report["groups"][name] for name in ("generated", "soup"))
+    assert generated["count"] == 3
+    assert generated["accuracy"]["min"] == generated["accuracy"]["max"] == soup["accuracy"]["mean"]
+    assert "reconstructed" not in report["groups"]
+
+
+def test_the_stage_prints_and_fills_the_card_of_the_pipeline(digits_zoo, other_zoo, digits_pipeline, tmp_path, capsys):
     shutil.copytree(digits_pipeline, tmp_path / "pipeline")
     for _ in range(2):
         report = run_evaluate(config(digits_zoo, other_zoo, tmp_path / "report", pipeline=str(tmp_path / "pipeline")))
-    card = ModelCard.load(tmp_path / "pipeline" / "README.md")
+    printed = capsys.readouterr().out
     accuracy = report["groups"]["generated"]["accuracy"]
+    assert f"{100 * accuracy['mean']:.2f}" in printed
+    assert report["verdict"]["sentence"] in " ".join(printed.split())
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
+    assert (tmp_path / "report" / "evaluate.yaml").exists()
+
+    card = ModelCard.load(tmp_path / "pipeline" / "README.md")
     assert card.text.count("## Evaluation") == 1
     assert "Not evaluated yet" not in card.text
+    assert card.text.count(report["verdict"]["sentence"]) == 1
     assert f"| generated | 20 | {100 * accuracy['mean']:.2f} | {100 * accuracy['min']:.2f} |" in card.text
-    assert "![Accuracy against similarity](accuracy.png)" in card.text
-    assert (tmp_path / "pipeline" / "accuracy.png").exists()
+    shown = re.findall(r"\]\((evaluation/[a-z]+\.png)\)", card.text)
+    assert len(shown) == len(set(shown)) == 7
+    for picture in shown:
+        assert (tmp_path / "pipeline" / picture).read_bytes().startswith(b"\x89PNG")
     values = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert values["mean accuracy of 20 generated networks"] == pytest.approx(accuracy["mean"], abs=1e-6)
     assert card.data.library_name == "diffusers"
 
 
-def test_two_networks_without_errors_are_alike():
-    none, some = torch.zeros(1, 5, dtype=torch.bool), torch.tensor([[True, False, False, True, False]])
-    assert _similarity(none, none).item() == 1
-    assert _similarity(none, some).item() == 0
-    assert _similarity(some, torch.tensor([[True, True, False, False, False]])).item() == pytest.approx(1 / 3)
+def test_the_stage_samples_a_pipeline_and_fills_its_card(digits_zoo, digits_pipeline, tmp_path):
+    shutil.copytree(digits_pipeline, tmp_path / "pipeline")
+    report = run_evaluate(
+        EvaluateConfig(
+            trained=str(digits_zoo.folder),
+            generated=str(tmp_path / "pipeline"),
+            output_dir=str(tmp_path / "report"),
+            num_networks=3,
+        )
+    )
+    assert report["groups"]["generated"]["count"] == 3
+    assert report["verdict"]["sentence"] in ModelCard.load(tmp_path / "pipeline" / "README.md").text
 
 
-def test_zoos_of_different_architectures_are_refused(digits_zoo, zoo, tmp_path):
+# Bad input, and what is at its edge. Two clouds of points, told apart by a line: cheap and easy to break.
+
+
+class BlobTask(Task):
+    """Two classes of points, which overlap."""
+
+    overlapping = 1.0
+
+    def build_network(self):
+        return nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    def data(self, split):
+        generator = torch.Generator().manual_seed(len(split))
+        targets = torch.arange(40) % 2
+        inputs = self.overlapping * torch.randn(40, 2, generator=generator)
+        return inputs + 3 * targets[:, None] - 1.5, targets
+
+
+def answering(sign: float, offset: float = 0.0) -> dict:
+    """Answers by the side of a line, right or, of the other sign, wrong."""
+    weight = torch.tensor([[1.0, 1], [-1, -1], [0, 0], [0, 0]])
+    bias = torch.tensor([offset, -offset, 0.0, 0.0])
+    head = sign * torch.tensor([[-1.0, 1, 0, 0], [1, -1, 0, 0]])
+    return {"0.weight": weight, "0.bias": bias, "2.weight": head, "2.bias": torch.zeros(2)}
+
+
+def states(task: Task, count: int, seed: int = 0) -> list[dict]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return [task.build_network().state_dict() for _ in range(count)]
+
+
+def is_plain_json(report) -> bool:
+    return json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_zoos_of_different_architectures_are_refused(digits_zoo, zoo):
     with pytest.raises(ZooError, match="hold networks of different architectures"):
-        run_evaluate(config(digits_zoo, zoo, tmp_path))
+        pdiff_hf.evaluate(trained=digits_zoo, generated=zoo)
+    with pytest.raises(ZooError, match=r"layout does not know|is missing|expected float32"):
+        pdiff_hf.evaluate(trained=digits_zoo, generated=states(BlobTask(), 2))
 
 
 def test_a_task_that_does_not_fit_is_refused_with_the_tensors(digits_zoo, other_zoo, tmp_path):
     with pytest.raises(ZooError, match=r"(?s)do not fit the task.*Missing key.*1\.weight"):
         run_evaluate(config(digits_zoo, other_zoo, tmp_path, task="digits-mlp"))
+    with pytest.raises(ZooError, match=r"(?s)do not fit the task"):
+        pdiff_hf.evaluate("digits-mlp", trained=digits_zoo, generated=other_zoo)
 
 
 def test_a_zoo_does_not_choose_the_code_that_runs(digits_zoo, tmp_path):
@@ -141,10 +529,16 @@ def test_a_zoo_does_not_choose_the_code_that_runs(digits_zoo, tmp_path):
         run_evaluate(config(WeightZoo(tmp_path / "zoo"), digits_zoo, tmp_path / "report"))
 
 
-def test_an_empty_zoo_is_refused(digits_zoo, tmp_path):
+def test_too_few_networks_are_refused(digits_zoo, tmp_path):
     empty = WeightZoo.create(tmp_path / "empty", digits_zoo.layout)
-    with pytest.raises(ZooError, match="Nothing to compare: 40 trained and 0 generated networks"):
+    with pytest.raises(ZooError, match="There are 0 generated networks; an evaluation needs at least 1"):
         run_evaluate(config(digits_zoo, empty, tmp_path))
+    with pytest.raises(ZooError, match="There are no networks: an empty list was given"):
+        pdiff_hf.evaluate(trained=digits_zoo, generated=[])
+    with pytest.raises(ZooError, match="There are no networks: an empty list was given"):
+        pdiff_hf.evaluate("digits-convnet", trained=[], generated=digits_zoo)
+    with pytest.raises(ZooError, match="There are 1 trained networks; an evaluation needs at least 2"):
+        pdiff_hf.evaluate("digits-convnet", trained=[digits_zoo.state_dict(0)], generated=digits_zoo)
 
 
 def test_networks_of_an_unknown_task_need_one(zoo, layout, tmp_path):
@@ -152,3 +546,161 @@ def test_networks_of_an_unknown_task_need_one(zoo, layout, tmp_path):
         unnamed.append(zoo[0])
     with pytest.raises(ZooError, match="pass --task"):
         run_evaluate(config(unnamed, zoo, tmp_path))
+
+
+def test_what_is_neither_zoo_nor_pipeline_is_refused(digits_zoo, tmp_path):
+    with pytest.raises(ZooError, match="is neither a folder nor the name of a repository on the Hub"):
+        pdiff_hf.evaluate(trained=digits_zoo, generated=str(tmp_path / "nothing" / "here"))
+    with pytest.raises(ZooError, match="holds no zoo"):
+        pdiff_hf.evaluate(trained=digits_zoo, generated=tmp_path)
+
+
+def test_a_single_generated_network_has_its_figures(tmp_path):
+    trained = [answering(1, offset) for offset in (0, 0.1, 0.2)]
+    report = pdiff_hf.evaluate(BlobTask(), trained=trained, generated=[answering(1, 0.5)], output_dir=tmp_path)
+    figures = report["groups"]["generated"]
+    assert figures["count"] == 1
+    accuracy = figures["accuracy"]
+    assert accuracy["mean"] == accuracy["min"] == accuracy["max"] == accuracy["best_on_validation"]
+    assert report["similarity"]["generated_generated"] is None
+    assert [row["size"] for row in report["ensembles"]["generated"]] == [1]
+    assert is_plain_json(report)
+
+
+def test_networks_that_are_always_right_are_alike(tmp_path):
+    task = BlobTask()
+    task.overlapping = 0.1
+    trained = [answering(1, offset) for offset in (0, 0.1, 0.2)]
+    report = pdiff_hf.evaluate(task, trained=trained, generated=trained[:2], output_dir=tmp_path)
+    assert report["groups"]["trained"]["accuracy"]["min"] == 1
+    assert report["groups"]["generated"]["maximum_similarity"]["mean"] == 1
+    assert report["similarity"]["trained_trained"] == 1
+    assert report["verdict"]["label"] == "memorized"
+    assert is_plain_json(report)
+
+
+def test_networks_that_are_always_wrong_do_not_work(tmp_path):
+    task = BlobTask()
+    task.overlapping = 0.1
+    trained = [answering(1, offset) for offset in (0, 0.1, 0.2)]
+    wrong = [answering(-1, offset) for offset in (0, 0.1)]
+    report = pdiff_hf.evaluate(task, trained=trained, generated=wrong, output_dir=tmp_path / "generated")
+    assert report["groups"]["generated"]["accuracy"]["max"] == 0
+    assert report["groups"]["generated"]["maximum_similarity"]["mean"] == 0
+    assert report["verdict"]["label"] == "not-working"
+    assert is_plain_json(report)
+    report = pdiff_hf.evaluate(task, trained=wrong, generated=wrong, output_dir=tmp_path / "both")
+    assert report["groups"]["trained"]["maximum_similarity"]["mean"] == 1
+    assert report["verdict"]["label"] == "not-working"
+    assert is_plain_json(report)
+
+
+def test_identical_training_networks_can_be_evaluated(tmp_path):
+    trained = [answering(1)] * 3
+    other = [answering(1, 0.5)]
+    report = pdiff_hf.evaluate(BlobTask(), trained=trained, generated=other, output_dir=tmp_path)
+    assert report["nearest_l2"]["trained"] == {"mean": 0, "min": 0, "max": 0}
+    assert report["verdict"]["copied"] == 0
+    assert is_plain_json(report)
+
+
+@pytest.mark.parametrize("broken", [1, 3])
+def test_outputs_that_are_no_numbers_are_counted_and_wrong(tmp_path, broken):
+    trained = [answering(1, offset) for offset in (0, 0.1, 0.2)]
+    overflowing = {**answering(1), "2.weight": torch.full((2, 4), 3e38), "0.weight": torch.full((4, 2), 3e38)}
+    generated = [overflowing] * broken + trained[broken:]
+    report = pdiff_hf.evaluate(BlobTask(), trained=trained, generated=generated, output_dir=tmp_path)
+    figures = report["groups"]["generated"]
+    assert figures["count"] == 3
+    assert figures["not_finite"] == broken
+    assert figures["accuracy"]["min"] == 0
+    assert is_plain_json(report)
+    if broken == 3:
+        assert figures["accuracy"]["max"] == 0
+        assert figures["nll"] is None
+        assert report["ensembles"]["generated"][-1]["accuracy"] == 0
+        assert report["verdict"]["label"] == "not-working"
+    else:
+        assert figures["nll"] > 0
+        # The ensemble is that of the others.
+        of_others = pdiff_hf.evaluate(BlobTask(), trained=trained, generated=trained[broken:])
+        nll = [r["ensembles"]["generated"][-1]["nll"] for r in (report, of_others)]
+        assert nll[0] == pytest.approx(nll[1], rel=1e-6)
+
+
+def test_training_networks_whose_outputs_are_no_numbers(tmp_path):
+    overflowing = {**answering(1), "2.weight": torch.full((2, 4), 3e38), "0.weight": torch.full((4, 2), 3e38)}
+    report = pdiff_hf.evaluate(
+        BlobTask(), trained=[overflowing, overflowing], generated=[answering(1)], output_dir=tmp_path
+    )
+    assert report["groups"]["trained"]["not_finite"] == 2
+    assert "ensemble" not in report["groups"]
+    assert is_plain_json(report)
+
+
+class OneClass(BlobTask):
+    """All that is asked is of one class."""
+
+    def data(self, split):
+        inputs, targets = super().data(split)
+        return (inputs, targets) if split == "train" else (inputs[targets == 0], targets[targets == 0])
+
+
+def test_a_test_split_of_one_class_has_defined_figures(tmp_path):
+    task = OneClass()
+    trained = [answering(1, offset) for offset in (0, 0.1, 0.2)]
+    report = pdiff_hf.evaluate(task, trained=trained, generated=trained[:1], output_dir=tmp_path)
+    assert report["examples"] == 20
+    assert report["chance"] == 1
+    assert report["groups"]["generated"]["nll"] > 0
+    # Guessing is right always, so nothing can be said to work.
+    assert is_plain_json(report)
+
+
+class OneOutput(BlobTask):
+    """A logistic regression: one probability an example."""
+
+    def build_network(self):
+        return nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+
+    def probabilities(self, outputs):
+        return outputs.sigmoid()
+
+    def correct(self, predictions, targets):
+        return (predictions[:, 0] > 0.5) == (targets == 1)
+
+
+def test_predictions_that_are_no_distribution_are_averaged_as_they_are(tmp_path):
+    """An ensemble is their mean: that of copies of one network is that network."""
+    head = torch.tensor([[1.0, -1, 0, 0]])
+    network = {**answering(1), "2.weight": head, "2.bias": torch.zeros(1)}
+    report = pdiff_hf.evaluate(OneOutput(), trained=[network] * 3, generated=[network] * 2, output_dir=tmp_path)
+    accuracy = report["groups"]["trained"]["accuracy"]["mean"]
+    assert accuracy > 0.9
+    assert [row["accuracy"] for row in report["ensembles"]["trained"]] == pytest.approx([accuracy] * 3)
+    assert "nll" not in report["groups"]["trained"]
+    assert is_plain_json(report)
+
+
+class Regression(OneOutput):
+    """The sum of two numbers, to be met within 0.1."""
+
+    def data(self, split):
+        inputs = torch.randn(40, 2, generator=torch.Generator().manual_seed(len(split)))
+        return inputs, inputs.sum(1)
+
+    def probabilities(self, outputs):
+        return outputs
+
+    def correct(self, predictions, targets):
+        return (predictions[:, 0] - targets).abs() < 0.1
+
+
+def test_a_regression_can_be_evaluated(tmp_path):
+    head = torch.tensor([[1.0, -1, 0, 0]])
+    trained = [{**answering(1), "2.weight": head * scale, "2.bias": torch.zeros(1)} for scale in (1.0, 1.01, 0.99)]
+    report = pdiff_hf.evaluate(Regression(), trained=trained, generated=trained[:2], output_dir=tmp_path)
+    assert report["chance"] == 0
+    assert report["groups"]["trained"]["accuracy"]["mean"] == 1
+    assert report["ensembles"]["trained"][-1]["accuracy"] == 1
+    assert is_plain_json(report)
