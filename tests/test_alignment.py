@@ -84,7 +84,7 @@ def test_aligned_distances_of_shuffled_copies_are_zero(name):
     copies = torch.stack([shuffled(alignment, vector, i) for i, vector in enumerate(vectors)])
     candidates = torch.tensor([[1, 0], [1, 3], [2, 0], [0, 3]])
     assert (copies - vectors).norm(dim=1).min() > 1
-    assert aligned_distances(alignment, copies, vectors, candidates).max() < 1e-6
+    assert aligned_distances(alignment, copies, vectors, candidates)[0].max() < 1e-6
 
 
 @EVERY_CHAIN

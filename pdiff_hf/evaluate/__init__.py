@@ -303,17 +303,25 @@ class _Study:
         between = distances(self.trained, self.trained).fill_diagonal_(torch.inf)
         away, nearest = distances(self.generated, self.trained).min(1)
         own, neighbour = between.min(1)
-        copied = (away <= COPY_RATIO * own[nearest]).double().mean().item()
+        copies = away <= COPY_RATIO * own[nearest]
+        aligned = self._nearest_aligned(neighbour, nearest)
+        if aligned is not None:
+            # A copy stays one when its hidden units are in another order.
+            (aligned_own, _), (aligned_away, matched) = aligned["trained"], aligned["generated"]
+            copies |= aligned_away <= COPY_RATIO * aligned_own[matched]
         return {
             "trained": _spread(own),
             "generated": _spread(away),
-            "aligned": self._nearest_aligned(neighbour, nearest),
-            "copied": copied,
+            "aligned": aligned and {name: _spread(values) for name, (values, _) in aligned.items()},
+            "copied": copies.double().mean().item(),
             "outside_span": outside_span(self.trained, self.generated, nearest, away),
         }
 
-    def _nearest_aligned(self, own: torch.Tensor, of_generated: torch.Tensor) -> dict[str, Any] | None:
-        """Nearest neighbours up to permutations of hidden units, where the architecture is a plain chain."""
+    def _nearest_aligned(
+        self, own: torch.Tensor, of_generated: torch.Tensor
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
+        """Distances to nearest neighbours up to permutations of hidden units, and which those are, where the
+        architecture is a plain chain."""
         try:
             alignment = Alignment(self.trained.layout)
         except ValueError:
@@ -328,8 +336,8 @@ class _Study:
             for nearest, values in ((own, others), (of_generated, self.similarity["generated"]))
         )
         return {
-            "trained": _spread(aligned_distances(alignment, trained, trained, of_trained)),
-            "generated": _spread(aligned_distances(alignment, generated, trained, of_generated)),
+            "trained": aligned_distances(alignment, trained, trained, of_trained),
+            "generated": aligned_distances(alignment, generated, trained, of_generated),
         }
 
     def _pairwise(self) -> dict[str, float | None]:

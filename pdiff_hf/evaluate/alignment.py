@@ -88,9 +88,9 @@ class Alignment:
 
 def aligned_distances(
     alignment: Alignment, networks: torch.Tensor, trained: torch.Tensor, candidates: torch.Tensor
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    L2 distance of each network to the nearest training network, the former permuted to match.
+    L2 distance `[n]` of each network to the nearest training network, the former permuted to match, and which that is.
 
     Args:
         alignment (`Alignment`): Of the architecture.
@@ -100,9 +100,11 @@ def aligned_distances(
             Indices of the training networks to try, `[n, k]`: the nearest as it is, and those with the most similar
             errors, which permutations do not change. Matching with all would take long.
     """
-    return torch.stack(
+    found = torch.stack(
         [
-            min((alignment.align(network, trained[i]) - trained[i]).norm() for i in tries)
+            torch.stack([(alignment.align(network, trained[i]) - trained[i]).norm() for i in tries])
             for network, tries in zip(networks, candidates.tolist(), strict=True)
         ]
     )
+    away, place = found.min(1)
+    return away, candidates.gather(1, place[:, None])[:, 0]

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -100,13 +102,15 @@ class Baseline:
         if kind not in KINDS:
             raise ValueError(f"There is no baseline {kind!r}: {', '.join(KINDS)}.")
         self.source = Source(source) if isinstance(source, WeightZoo) else source
+        if kind == "soup" and (strength != int(strength) or not 1 <= strength <= len(self.source.zoo)):
+            raise ValueError(f"A soup is of 1 to {len(self.source.zoo)} training networks, and not of {strength}.")
         self.kind, self.strength = kind, strength
         self.layout = self.source.layout
 
     @torch.no_grad()
     def __call__(
         self,
-        num_networks: int = 1,
+        num_networks: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int = 100,
         output_type: str = "state_dict",
@@ -116,7 +120,8 @@ class Baseline:
         Makes networks. Arguments and result are those of the pipeline.
 
         Args:
-            num_networks (`int`, *optional*, defaults to 1): How many.
+            num_networks (`int`, *optional*):
+                How many. Defaults to one for each of the `generator`s, and to 1 without a list of them.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One for all, or one for each.
             batch_size (`int`, *optional*, defaults to 100): Networks made at a time.
             output_type (`str`, *optional*, defaults to `"state_dict"`):
@@ -125,7 +130,16 @@ class Baseline:
         """
         if output_type not in ("state_dict", "pt"):
             raise ValueError(f"`output_type` is {output_type!r}; expected 'state_dict' or 'pt'.")
-        parents = generator if isinstance(generator, (list, tuple)) else [generator] * num_networks
+        several = list(generator) if isinstance(generator, (list, tuple)) else None
+        if num_networks is None:
+            num_networks = 1 if several is None else len(several)
+        for name, value in (("num_networks", num_networks), ("batch_size", batch_size)):
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"`{name}` has to be a positive integer, and is {value!r}.")
+        if several is not None and len(several) != num_networks:
+            raise ValueError(f"{len(several)} generators were passed for {num_networks} networks: pass one for each.")
+        # One for all draws the seeds of the networks one after the other.
+        parents: list[Any] = [generator] * num_networks if several is None else several
         seeds = [int(torch.randint(2**63 - 1, (), generator=parent)) for parent in parents]
         networks = torch.cat(list(self.batches(seeds, batch_size)))
         states = self.layout.unflatten(networks) if output_type == "state_dict" else networks

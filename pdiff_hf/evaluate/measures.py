@@ -111,6 +111,7 @@ class Scorer:
         sizes = sorted({*(2**power for power in range(count.bit_length())), count})
         ranks = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         sums: dict[str, torch.Tensor] = {}
+        members = torch.zeros(len(sizes), dtype=torch.long)
         done = 0
         for vectors in tqdm(batches, desc=f"score {name}", unit="batch", leave=False):
             predictions = {split: self.predict(vectors, inputs) for split, (inputs, _) in self.data.items()}
@@ -125,6 +126,7 @@ class Scorer:
                 ]
                 # Each network belongs to the ensembles that are larger than its rank in a random order.
                 member = (ranks[done : done + len(vectors)] < torch.tensor(sizes)[:, None]) & numbers
+                members += member.sum(1)
                 for split in SPLITS:
                     values = torch.where(numbers.view(-1, *[1] * (predictions[split].ndim - 1)), predictions[split], 0)
                     sums[split] = sums.get(split, 0) + torch.tensordot(member.double(), values.double(), 1)
@@ -139,7 +141,7 @@ class Scorer:
             if calibration and calibration[0]
             else {},
             ensembles=[
-                {"size": size, **self.ensemble({split: sums[split][i] for split in SPLITS})}
+                {"size": size, **self.ensemble({split: sums[split][i] for split in SPLITS}, int(members[i]))}
                 for i, size in enumerate(sizes)
             ]
             if calibrate
@@ -157,11 +159,11 @@ class Scorer:
             calibration={key: torch.tensor([value], dtype=torch.float64) for key, value in calibration.items()},
         )
 
-    def ensemble(self, sums: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Accuracy and calibration of averaged predictions; `sums` are over the members."""
-        if not any(values.any() for values in sums.values()):
+    def ensemble(self, sums: dict[str, torch.Tensor], members: int) -> dict[str, Any]:
+        """Accuracy and calibration of averaged predictions; `sums` are over so many members."""
+        if members == 0:
             return {"accuracy": 0.0, "predictions": None}
-        predictions = {split: values / values.sum(-1, keepdim=True) for split, values in sums.items()}
+        predictions = {split: values / members for split, values in sums.items()}
         scores = self.single(predictions)
         figures = {key: _finite_mean(values) for key, values in scores.calibration.items()}
         return {"accuracy": scores.test.item(), **figures, "predictions": predictions}
@@ -284,7 +286,8 @@ def parameter_statistics(trained: WeightZoo, generated: WeightZoo) -> list[dict[
     stats = require("scipy.stats", "report")
     rows = []
     for name, values in tensor_values(trained, generated).items():
-        a, b = (value.numpy() for value in values)
+        # Squares of what is finite in single precision may not be.
+        a, b = (value.double().numpy() for value in values)
         rows.append(
             {
                 "tensor": name,
