@@ -193,11 +193,12 @@ class StackedTrainer:
         return list(zip(vectors, rows, strict=True))
 
     def _step(self, indices: torch.Tensor) -> None:
-        outputs = self.network(self.weights, self.inputs[indices].movedim(1, -1))
+        outputs = self.network(self.weights, self.inputs[indices])
         if outputs.ndim != 3 or self.targets.ndim != 1:
             raise NotStackableError("Outputs that are no scores of classes.")
         # The mean over a network's examples, and the sum over networks, which leaves their gradients apart.
-        loss = F.cross_entropy(outputs, self.targets[indices], reduction="sum") / indices.shape[1]
+        targets = self.targets[indices].flatten()
+        loss = F.cross_entropy(outputs.flatten(0, 1), targets, reduction="sum") / indices.shape[1]
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

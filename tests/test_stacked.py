@@ -46,8 +46,7 @@ def at_once(build, states: list[dict], inputs: torch.Tensor) -> torch.Tensor:
     layout = ParameterLayout.from_state_dict(states[0])
     weights = stack(layout, torch.stack([layout.flatten(state) for state in states]))
     with torch.inference_mode():
-        outputs = StackedNetwork(build().eval())(weights, inputs.movedim(0, -1)[None].contiguous())
-    return outputs.movedim(-1, 1)
+        return StackedNetwork(build().eval())(weights, inputs[None])
 
 
 class TaskOf(Task):
@@ -262,8 +261,8 @@ def test_frozen_tensors_are_the_layouts():
     mixed = [{**states[0], **{name: state[name] for name in ("1.weight", "0.running_mean")}} for state in states]
     expected = in_a_loop(build, mixed, inputs)
     with torch.inference_mode():
-        outputs = StackedNetwork(build().eval())(stack(layout, vectors), inputs.movedim(0, -1)[None])
-    torch.testing.assert_close(outputs.movedim(-1, 1), expected, **TOLERANCE, check_stride=False)
+        outputs = StackedNetwork(build().eval())(stack(layout, vectors), inputs[None])
+    torch.testing.assert_close(outputs, expected, **TOLERANCE, check_stride=False)
     predictions = Predictor(TaskOf(build, inputs), layout, CPU)(vectors, inputs)
     torch.testing.assert_close(predictions, expected.softmax(-1), **TOLERANCE)
 
