@@ -1,6 +1,7 @@
 """`pdiff-hf push`, `pull` and `import`: folders to the Hub and back."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -70,8 +71,9 @@ def run_import(config: ImportConfig) -> str:
 
 def run_push(config: PushConfig) -> str:
     """Pushes, and returns the address of the commit."""
-    info = push(
-        config.folder,
+    is_zoo = (Path(config.folder) / "zoo.json").is_file()
+    push_it = WeightZoo(config.folder).push_to_hub if is_zoo else partial(push, config.folder)
+    info = push_it(
         config.repo,
         private=config.private,
         commit_message=config.commit_message,

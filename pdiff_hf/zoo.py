@@ -157,9 +157,11 @@ class WeightZoo:
         return cls(folder, fetch=lambda name: Path(download_file(repo_id, "dataset", folder.name, token, name)))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
-        """Makes a dataset repository hold this zoo, in one commit; see [`hub.push`] for the arguments."""
+        """Makes a dataset repository hold this zoo, card included, in one commit; see [`hub.push`] for arguments."""
         self._writable()
         self.flush()
+        if not (self.folder / "README.md").exists():
+            write_zoo_card(self, f"{len(self)} networks of one architecture.")
         return push(self.folder, repo_id, **kwargs)
 
     @classmethod

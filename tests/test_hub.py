@@ -585,7 +585,7 @@ def test_evaluation_pushes_figures_and_pictures_of_a_pipeline_on_the_hub(alice, 
 
 
 def push_licensed(folder: Path, repo: str) -> None:
-    push(folder, repo, license="apache-2.0")
+    WeightZoo(folder).push_to_hub(repo, license="apache-2.0")
 
 
 def test_a_licence_goes_into_the_card_and_stays(alice, zoo):
