@@ -1,6 +1,7 @@
 """Stage 3: sample networks from a pipeline into a zoo."""
 
 import hashlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,12 @@ from .config import ConfigError, check_positive, check_same_facts, check_same_ru
 from .hub import load_pipeline, pipeline_folder, push, write_zoo_card
 from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from .zoo import WeightZoo
+
+
+# Parameters of all networks together that are in memory at a time, in each of a few forms.
+BATCH_VALUES = 2**26
+# What a killed run loses at most.
+SECONDS_BETWEEN_FLUSHES = 5.0
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,8 @@ class GenerateConfig:
     """Denoising steps."""
     scheduler: str | None = None
     """A scheduler class of diffusers, such as DPMSolverMultistepScheduler, instead of the pipeline's own."""
-    batch_size: int = 100
-    """Networks sampled at a time."""
+    batch_size: int | None = None
+    """Networks sampled at a time; by default 100, and fewer where they are large."""
     seed: int = 0
     """Of the first network; the others count up from it, so that each can be made again alone."""
     task: str | None = None
@@ -50,7 +57,9 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
         [`ConfigError`]: a number below one, an unknown scheduler, or a folder with another zoo.
         [`PipelineError`]: there is no pipeline.
     """
-    check_positive(config, "num_networks", "num_inference_steps", "batch_size")
+    check_positive(config, "num_networks", "num_inference_steps")
+    if config.batch_size is not None:
+        check_positive(config, "batch_size")
     one_process("generate")
     folder = Path(config.output_dir)
     if (folder / "model_index.json").exists():
@@ -72,6 +81,7 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
     save_run(folder, "generate", config, **facts)
 
     pipe.set_progress_bar_config(disable=True)
+    batch_size = config.batch_size or max(1, min(100, BATCH_VALUES // pipe.layout.vector_size))
     origin = {
         "source": "generated",
         # Of a folder the name alone: its path says nothing to anyone else.
@@ -83,10 +93,11 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
         "scheduler": type(pipe.scheduler).__name__,
         "num_inference_steps": config.num_inference_steps,
     }
+    last_flush = time.monotonic()
     with zoo, tqdm(total=config.num_networks, initial=len(zoo), desc="generate", unit="network") as progress:
         while len(zoo) < config.num_networks:
             first = config.seed + len(zoo)
-            seeds = range(first, min(first + config.batch_size, config.seed + config.num_networks))
+            seeds = range(first, min(first + batch_size, config.seed + config.num_networks))
             vectors = pipe(
                 num_networks=len(seeds),
                 num_inference_steps=config.num_inference_steps,
@@ -96,7 +107,9 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
             ).state_dicts
             for seed, vector in zip(seeds, vectors.cpu(), strict=True):
                 zoo.append(vector, seed=seed, **origin)
-            zoo.flush()
+            if time.monotonic() - last_flush > SECONDS_BETWEEN_FLUSHES:
+                zoo.flush()
+                last_flush = time.monotonic()
             progress.update(len(seeds))
     write_zoo_card(zoo, f"Networks sampled by Neural Network Diffusion from the pipeline `{origin['pipeline']}`.")
     if config.push_to_hub is not None:

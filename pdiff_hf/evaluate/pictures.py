@@ -152,7 +152,7 @@ def weight_map(groups: dict[str, torch.Tensor], folder: Path) -> list[Path]:
         ("fresh", "D", 14),
         ("generated", "^", 20),
     )
-    names = NAMES | {"gaussian": "per-parameter Gaussian", "soup": "soups of 16"}
+    names = NAMES | {"gaussian": "per-parameter Gaussian", "soup": "soups"}
     for name, marker, size in styles:
         if name in groups:
             x, y = ((groups[name] - mean) @ axes_).T.numpy()
@@ -190,7 +190,7 @@ def training(
         spread.plot(range(1, len(values) + 1), values, marker, markersize=3, color=COLOURS[name], label=NAMES[name])
     spread.set_yscale("log")
     spread.set_xlabel("latent")
-    spread.set_ylabel("standard deviation over the networks")
+    spread.set_ylabel("standard deviation over networks", fontsize=9)
     spread.legend(fontsize=7)
     if log.is_file():
         losses = torch.tensor([json.loads(line)["loss"] for line in log.read_text(encoding="utf-8").splitlines()])
