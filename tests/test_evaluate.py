@@ -703,3 +703,14 @@ def test_a_regression_can_be_evaluated(tmp_path):
     assert report["groups"]["trained"]["accuracy"]["mean"] == 1
     assert report["ensembles"]["trained"][-1]["accuracy"] == 1
     assert is_plain_json(report)
+
+
+def test_a_pipeline_of_another_architecture_is_refused(digits_zoo, digits_pipeline, zoo):
+    with pytest.raises(ZooError, match=r"another architecture"):
+        pdiff_hf.evaluate("digits-convnet", trained=zoo, generated=zoo, pipeline=str(digits_pipeline))
+
+
+def test_the_path_of_a_task_stays_here(digits_zoo, tmp_path):
+    (tmp_path / "mine.py").write_text("from pdiff_hf.tasks.digits import DigitsConvNet as Mine\n")
+    report = pdiff_hf.evaluate(f"{tmp_path}/mine.py:Mine", trained=digits_zoo, generated=digits_zoo)
+    assert report["task"] == "mine.py:Mine"

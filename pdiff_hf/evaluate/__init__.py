@@ -33,6 +33,8 @@ REPORT_VERSION = 2
 REFINEMENTS = 3
 MOST_DOUBLINGS = 14
 ALIGNED_CANDIDATES = 4
+# Matching the units of larger networks takes minutes.
+MOST_ALIGNED = 10**6
 TRAJECTORY_NETWORKS = 20
 
 Networks = WeightZoo | str | Path | Sequence[Mapping[str, torch.Tensor]]
@@ -127,10 +129,11 @@ def _evaluate(
         zoo = _open(trained, scratch / "trained")
         name = _task_name(task, zoo)
         loaded = load_task(task if task is not None else name)
-        if isinstance(pipeline, (str, Path)):
-            pipeline = load_pipeline(pipeline)
+        device = PartialState().device
         if isinstance(generated, (str, Path)) and _is_pipeline(generated):
-            generated = pipeline = load_pipeline(generated)
+            generated = pipeline = load_pipeline(generated).to(device)
+        elif isinstance(pipeline, (str, Path)):
+            pipeline = load_pipeline(pipeline).to(device)
         if callable(generated):
             pipeline = pipeline or (None if isinstance(generated, Baseline) else generated)
             made = _sample(generated, zoo, scratch / "generated", num_networks, seed)
@@ -145,9 +148,12 @@ def _evaluate(
                 raise ZooError(f"There are {len(networks)} {group} networks; an evaluation needs at least {least}.")
             if networks.layout.config["tensors"] != zoo.layout.config["tensors"]:
                 raise ZooError(f"{zoo.folder} and {networks.folder} hold networks of different architectures.")
+        if pipeline is not None and pipeline.layout.config["tensors"] != zoo.layout.config["tensors"]:
+            raise ZooError(f"The pipeline generates another architecture than that of {zoo.folder}.")
 
         study = _Study(loaded, zoo, made, groups.get("fresh"), pipeline, networks_per_point)
-        report = {"report_version": REPORT_VERSION, "task": name, **study.figures()}
+        # Of a file the name alone: its path says nothing to anyone else.
+        report = {"report_version": REPORT_VERSION, "task": name.rpartition("/")[2], **study.figures()}
         report["versions"] = versions()
         report["seconds"] = round(time.perf_counter() - started, 2)
         files: list[Path] = []
@@ -322,6 +328,8 @@ class _Study:
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
         """Distances to nearest neighbours up to permutations of hidden units, and which those are, where the
         architecture is a plain chain."""
+        if self.trained.vector_size > MOST_ALIGNED:
+            return None
         try:
             alignment = Alignment(self.trained.layout)
         except ValueError:
