@@ -2,6 +2,7 @@ import html.parser
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import pdiff_hf
 from pdiff_hf import Baseline, EvaluateConfig, ParameterLayout, Task, WeightZoo, ZooError, load_task, run_evaluate
+from pdiff_hf.extras import MissingExtraError
 
 
 # Probabilities are computed in float32: a relative error of 1e-6 or so each, hence of their logarithms and squares.
@@ -714,3 +716,12 @@ def test_the_path_of_a_task_stays_here(digits_zoo, tmp_path):
     (tmp_path / "mine.py").write_text("from pdiff_hf.tasks.digits import DigitsConvNet as Mine\n")
     report = pdiff_hf.evaluate(f"{tmp_path}/mine.py:Mine", trained=digits_zoo, generated=digits_zoo)
     assert report["task"] == "mine.py:Mine"
+
+
+@pytest.mark.parametrize("module", ["scipy.optimize", "torchmetrics.functional.classification", "matplotlib.figure"])
+def test_a_missing_extra_is_named_before_anything_is_scored(digits_zoo, tmp_path, monkeypatch, module):
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, module.partition(".")[0], None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'pdiff-hf\[report\]'"):
+        pdiff_hf.evaluate(trained=digits_zoo, generated=digits_zoo, output_dir=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 from ..config import ConfigError, check_positive, one_process, save_run, stage_main, versions
+from ..extras import require
 from ..hub import HubError, is_repository, load_pipeline, pipeline_folder, push_evaluation, write_evaluation
 from ..tasks import Task, load_task
 from ..tasks.task import BUILT_IN
@@ -124,6 +125,10 @@ def _evaluate(
 ) -> tuple[dict[str, Any], list[Path]]:
     """The report, and its pictures."""
     started = time.perf_counter()
+    # What is missing is said before hours of work, and not after.
+    needed = ["scipy.optimize", "torchmetrics.functional.classification"]
+    for module in needed if output_dir is None else [*needed, "matplotlib.figure"]:
+        require(module, "report")
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         zoo = _open(trained, scratch / "trained")
