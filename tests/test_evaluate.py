@@ -720,8 +720,17 @@ def test_the_path_of_a_task_stays_here(digits_zoo, tmp_path):
 
 @pytest.mark.parametrize("module", ["scipy.optimize", "torchmetrics.functional.classification", "matplotlib.figure"])
 def test_a_missing_extra_is_named_before_anything_is_scored(digits_zoo, tmp_path, monkeypatch, module):
-    monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setitem(sys.modules, module.partition(".")[0], None)
+    package = module.partition(".")[0]
+
+    class Missing:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name == package:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for name in (module, package):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
     with pytest.raises(MissingExtraError, match=r"pip install 'pdiff-hf\[report\]'"):
         pdiff_hf.evaluate(trained=digits_zoo, generated=digits_zoo, output_dir=tmp_path)
     assert not list(tmp_path.iterdir())
