@@ -157,8 +157,10 @@ def _evaluate(
             raise ZooError(f"The pipeline generates another architecture than that of {zoo.folder}.")
 
         study = _Study(loaded, zoo, made, groups.get("fresh"), pipeline, networks_per_point)
-        # Of a file the name alone: its path says nothing to anyone else.
-        report = {"report_version": REPORT_VERSION, "task": name.rpartition("/")[2], **study.figures()}
+        place, _, class_name = name.rpartition(":")
+        if place.endswith(".py"):
+            name = f"{Path(place).name}:{class_name}"  # its path says nothing to anyone else
+        report = {"report_version": REPORT_VERSION, "task": name, **study.figures()}
         report["versions"] = versions()
         report["seconds"] = round(time.perf_counter() - started, 2)
         files: list[Path] = []
