@@ -11,7 +11,6 @@ writes `paper_table.json` and `paper_table.md`.
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -290,11 +289,11 @@ def main(config: Config) -> None:
     cells = Cells(Path(config.work_dir, "cells"))
     table = {name: cells.get(name, lambda name=name: main_cell(config, name)) for name in config.tasks}  # type: ignore
     ablation = ablations(config, cells) if config.ablations and ABLATED in config.tasks else {}
-    arguments = [arg for arg in sys.argv[1:] if arg != config.work_dir]
-    if config.data_dir is not None:
-        arguments = [arg.replace(config.data_dir, "DATA") for arg in arguments]
     facts = {
-        "command": " ".join(["python -m benchmarks.paper_table", *arguments]),
+        # Folders of one machine say nothing to anyone else.
+        "command": "python -m benchmarks.paper_table"
+        + ("" if config.data_dir is None else " --data-dir DATA")
+        + ("" if config.tasks == tuple(MAIN) else f" --tasks {' '.join(config.tasks)}"),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": config.threads,

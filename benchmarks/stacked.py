@@ -31,7 +31,7 @@ class Config:
     num_trained: int = 64
     """To train at once; a quarter of them is trained one by one."""
     epochs: int = 3
-    rounds: int = 3
+    rounds: int = 6
     threads: int = 2
     output: str | None = None
     """A JSON file for the figures."""
@@ -63,18 +63,18 @@ def scoring(config: Config, name: str, task: Task) -> dict[str, Any]:
     vector = layout.flatten(network.state_dict())
     generator = torch.Generator().manual_seed(0)
     vectors = vector * (1 + 0.05 * torch.randn(config.num_networks, len(vector), generator=generator))
-    splits = [task.data(split)[0] for split in ("validation", "test")]
+    inputs = torch.cat([task.data(split)[0] for split in ("validation", "test")])
     predict = Predictor(task, layout, torch.device("cpu"))
 
     def one_by_one() -> torch.Tensor:
         predictions = []
         for state_dict in layout.unflatten(vectors):
             network.load_state_dict(state_dict)
-            predictions.append(torch.cat([task.predict(network, inputs) for inputs in splits]))
+            predictions.append(task.predict(network, inputs))
         return torch.stack(predictions)
 
     def at_once() -> torch.Tensor:
-        return torch.cat([predict(vectors, inputs) for inputs in splits], dim=1)
+        return predict(vectors, inputs)
 
     return compare(config, f"score {config.num_networks} networks", name, one_by_one, at_once, 1)
 

@@ -18,7 +18,7 @@ from .tasks import Task
 Weights = Mapping[str, torch.Tensor]
 # Values of one activation that are in flight at a time on a CPU: they should stay in its cache.
 ACTIVATION_VALUES = 2**20
-EXAMPLES = 100
+EXAMPLES = 200
 # Up to so many inputs of a place, a matrix product is faster than a convolution.
 FEW_INPUTS = 64
 POINTWISE_MODULES = (
@@ -90,9 +90,7 @@ class StackedNetwork:
             if all(place in frozen for _, place in own) and self.shared.issuperset(node.all_input_nodes):
                 self.shared.add(node)
 
-    def __call__(
-        self, weights: Weights, inputs: torch.Tensor, common: dict[fx.Node, Any] | None = None
-    ) -> torch.Tensor:
+    def __call__(self, weights: Weights, inputs: torch.Tensor, common: dict[Any, Any] | None = None) -> torch.Tensor:
         r"""
         Args:
             weights (`Mapping[str, torch.Tensor]`):
@@ -104,7 +102,7 @@ class StackedNetwork:
         Returns:
             `torch.Tensor`: Outputs, `[N, E, ...]`.
         """
-        values: dict[fx.Node, Any] = {} if common is None else dict(common)
+        values: dict[Any, Any] = {} if common is None else dict(common)
         for node in self.graph.nodes:
             if node in values:
                 continue
@@ -117,6 +115,8 @@ class StackedNetwork:
                     values[node] = args[0].relu_()
                     continue
                 own = {name: weights[place] for name, place in self.tensors[node.target]}
+                if type(module) is nn.Conv2d and common is not None and node.all_input_nodes[0] in self.shared:
+                    kwargs = {**kwargs, "kept": common.setdefault(f"patches of {node.name}", {})}
                 values[node] = RULES[type(module)](module, own, *args, **kwargs)
             elif node.op == "call_function" and node.target in POINTWISE_FUNCTIONS:
                 values[node] = node.target(*args, **kwargs)
@@ -179,7 +179,8 @@ def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return outputs.unflatten(1, weight.shape[:2])
 
 
-def _conv2d(module: nn.Conv2d, own: Weights, hidden: torch.Tensor) -> torch.Tensor:
+def _conv2d(module: nn.Conv2d, own: Weights, hidden: torch.Tensor, kept: dict | None = None) -> torch.Tensor:
+    """`kept` keeps the patches of the inputs for other networks."""
     if module.padding_mode != "zeros":
         raise NotStackableError("A convolution with an unusual padding.")
     weight, bias = own["weight"], own.get("bias")
@@ -187,8 +188,11 @@ def _conv2d(module: nn.Conv2d, own: Weights, hidden: torch.Tensor) -> torch.Tens
     same_inputs = count > 1 and hidden.shape[-2] == 1 and module.groups == 1
     images = _as_images(hidden if same_inputs else hidden.expand(*hidden.shape[:3], max(count, 1), -1))
     if same_inputs and weight[0, 0].numel() <= FEW_INPUTS and not isinstance(module.padding, str):
-        patches = F.unfold(images, module.kernel_size, module.dilation, module.padding, module.stride)
-        outputs = _product(patches.transpose(1, 2).flatten(0, 1), weight.flatten(2), bias)
+        kept = {} if kept is None else kept
+        if "patches" not in kept:
+            patches = F.unfold(images, module.kernel_size, module.dilation, module.padding, module.stride)
+            kept["patches"] = patches.transpose(1, 2).flatten(0, 1)
+        outputs = _product(kept["patches"], weight.flatten(2), bias)
         rows = module.dilation[0] * (module.kernel_size[0] - 1) + 1
         height = (images.shape[2] + 2 * module.padding[0] - rows) // module.stride[0] + 1
         return outputs.unflatten(0, (len(images), height, -1))
@@ -375,13 +379,13 @@ class Predictor:
         together = max(ACTIVATION_VALUES // (self._largest * examples), 1)
 
         def run(block: torch.Tensor) -> torch.Tensor:
-            common: dict[fx.Node, Any] = {}
+            common: dict[Any, Any] = {}
             examples = block.to(self.device)[None]
             with torch.inference_mode():
-                chunks = (stack(self.layout, chunk.to(self.device)) for chunk in vectors.split(together))
                 outputs = [self._probabilities(network(weights, examples, common)) for weights in chunks]
                 return torch.cat(outputs).cpu()
 
+        chunks = [stack(self.layout, chunk.to(self.device)) for chunk in vectors.split(together)]
         blocks = inputs.split(examples)
         threads = torch.get_num_threads()
         if self.device.type != "cpu" or threads == 1 or len(blocks) == 1:

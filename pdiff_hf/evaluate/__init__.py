@@ -341,7 +341,7 @@ class _Study:
             alignment = Alignment(self.trained.layout)
         except ValueError:
             return None
-        inputs = self.scorer.data["test"][0][:50]
+        inputs = self.scorer.inputs[:50]
         if not alignment.holds(self.scorer.predict, self.trained[0], inputs):
             return None
         trained, generated = self.trained.vectors().double(), self.generated.vectors().double()

@@ -92,8 +92,9 @@ class Scorer:
     def __init__(self, task: Task, zoo: WeightZoo, device: torch.device):
         self.task, self.layout = task, zoo.layout
         self.predict = Predictor(task, zoo.layout, device)
-        self.data = {split: task.data(split) for split in SPLITS}
-        self.targets = {split: targets.cpu() for split, (_, targets) in self.data.items()}
+        data = {split: task.data(split) for split in SPLITS}
+        self.targets = {split: targets.cpu() for split, (_, targets) in data.items()}
+        self.inputs = torch.cat([inputs for inputs, _ in data.values()])
 
     def __call__(self, batches: Iterable[torch.Tensor], count: int, name: str, calibrate: bool = False) -> Scores:
         r"""
@@ -114,7 +115,8 @@ class Scorer:
         members = torch.zeros(len(sizes), dtype=torch.long)
         done = 0
         for vectors in tqdm(batches, desc=f"score {name}", unit="batch", leave=False):
-            predictions = {split: self.predict(vectors, inputs) for split, (inputs, _) in self.data.items()}
+            counts = [len(self.targets[split]) for split in SPLITS]
+            predictions = dict(zip(SPLITS, self.predict(vectors, self.inputs).split(counts, dim=1), strict=True))
             numbers = torch.stack([torch.isfinite(p).flatten(1).all(1) for p in predictions.values()]).all(0)
             finite.append(numbers)
             for split in SPLITS:
