@@ -1,5 +1,6 @@
 """The whole story on scikit-learn's digits, in about a minute and a half."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -69,6 +70,7 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     report = timed("evaluate", lambda: run_evaluate(evaluate_config))
 
     report["timings_s"] = timings
+    Path(report_dir, "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("Seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in timings.items()))
     print(f"Everything is in {folder}. Load the pipeline anywhere with\n")
     print(f'    DiffusionPipeline.from_pretrained("{pipeline}", trust_remote_code=True)\n')

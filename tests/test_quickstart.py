@@ -40,7 +40,7 @@ def test_generated_networks_are_as_good_as_the_originals_and_none_is_bad(accurac
 def test_everything_lands_in_its_folder_in_under_three_minutes(quickstart):
     report = json.loads((quickstart / "report" / "report.json").read_text())
     counts = {name: group["count"] for name, group in report["groups"].items()}
-    assert counts == {"trained": 200, "soup": 1, "ensemble": 1, "generated": 100}
+    assert counts == {"trained": 200, "soup": 1, "ensemble": 1, "generated": 100, "reconstructed": 200}
     assert list(report["timings_s"]) == ["collect", "train", "generate", "evaluate"]
     assert sum(report["timings_s"].values()) < 180
     assert len(WeightZoo(quickstart / "zoo")) == 200
