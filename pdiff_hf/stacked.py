@@ -378,14 +378,15 @@ class Predictor:
         examples = min(max(ACTIVATION_VALUES // self._largest, 1), EXAMPLES)
         together = max(ACTIVATION_VALUES // (self._largest * examples), 1)
 
+        chunks = [stack(self.layout, chunk.to(self.device)) for chunk in vectors.split(together)]
+
         def run(block: torch.Tensor) -> torch.Tensor:
             common: dict[Any, Any] = {}
-            examples = block.to(self.device)[None]
+            shared_inputs = block.to(self.device)[None]
             with torch.inference_mode():
-                outputs = [self._probabilities(network(weights, examples, common)) for weights in chunks]
+                outputs = [self._probabilities(network(weights, shared_inputs, common)) for weights in chunks]
                 return torch.cat(outputs).cpu()
 
-        chunks = [stack(self.layout, chunk.to(self.device)) for chunk in vectors.split(together)]
         blocks = inputs.split(examples)
         threads = torch.get_num_threads()
         if self.device.type != "cpu" or threads == 1 or len(blocks) == 1:

@@ -27,14 +27,12 @@ from .pipelines.neural_network_diffusion import (
     ParameterAutoencoderKL,
     ParameterUNet1DModel,
 )
-from .zoo import WeightZoo, ZooError
+from .zoo import BATCH_VALUES, WeightZoo, ZooError
 
 
 Model = TypeVar("Model", bound=nn.Module)
 CHECKPOINT = "checkpoint-"
 LOSSES = "train.losses.jsonl"
-# Parameters of all networks together that are in memory at a time.
-COLUMN_VALUES = 2**24
 # They may change from a run to the one that resumes it, and say nothing of the result.
 RUN_SETTINGS = ("output_dir", "resume_from_checkpoint", "checkpoints_total_limit", "report_to", "push_to_hub")
 
@@ -275,18 +273,18 @@ def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNet
         save_run(folder, "train", config, **facts)
 
     # 1. Statistics of the parameters
-    layout = zoo.layout.fit(zoo.batches(_networks_at_a_time(zoo)))
+    layout = zoo.layout.fit(zoo.batches())
     if not (layout.std > 0).any():
         raise ZooError(f"The {len(zoo)} networks of {config.zoo} are identical: there is no distribution to learn.")
 
     # 2. Autoencoder
     vae = ParameterAutoencoderKL(layout.vector_size, config.latent_channels, config.latent_length)
-    width = max(1, COLUMN_VALUES // len(zoo))
+    width = max(1, BATCH_VALUES // len(zoo))
     starts = range(0, layout.vector_size, width)
     shares = vae.fit(lambda: (layout.normalize(zoo.columns(s, s + width), s) for s in starts))
     vae.to(accelerator.device)
     with torch.no_grad():
-        batches = (layout.normalize(batch).to(vae.device) for batch in zoo.batches(_networks_at_a_time(zoo)))
+        batches = (layout.normalize(batch).to(vae.device) for batch in zoo.batches())
         latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
     accelerator.print(f"{len(latents[0].flatten())} latents explain {100 * shares.sum():.4f} % of the variance.")
 
@@ -333,10 +331,6 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(f"block_out_channels have to be multiples of 8, and are {widths}.")
     if (Path(config.output_dir) / "zoo.json").exists():
         raise ConfigError(f"{config.output_dir} holds a zoo. Choose another --output-dir.")
-
-
-def _networks_at_a_time(zoo: WeightZoo) -> int:
-    return max(1, min(64, COLUMN_VALUES // zoo.vector_size))
 
 
 def _seeded(seed: int, build: Callable[[], Model]) -> Model:

@@ -25,6 +25,8 @@ from .pipelines.neural_network_diffusion.layout.parameter_layout import check_te
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 256 * 2**20
+# Parameters of all networks of a batch.
+BATCH_VALUES = 2**24
 SHARD_NAME = re.compile(r"networks-(?!00000)(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -345,8 +347,9 @@ class WeightZoo:
                 "append to WeightZoo(folder)."
             )
 
-    def batches(self, batch_size: int = 64) -> Iterator[torch.Tensor]:
-        """All parameter vectors in order, `[n, P]` at a time."""
+    def batches(self, batch_size: int | None = None) -> Iterator[torch.Tensor]:
+        """All parameter vectors in order, `[n, P]` at a time; by default 64, and fewer where they are large."""
+        batch_size = batch_size or max(1, min(64, BATCH_VALUES // max(1, self.vector_size)))
         for start in range(0, len(self), batch_size):
             yield self.vectors(range(start, min(start + batch_size, len(self))))
 

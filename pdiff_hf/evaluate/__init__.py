@@ -271,7 +271,7 @@ class _Study:
     @torch.no_grad()
     def _encode(self, zoo: WeightZoo) -> torch.Tensor:
         vae, layout = self.pipeline.vae, self.pipeline.layout
-        vectors = (layout.normalize(batch.float().to(layout.device)) for batch in batches(zoo))
+        vectors = (layout.normalize(batch.to(layout.device)) for batch in zoo.batches())
         return torch.cat([vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mode().cpu() for batch in vectors])
 
     def _reconstructed(self) -> Iterator[torch.Tensor]:

@@ -18,7 +18,6 @@ CONFIDENCE = 0.95
 RESAMPLES = 1000
 CALIBRATION_BINS = 15
 SPLITS = ("validation", "test")
-BATCH_VALUES = 2**26
 VALUES_PER_TENSOR = 20_000
 
 
@@ -248,7 +247,7 @@ def interval(values: torch.Tensor, confidence: float = CONFIDENCE) -> list[float
 
 def batches(zoo: WeightZoo) -> Iterator[torch.Tensor]:
     """The vectors of a zoo in double precision, a bounded amount at a time."""
-    for batch in zoo.batches(max(1, min(64, BATCH_VALUES // zoo.vector_size))):
+    for batch in zoo.batches():
         yield batch.double()
 
 

@@ -81,7 +81,8 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
         weight = self.basis.weight
         size, rank = weight.shape
         # In double precision, which MPS lacks: the products are few.
-        gram = sum((block.cpu().double() @ block.cpu().double().T for block in columns()), start=torch.zeros(()))
+        blocks = (block.cpu().double() for block in columns())
+        gram = sum((block @ block.T for block in blocks), start=torch.zeros(()))
         count = len(gram)
         values, vectors = torch.linalg.eigh(gram.double())
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
