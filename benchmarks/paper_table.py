@@ -146,8 +146,8 @@ def generated_cell(config: Config, zoo: WeightZoo, pipe: NeuralNetworkDiffusionP
     scorer = Scorer(load_task(MAIN[ABLATED][0]), zoo, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     vectors = pipe(config.num_networks, generator=generator, output_type="pt", **sampling).state_dicts
-    trained = scorer(zoo.batches(), len(zoo), "trained")
-    generated = scorer([vectors], len(vectors), "generated")
+    trained = scorer(zoo.vectors, len(zoo), "trained")
+    generated = scorer(lambda some: vectors[some.start : some.stop], len(vectors), "generated")
     return {
         "mean": generated.test.mean().item(),
         "min": generated.test.min().item(),

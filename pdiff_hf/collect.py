@@ -12,18 +12,17 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .config import ConfigError, check_positive, check_same_run, one_process, save_run, stage_main
+from .config import ConfigError, check_positive, check_same_run, save_run, stage_main
 from .hub import push, write_zoo_card
+from .parallel import SECONDS_BETWEEN_FLUSHES, complete, processes
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .stacked import NotStackableError, Predictor, StackedNetwork
 from .tasks import Task, load_task
-from .zoo import WeightZoo, ZooError, make_layout
+from .zoo import WeightZoo, ZooDtype, ZooError, make_layout
 
 
-# What a killed collection loses at most, apart from the training of the base network.
-SECONDS_BETWEEN_FLUSHES = 5.0
 STATE_FILE = "collect.state.pt"
-# Of an independent zoo, trained at once; the larger, the more a killed collection loses.
+# Of an independent zoo, trained at once by a process; the larger, the more a killed collection loses.
 NETWORKS_TOGETHER = 64
 
 
@@ -47,6 +46,8 @@ class CollectConfig:
     """Shell-style patterns of the tensors that are generated; the task's own by default."""
     seed: int = 0
     """Of initialization, data order and dropout; an independent zoo counts up from it."""
+    dtype: ZooDtype = "float32"
+    """How networks are stored; bfloat16 halves the files and keeps three digits."""
     push_to_hub: str | None = None
     """Name of the dataset repository that the zoo is pushed to in the end."""
 
@@ -177,7 +178,7 @@ class StackedTrainer:
             orders = [torch.randperm(count, generator=_generator(seed, epoch)) for seed in self.seeds]
             order = torch.stack(orders).to(self.device)
             for start in range(0, count, size):
-                self._step(order[:, start : start + size])
+                self.step(order[:, start : start + size])
         state_dicts = [
             {name: weight[i].detach() for name, weight in self.weights.items()} for i in range(len(self.seeds))
         ]
@@ -192,7 +193,8 @@ class StackedTrainer:
         ]
         return list(zip(vectors, rows, strict=True))
 
-    def _step(self, indices: torch.Tensor) -> None:
+    def step(self, indices: torch.Tensor) -> None:
+        """One optimizer step of each network, on these training examples: `[N, batch size]`."""
         outputs = self.network(self.weights, self.inputs[indices])
         if outputs.ndim != 3 or self.targets.ndim != 1:
             raise NotStackableError("Outputs that are no scores of classes.")
@@ -206,13 +208,14 @@ class StackedTrainer:
 
 def run_collect(config: CollectConfig) -> WeightZoo:
     r"""
-    Makes or completes a zoo.
+    Makes or completes a zoo. Under `accelerate launch`, the processes share the networks of an independent zoo; a
+    trajectory is one run, which the main process trains while the others wait.
 
     Raises:
         [`ConfigError`]: a number out of range, or a folder with another zoo.
         [`ZooError`]: a network diverged to NaN or infinity, or the disk is full. What was kept stays.
     """
-    one_process("collect")
+    state = processes()
     check_positive(config, "num_networks", "save_every")
     if config.epochs is not None and config.epochs < 0:
         raise ConfigError(f"epochs has to be at least 0, and is {config.epochs}.")
@@ -222,19 +225,27 @@ def run_collect(config: CollectConfig) -> WeightZoo:
     folder = Path(config.output_dir)
     if (folder / "zoo.json").exists() or (folder / STATE_FILE).exists():
         check_same_run(folder, "collect", config, but_for=("output_dir", "num_networks", "push_to_hub"))
-    save_run(folder, "collect", config)
-    zoo = WeightZoo(folder) if (folder / "zoo.json").exists() else None
-    if zoo is None or len(zoo) < config.num_networks:
-        collect = _collect_trajectory if config.protocol == "trajectory" else _collect_independent
-        zoo = collect(config, task, folder, zoo)
-        (folder / STATE_FILE).unlink(missing_ok=True)
-    write_zoo_card(zoo, f"A {config.protocol} zoo of the task `{config.task}`, collected with seed {config.seed}.")
-    if config.push_to_hub is not None:
-        push(folder, config.push_to_hub)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        save_run(folder, "collect", config)
+    if config.protocol == "independent":
+        zoo = _collect_independent(config, task, folder)
+    else:
+        if state.is_main_process:
+            _collect_trajectory(config, task, folder)
+        state.wait_for_everyone()
+        zoo = WeightZoo(folder)
+    if state.is_main_process:
+        write_zoo_card(zoo, f"A {config.protocol} zoo of the task `{config.task}`, collected with seed {config.seed}.")
+        if config.push_to_hub is not None:
+            push(folder, config.push_to_hub)
     return zoo
 
 
-def _collect_trajectory(config: CollectConfig, task: Task, folder: Path, zoo: WeightZoo | None) -> WeightZoo:
+def _collect_trajectory(config: CollectConfig, task: Task, folder: Path) -> None:
+    zoo = WeightZoo(folder) if (folder / "zoo.json").exists() else None
+    if zoo is not None and len(zoo) >= config.num_networks:
+        return
     trainer = Trainer(task, config.seed)
     layout = make_layout(trainer.network.state_dict(), config.patterns or task.patterns)
     epochs = task.epochs if config.epochs is None else config.epochs
@@ -248,7 +259,7 @@ def _collect_trajectory(config: CollectConfig, task: Task, folder: Path, zoo: We
             progress.update()
         if zoo is None:
             layout.load_frozen(trainer.network.state_dict())
-            zoo = WeightZoo.create(folder, layout, task=config.task)
+            zoo = WeightZoo.create(folder, layout, task=config.task, dtype=config.dtype)
         trainer.freeze(layout)
         with zoo:
             for _ in _train(trainer, total, folder, zoo):
@@ -259,7 +270,7 @@ def _collect_trajectory(config: CollectConfig, task: Task, folder: Path, zoo: We
                     row = trainer.metadata(validation)
                     zoo.append(trainer.network.state_dict(), source=config.task, **row)
                     progress.set_postfix(networks=len(zoo), refresh=False)
-    return zoo
+    (folder / STATE_FILE).unlink(missing_ok=True)
 
 
 def _train(trainer: Trainer, until: int, folder: Path, zoo: WeightZoo | None) -> Iterator[None]:
@@ -275,7 +286,7 @@ def _train(trainer: Trainer, until: int, folder: Path, zoo: WeightZoo | None) ->
             last_save = time.monotonic()
 
 
-def _collect_independent(config: CollectConfig, task: Task, folder: Path, zoo: WeightZoo | None) -> WeightZoo:
+def _collect_independent(config: CollectConfig, task: Task, folder: Path) -> WeightZoo:
     layout = make_layout(task.build_network().state_dict(), config.patterns or task.patterns)
     frozen = [name for name, value in layout.frozen_state_dict().items() if value.is_floating_point()]
     if frozen:
@@ -283,24 +294,35 @@ def _collect_independent(config: CollectConfig, task: Task, folder: Path, zoo: W
             f"An independent zoo generates whole networks, since each seed has its own {frozen[0]!r}. Pass "
             "--patterns '*', or collect a trajectory."
         )
-    if zoo is None:
-        zoo = WeightZoo.create(folder, layout, task=config.task)
     epochs = task.epochs if config.epochs is None else config.epochs
-    seeds = list(range(config.seed + len(zoo), config.seed + config.num_networks))
-    with zoo, tqdm(initial=len(zoo), total=config.num_networks, desc="collect", unit="network") as progress:
-        while seeds:
-            try:
-                trainer: StackedTrainer | Trainer = StackedTrainer(task, seeds[:NETWORKS_TOGETHER])
-                rows = trainer.train(epochs, layout)
-            except NotStackableError:
-                trainer = Trainer(task, seeds[0])
-                rows = trainer.train(epochs, layout)
-            for vector, row in rows:
-                zoo.append(vector, source=config.task, **row)
-            zoo.flush()
-            progress.update(len(rows))
-            seeds = seeds[len(rows) :]
-    return zoo
+    stackable = _is_stackable(task)
+
+    def train(indices: range) -> list[tuple[torch.Tensor, dict]]:
+        seeds = [config.seed + index for index in indices]
+        trained = (
+            StackedTrainer(task, seeds).train(epochs, layout)
+            if stackable
+            else [network for seed in seeds for network in Trainer(task, seed).train(epochs, layout)]
+        )
+        return [(vector, {"source": config.task, **row}) for vector, row in trained]
+
+    return complete(
+        folder,
+        create=lambda: WeightZoo.create(folder, layout, task=config.task, dtype=config.dtype),
+        num_networks=config.num_networks,
+        together=NETWORKS_TOGETHER if stackable else 1,
+        make=train,
+        description="collect",
+    )
+
+
+def _is_stackable(task: Task) -> bool:
+    try:
+        trainer = StackedTrainer(task, [0])
+        trainer.step(torch.arange(min(task.batch_size, len(trainer.targets)), device=trainer.device)[None])
+    except NotStackableError:
+        return False
+    return True
 
 
 def _generator(seed: int, position: int) -> torch.Generator:

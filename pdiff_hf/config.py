@@ -1,7 +1,6 @@
 """One frozen dataclass a stage is its command line, its YAML file and its Python face."""
 
 import json
-import os
 import platform
 import sys
 import types
@@ -75,12 +74,6 @@ def check_positive(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} has to be at least 1, and is {getattr(config, name)}.")
-
-
-def one_process(stage: str) -> None:
-    """Raises [`ConfigError`] where a launcher started several processes of a stage that writes as one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"`pdiff-hf {stage}` runs in one process; only `pdiff-hf train` runs in several.")
 
 
 def load_config(config_class: type[Config], file: str | Path) -> Config:

@@ -1,25 +1,21 @@
 """Stage 3: sample networks from a pipeline into a zoo."""
 
 import hashlib
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
 import torch
-from accelerate import PartialState
-from tqdm.auto import tqdm
 
-from .config import ConfigError, check_positive, check_same_facts, check_same_run, one_process, save_run, stage_main
+from .config import ConfigError, check_positive, check_same_facts, check_same_run, save_run, stage_main
 from .hub import load_pipeline, pipeline_folder, push, write_zoo_card
+from .parallel import complete, processes
 from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
-from .zoo import WeightZoo
+from .zoo import WeightZoo, ZooDtype
 
 
 # Parameters of all networks together that are in memory at a time, in each of a few forms.
 BATCH_VALUES = 2**26
-# What a killed run loses at most.
-SECONDS_BETWEEN_FLUSHES = 5.0
 
 
 @dataclass(frozen=True)
@@ -39,19 +35,22 @@ class GenerateConfig:
     scheduler: str | None = None
     """A scheduler class of diffusers, such as DPMSolverMultistepScheduler, instead of the pipeline's own."""
     batch_size: int | None = None
-    """Networks sampled at a time; by default 100, and fewer where they are large."""
+    """Networks sampled at a time by a process; by default 100, and fewer where they are large."""
     seed: int = 0
     """Of the first network; the others count up from it, so that each can be made again alone."""
     task: str | None = None
     """What the networks do, for the zoo's description."""
+    dtype: ZooDtype = "float32"
+    """How networks are stored; bfloat16 halves the files and keeps three digits."""
     push_to_hub: str | None = None
     """Name of the dataset repository that the zoo is pushed to in the end."""
 
 
 def run_generate(config: GenerateConfig) -> WeightZoo:
     r"""
-    Samples networks. The metadata of each names scheduler, steps and seed: the same pipeline makes the network again
-    with `pipe(generator=torch.Generator().manual_seed(row["seed"]), num_inference_steps=row["num_inference_steps"])`.
+    Samples networks, in one process or in several. The metadata of each names scheduler, steps and seed: the same
+    pipeline makes the network again with
+    `pipe(generator=torch.Generator().manual_seed(row["seed"]), num_inference_steps=row["num_inference_steps"])`.
 
     Raises:
         [`ConfigError`]: a number below one, an unknown scheduler, or a folder with another zoo.
@@ -60,7 +59,7 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
     check_positive(config, "num_networks", "num_inference_steps")
     if config.batch_size is not None:
         check_positive(config, "batch_size")
-    one_process("generate")
+    state = processes()
     folder = Path(config.output_dir)
     if (folder / "model_index.json").exists():
         raise ConfigError(f"{folder} holds a pipeline. Choose another --output-dir.")
@@ -68,7 +67,7 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
     if exists:
         check_same_run(folder, "generate", config, but_for=("output_dir", "num_networks", "batch_size", "push_to_hub"))
     source = pipeline_folder(config.pipeline, config.revision)
-    pipe = load_pipeline(source).to(PartialState().device)
+    pipe = load_pipeline(source).to(state.device)
     facts = {"weights_sha256": _sha256_of_weights(source)}
     if exists:
         check_same_facts(folder, "generate", facts)
@@ -77,11 +76,11 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
     most = pipe.scheduler.config.num_train_timesteps
     if config.num_inference_steps > most:
         raise ConfigError(f"num_inference_steps is {config.num_inference_steps}; the scheduler has {most} timesteps.")
-    zoo = WeightZoo(folder) if exists else WeightZoo.create(folder, pipe.layout, task=config.task)
-    save_run(folder, "generate", config, **facts)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        save_run(folder, "generate", config, **facts)
 
     pipe.set_progress_bar_config(disable=True)
-    batch_size = config.batch_size or max(1, min(100, BATCH_VALUES // pipe.layout.vector_size))
     origin = {
         "source": "generated",
         # Of a folder the name alone: its path says nothing to anyone else.
@@ -93,27 +92,30 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
         "scheduler": type(pipe.scheduler).__name__,
         "num_inference_steps": config.num_inference_steps,
     }
-    last_flush = time.monotonic()
-    with zoo, tqdm(total=config.num_networks, initial=len(zoo), desc="generate", unit="network") as progress:
-        while len(zoo) < config.num_networks:
-            first = config.seed + len(zoo)
-            seeds = range(first, min(first + batch_size, config.seed + config.num_networks))
-            vectors = pipe(
-                num_networks=len(seeds),
-                num_inference_steps=config.num_inference_steps,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                batch_size=len(seeds),
-                output_type="pt",
-            ).state_dicts
-            for seed, vector in zip(seeds, vectors.cpu(), strict=True):
-                zoo.append(vector, seed=seed, **origin)
-            if time.monotonic() - last_flush > SECONDS_BETWEEN_FLUSHES:
-                zoo.flush()
-                last_flush = time.monotonic()
-            progress.update(len(seeds))
-    write_zoo_card(zoo, f"Networks sampled by Neural Network Diffusion from the pipeline `{origin['pipeline']}`.")
-    if config.push_to_hub is not None:
-        push(folder, config.push_to_hub)
+
+    def sample(indices: range) -> list[tuple[torch.Tensor, dict]]:
+        seeds = [config.seed + index for index in indices]
+        vectors = pipe(
+            num_networks=len(seeds),
+            num_inference_steps=config.num_inference_steps,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            batch_size=len(seeds),
+            output_type="pt",
+        ).state_dicts
+        return [(vector, {"seed": seed, **origin}) for seed, vector in zip(seeds, vectors.cpu(), strict=True)]
+
+    zoo = complete(
+        folder,
+        create=lambda: WeightZoo.create(folder, pipe.layout, task=config.task, dtype=config.dtype),
+        num_networks=config.num_networks,
+        together=config.batch_size or max(1, min(100, BATCH_VALUES // pipe.layout.vector_size)),
+        make=sample,
+        description="generate",
+    )
+    if state.is_main_process:
+        write_zoo_card(zoo, f"Networks sampled by Neural Network Diffusion from the pipeline `{origin['pipeline']}`.")
+        if config.push_to_hub is not None:
+            push(folder, config.push_to_hub)
     return zoo
 
 

@@ -211,9 +211,11 @@ def push(
     Raises:
         [`HubError`]: there is neither in the folder, or the repository cannot be written, or it changed meanwhile.
     """
+    from .zoo import WeightZoo  # which imports this module
+
     folder = Path(folder)
     repo_type = _repo_type(folder)
-    if list(folder.glob("*.part")):
+    if list(folder.glob("*.part")) or (folder / "parts").exists():
         raise HubError(f"{folder} is unfinished: complete it with the command that makes it, then push.")
     api = HfApi(token=token)
     with explained(repo_id, None):
@@ -236,6 +238,8 @@ def push(
                 old = _read_text(api, repo_id, repo_type, info.sha) if "README.md" in present else None
                 card = _card_text(path).replace(PLACEHOLDER, repo_id)
                 content = merge_cards(card, old, license).encode()
+            elif name.as_posix() == "metadata.jsonl" and repo_type == "dataset":
+                content = path.read_bytes()[: WeightZoo(folder).rows_end]
             operations.append(CommitOperationAdd(name.as_posix(), content))
         stale = sorted(name for name in present - names if name.endswith(".safetensors"))
         operations += [CommitOperationDelete(name) for name in stale]

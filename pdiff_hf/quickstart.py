@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 
 from .collect import CollectConfig, run_collect
-from .config import ConfigError, one_process, save_run, stage_main
+from .config import ConfigError, save_run, stage_main
 from .evaluate import EvaluateConfig, run_evaluate
 from .generate import GenerateConfig, run_generate
+from .parallel import processes
 from .tasks import load_task
 from .train import TrainConfig, run_train
 
@@ -36,7 +37,8 @@ class QuickstartConfig:
 
 def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     """Runs the four stages with their defaults, and returns the report with the seconds that each took."""
-    one_process("quickstart")
+    if processes().num_processes > 1:
+        raise ConfigError("`pdiff-hf quickstart` runs in one process; its stages, one by one, run in several.")
     folder = Path(config.output_dir)
     present = [stage for stage in STAGES if (folder / stage).exists()]
     if present and not (folder / "quickstart.yaml").exists():

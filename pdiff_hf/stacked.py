@@ -313,7 +313,9 @@ class Predictor:
         device (`torch.device`): Where they run.
 
     Attributes:
-        stacked (`bool`): Whether several run at a time.
+        plan (`int`, *optional*):
+            Values of the largest activation of a network, where several run at a time; `None` where they run one by
+            one. [`~Predictor.choose`] finds it, on the first networks.
     """
 
     def __init__(self, task: Task, layout: ParameterLayout, device: torch.device):
@@ -321,16 +323,13 @@ class Predictor:
         with torch.random.fork_rng():  # the caller's randomness is not ours to draw from
             self.network = task.build_network().to(device).eval()
         self._stacked: StackedNetwork | None = None
-        self._tried, self._largest = False, 1
+        self.plan: int | None = None
+        self._chosen = False
         if type(task).predict is Task.predict:
             try:
                 self._stacked = StackedNetwork(self.network, layout.frozen_state_dict())
             except NotStackableError:
                 self._stacked = None
-
-    @property
-    def stacked(self) -> bool:
-        return self._stacked is not None
 
     @torch.inference_mode()
     def __call__(self, vectors: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
@@ -345,27 +344,34 @@ class Predictor:
         Raises:
             `RuntimeError`: the networks do not fit the task.
         """
-        if self._stacked is not None and not self._tried:
-            self._try(self._stacked, vectors, inputs)
-        if self._stacked is not None:
-            return self._run_stacked(self._stacked, vectors, inputs)
+        if not self._chosen:
+            self.adopt(self.choose(vectors, inputs))
+        if self._stacked is not None and self.plan is not None:
+            return self._run_stacked(self._stacked, vectors, inputs, self.plan)
         return self._run_one_by_one(vectors, inputs)
 
-    def _try(self, network: StackedNetwork, vectors: torch.Tensor, inputs: torch.Tensor) -> None:
-        """Goes back to one by one where the stacked form has a gap, is wrong, or is slower (large convolutions)."""
-        self._tried = True
+    @torch.inference_mode()
+    def choose(self, vectors: torch.Tensor, inputs: torch.Tensor) -> int | None:
+        """A plan: one by one where the stacked form has a gap, is wrong, or is slower (large convolutions). Several
+        processes have to adopt the same."""
+        network = self._stacked
+        if network is None:
+            return None
         few, examples = vectors[:8], inputs[:EXAMPLES]
         expected, loop_seconds = _timed(lambda: self._run_one_by_one(few, examples))
         try:
             weights, example = stack(self.layout, few[[0, 0]].to(self.device)), examples[:1].to(self.device)
-            self._largest = self._largest_activation(network, weights, example)
-            predictions, seconds = _timed(lambda: self._run_stacked(network, few, examples))
-            # Whatever the architecture does that tracing does not see shows here.
-            right = torch.allclose(predictions, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+            plan = self._largest_activation(network, weights, example)
+            predictions, seconds = _timed(lambda: self._run_stacked(network, few, examples, plan))
         except Exception:  # a gap of the rules, which the networks themselves do not have
-            right, seconds = False, 0.0
-        if not right or seconds > loop_seconds:
-            self._stacked = None
+            return None
+        # Whatever the architecture does that tracing does not see shows here.
+        right = torch.allclose(predictions, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+        return plan if right and seconds <= loop_seconds else None
+
+    def adopt(self, plan: int | None) -> None:
+        """From now on follows a plan."""
+        self.plan, self._chosen = plan, True
 
     def _run_one_by_one(self, vectors: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         return torch.stack([self._run_one(vector, inputs) for vector in vectors])
@@ -374,9 +380,11 @@ class Predictor:
         self.network.load_state_dict(self.layout.unflatten(vector[None])[0], strict=True)
         return self.task.predict(self.network, inputs.to(self.device)).cpu()
 
-    def _run_stacked(self, network: StackedNetwork, vectors: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        examples = min(max(ACTIVATION_VALUES // self._largest, 1), EXAMPLES)
-        together = max(ACTIVATION_VALUES // (self._largest * examples), 1)
+    def _run_stacked(
+        self, network: StackedNetwork, vectors: torch.Tensor, inputs: torch.Tensor, largest: int
+    ) -> torch.Tensor:
+        examples = min(max(ACTIVATION_VALUES // largest, 1), EXAMPLES)
+        together = max(ACTIVATION_VALUES // (largest * examples), 1)
 
         chunks = [stack(self.layout, chunk.to(self.device)) for chunk in vectors.split(together)]
 

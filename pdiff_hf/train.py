@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,10 +20,12 @@ from tqdm.auto import tqdm
 
 from .config import ConfigError, check_positive, check_same_facts, check_same_run, save_run, stage_main
 from .errors import PdiffError
-from .hub import push, write_pipeline_card
+from .hub import load_pipeline, push, write_pipeline_card
+from .parallel import from_main, processes
 from .pipelines.neural_network_diffusion import (
     NeuralNetworkDiffusionPipeline,
     ParameterAutoencoderKL,
+    ParameterLayout,
     ParameterUNet1DModel,
 )
 from .zoo import BATCH_VALUES, WeightZoo, ZooError
@@ -33,6 +34,8 @@ from .zoo import BATCH_VALUES, WeightZoo, ZooError
 Model = TypeVar("Model", bound=nn.Module)
 CHECKPOINT = "checkpoint-"
 LOSSES = "train.losses.jsonl"
+# Networks, evenly picked, that the autoencoder's directions are fitted to: the cost grows with their square.
+MOST_FITTED = 2048
 # They may change from a run to the one that resumes it, and say nothing of the result.
 RUN_SETTINGS = ("output_dir", "resume_from_checkpoint", "checkpoints_total_limit", "report_to", "push_to_hub")
 
@@ -52,7 +55,7 @@ class TrainConfig:
     seed: int = 0
     """Of initialization, batches and noise."""
     batch_size: int = 64
-    """Networks a process draws for each forward pass."""
+    """Networks drawn for each forward pass, by all processes together."""
     gradient_accumulation_steps: int = 1
     """Forward passes an optimizer step."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -97,11 +100,13 @@ class DenoiserObjective(nn.Module):
         super().__init__()
         self.unet, self.scheduler = unet, scheduler
 
-    def forward(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-        timesteps = torch.randint(
-            self.scheduler.config.num_train_timesteps, (len(latents),), generator=generator, device=latents.device
-        )
+    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise `[count, *shape]` and timesteps `[count]`."""
+        noise = torch.randn((count, *shape), generator=generator, device=generator.device)
+        steps = self.scheduler.config.num_train_timesteps
+        return noise, torch.randint(steps, (count,), generator=generator, device=generator.device)
+
+    def forward(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         prediction = self.unet(self.scheduler.add_noise(latents, noise, timesteps), timesteps).sample
         target = {
             "epsilon": lambda: noise,
@@ -113,8 +118,9 @@ class DenoiserObjective(nn.Module):
 
 class Training:
     r"""
-    The training loop of the denoiser. The batch and the noise of a step depend on seed, step and process alone, so
-    that a resumed training has the losses of an uninterrupted one.
+    The training loop of the denoiser. The batch and the noise of a step depend on seed and step alone, and processes
+    share them: a resumed training has the losses of an uninterrupted one, and several processes, up to rounding,
+    those of one.
     """
 
     def __init__(self, config: TrainConfig):
@@ -122,19 +128,16 @@ class Training:
         self.folder = Path(config.output_dir)
         self.resume_from = _checkpoint_to_resume(config)
         self.step = _step_of(self.resume_from) if self.resume_from else 0
+        processes()
         self.accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision,
             log_with=config.report_to,
             project_dir=config.output_dir,
         )
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        seen = self.accelerator.num_processes
-        if started != seen:
-            AcceleratorState._reset_state()
-            raise TrainingError(
-                f"{started} processes were started, and accelerate sees {seen}. Several "
-                "processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ..."
+        if config.batch_size % self.accelerator.num_processes:
+            raise ConfigError(
+                f"{self.accelerator.num_processes} processes cannot share a batch_size of {config.batch_size} evenly."
             )
         self.progress = tqdm(
             total=config.unet_steps,
@@ -147,14 +150,14 @@ class Training:
             self.losses = _open_losses(self.folder / LOSSES, self.step)
         self.accelerator.init_trackers("pdiff-hf")
 
-    def fit(self, objective: nn.Module, data: torch.Tensor) -> None:
+    def fit(self, objective: DenoiserObjective, data: torch.Tensor) -> None:
         r"""
         Trains, from the beginning or from the checkpoint to resume, and leaves the moving average of the weights in
         the objective.
 
         Args:
-            objective (`nn.Module`): Called as `objective(batch, generator)`, gives a loss.
-            data (`torch.Tensor`): Training examples, `[N, ...]`.
+            objective (`DenoiserObjective`): What is trained.
+            data (`torch.Tensor`): Latents, `[N, C, L]`.
         """
         accelerator, config = self.accelerator, self.config
         steps, learning_rate = config.unet_steps, config.unet_learning_rate
@@ -175,7 +178,7 @@ class Training:
             losses = []
             for accumulation in range(config.gradient_accumulation_steps):
                 with accelerator.accumulate(model):
-                    loss = model(*self._draw(data, accumulation))
+                    loss = model(*self._draw(objective, data, accumulation))
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -193,14 +196,14 @@ class Training:
         accelerator.free_memory()
         accelerator._custom_objects.clear()
 
-    def _draw(self, data: torch.Tensor, accumulation: int) -> tuple[torch.Tensor, torch.Generator]:
-        """The batch of this step on this process, and the generator of its noise."""
+    def _draw(self, objective: DenoiserObjective, data: torch.Tensor, accumulation: int) -> list[torch.Tensor]:
+        """This process's share of what the objective takes in this step."""
         accelerator, config = self.accelerator, self.config
         position = self.step * config.gradient_accumulation_steps + accumulation
-        position = position * accelerator.num_processes + accelerator.process_index
         generator = torch.Generator(accelerator.device).manual_seed((config.seed * 1_000_003 + position) % 2**63)
         indices = torch.randint(len(data), (config.batch_size,), generator=generator, device=accelerator.device)
-        return data[indices], generator
+        batch = (data[indices], *objective.draw(len(indices), data.shape[1:], generator))
+        return [values[accelerator.process_index :: accelerator.num_processes] for values in batch]
 
     def _log(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -265,28 +268,15 @@ def run_train(config: TrainConfig) -> NeuralNetworkDiffusionPipeline:
 
 def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNetworkDiffusionPipeline:
     accelerator, folder = training.accelerator, training.folder
-    facts = {"networks": len(zoo), "processes": accelerator.num_processes}
+    facts = {"networks": len(zoo)}
     if training.step > 0:
         check_same_facts(folder, "train", facts)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_run(folder, "train", config, **facts)
-
-    # 1. Statistics of the parameters
-    layout = zoo.layout.fit(zoo.batches())
-    if not (layout.std > 0).any():
-        raise ZooError(f"The {len(zoo)} networks of {config.zoo} are identical: there is no distribution to learn.")
-
-    # 2. Autoencoder
-    vae = ParameterAutoencoderKL(layout.vector_size, config.latent_channels, config.latent_length)
-    width = max(1, BATCH_VALUES // len(zoo))
-    starts = range(0, layout.vector_size, width)
-    shares = vae.fit(lambda: (layout.normalize(zoo.columns(s, s + width), s) for s in starts))
-    vae.to(accelerator.device)
-    with torch.no_grad():
-        batches = (layout.normalize(batch).to(vae.device) for batch in zoo.batches())
-        latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
-    accelerator.print(f"{len(latents[0].flatten())} latents explain {100 * shares.sum():.4f} % of the variance.")
+        save_run(folder, "train", config, **facts, processes=accelerator.num_processes)
+        layout, vae, latents = _encode(config, zoo, accelerator.device)
+    # The others need the latents alone, and no memory for the rest.
+    latents = from_main(lambda: latents)
 
     # 3. Denoiser. Clipping would cut latents, which have unit scale and no bounds.
     scheduler = DDPMScheduler(
@@ -308,14 +298,38 @@ def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNet
     training.fit(DenoiserObjective(unet, scheduler), latents)
 
     # 4. Pipeline
-    pipeline = NeuralNetworkDiffusionPipeline(unet=unet, vae=vae, layout=layout, scheduler=scheduler)
     if accelerator.is_main_process:
+        pipeline = NeuralNetworkDiffusionPipeline(unet=unet, vae=vae, layout=layout, scheduler=scheduler)
         pipeline.save_pretrained(str(folder))
         recipe = {k: v for k, v in asdict(config).items() if k not in RUN_SETTINGS and k != "zoo"}
         write_pipeline_card(folder, zoo, recipe, dataset=None if Path(config.zoo).is_dir() else config.zoo)
         if config.push_to_hub is not None:
             push(folder, config.push_to_hub)
-    return pipeline
+    accelerator.wait_for_everyone()
+    return pipeline if accelerator.is_main_process else load_pipeline(folder)
+
+
+def _encode(
+    config: TrainConfig, zoo: WeightZoo, device: torch.device
+) -> tuple[ParameterLayout, ParameterAutoencoderKL, torch.Tensor]:
+    """The first two components, and the latents `[N, C, L]` of the networks, on the CPU."""
+    # 1. Statistics of the parameters
+    layout = zoo.layout.fit(zoo.batches())
+    if not (layout.std > 0).any():
+        raise ZooError(f"The {len(zoo)} networks of {config.zoo} are identical: there is no distribution to learn.")
+
+    # 2. Autoencoder
+    vae = ParameterAutoencoderKL(layout.vector_size, config.latent_channels, config.latent_length)
+    every = -(-len(zoo) // MOST_FITTED)
+    width = max(1, BATCH_VALUES * every // len(zoo))
+    starts = range(0, layout.vector_size, width)
+    shares = vae.fit(lambda: (layout.normalize(zoo.columns(s, s + width, every), s) for s in starts))
+    vae.to(device)
+    with torch.no_grad():
+        batches = (layout.normalize(batch).to(vae.device) for batch in zoo.batches())
+        latents = torch.cat([vae.encode(batch).latent_dist.mean.cpu() for batch in batches])
+    print(f"{len(latents[0].flatten())} latents explain {100 * shares.sum():.4f} % of the variance.")
+    return layout, vae, latents
 
 
 def _check(config: TrainConfig) -> None:

@@ -7,9 +7,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import CommitInfo
@@ -27,6 +28,9 @@ FORMAT_VERSION = 1
 SHARD_BYTES = 256 * 2**20
 # Parameters of all networks of a batch.
 BATCH_VALUES = 2**24
+# Of the stored networks: what is read is float32 all the same.
+ZooDtype = Literal["float32", "bfloat16"]
+STORED_AS = {"float32": "F32", "bfloat16": "BF16"}
 SHARD_NAME = re.compile(r"networks-(?!00000)(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -40,15 +44,21 @@ class WeightZoo:
 
     | file | holds |
     | --- | --- |
-    | `zoo.json` | format version, task, layout, networks a shard |
-    | `networks-00001-of-000NN.safetensors` | parameter vectors, float32 `[n, P]` |
+    | `zoo.json` | format version, task, layout, networks a shard, their dtype |
+    | `networks-00001-of-000NN.safetensors` | parameter vectors `[n, P]`, float32 or bfloat16 |
     | `frozen.safetensors` | all that is not generated |
     | `metadata.jsonl` | one row a network: index, source, seed, step, accuracy, ... |
     | `README.md` | the dataset card |
 
-    Every file is written beside its place and moved there, metadata before networks: what a killed process leaves
+    A shard is written beside its place and moved there, after the rows of its networks: what a killed process leaves
     is a readable zoo of the networks that were flushed, and appending goes on from there. One process appends at a
     time.
+
+    Attributes:
+        task (`str`, *optional*): What the networks do.
+        vector_size (`int`): Parameters P that are generated.
+        dtype (`torch.dtype`): How they are stored; what is read is float32.
+        rows_end (`int`): Bytes of `metadata.jsonl` that belong to stored networks; the rest was never written.
 
     Args:
         folder (`str` or `os.PathLike`): A folder that [`WeightZoo.create`] made.
@@ -74,6 +84,7 @@ class WeightZoo:
         self._fetch = fetch
         self._checked: set[int] = set()
         self._check_links()
+        self._rows: list[dict] | None = None
         self._pending: list[torch.Tensor] = []
         self._pending_rows: list[dict] = []
         self._read_description()
@@ -84,15 +95,15 @@ class WeightZoo:
                 full = size == self.networks_per_shard
                 if not full and (shard is not self._shards[-1] or not 0 < size < self.networks_per_shard):
                     raise ZooError(f"{shard}: expected {self.networks_per_shard} networks, found {size}.")
-            self._rows = self._read_rows(sum(self._sizes))
+            self._find_rows(sum(self._sizes))
         else:
             # Names and sizes of shards follow from the number of networks.
-            self._rows = self._read_rows(None)
-            total = -(-len(self._rows) // self.networks_per_shard)
+            count = self._find_rows(None)
+            total = -(-count // self.networks_per_shard)
             self._shards = [self._shard_path(number, total) for number in range(1, total + 1)]
             self._sizes = [self.networks_per_shard] * total
             if total:
-                self._sizes[-1] = len(self._rows) - (total - 1) * self.networks_per_shard
+                self._sizes[-1] = count - (total - 1) * self.networks_per_shard
 
     @classmethod
     def create(
@@ -101,6 +112,7 @@ class WeightZoo:
         layout: ParameterLayout,
         task: str | None = None,
         networks_per_shard: int | None = None,
+        dtype: ZooDtype = "float32",
     ) -> "WeightZoo":
         r"""
         Makes an empty zoo.
@@ -110,8 +122,12 @@ class WeightZoo:
             layout (`ParameterLayout`): The architecture, with the frozen tensors of the base network.
             task (`str`, *optional*): What the networks do, as [`load_task`] takes it.
             networks_per_shard (`int`, *optional*): Defaults to as many as fit 256 MB.
+            dtype (`str`, *optional*, defaults to `"float32"`):
+                How networks are stored: `"bfloat16"` halves the files and keeps three digits of each parameter.
         """
         folder = Path(folder)
+        if dtype not in STORED_AS:
+            raise ZooError(f"A zoo stores {' or '.join(STORED_AS)}, and not {dtype}.")
         if (folder / "zoo.json").exists():
             raise ZooError(f"{folder} holds a zoo already. Open it with WeightZoo({str(folder)!r}) to append to it.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +136,9 @@ class WeightZoo:
         description = {
             "format_version": FORMAT_VERSION,
             "task": task,
-            "networks_per_shard": networks_per_shard or max(1, SHARD_BYTES // (4 * layout.vector_size)),
+            "networks_per_shard": networks_per_shard
+            or max(1, SHARD_BYTES // (getattr(torch, dtype).itemsize * layout.vector_size)),
+            "dtype": dtype,
             "layout": {"tensors": layout.config["tensors"]},
         }
         frozen = {name: value.contiguous() for name, value in layout.frozen_state_dict().items()}
@@ -288,6 +306,8 @@ class WeightZoo:
     @property
     def metadata(self) -> list[dict]:
         """One row a network."""
+        if self._rows is None:
+            self._rows = self._read_rows(sum(self._sizes))
         return self._rows + self._pending_rows
 
     def __getitem__(self, index: int) -> torch.Tensor:
@@ -320,14 +340,21 @@ class WeightZoo:
                     out[row] = stored_vectors[offset]
         return out
 
-    def columns(self, start: int, stop: int) -> torch.Tensor:
-        """Some consecutive parameters of all networks, float32 `[N, stop - start]`; reads no others."""
-        parts = [vector[None, start:stop] for vector in self._pending]
-        stored = []
-        for shard in range(len(self._shards)):
+    def columns(self, start: int, stop: int, every: int = 1) -> torch.Tensor:
+        """Some consecutive parameters of all networks, or of every so-manieth, float32 `[N, stop - start]`; reads no
+        others."""
+        parts = []
+        for shard, size in enumerate(self._sizes):
+            first = -shard * self.networks_per_shard % every
             with safe_open(self._open_shard(shard), "pt") as file:
-                stored.append(file.get_slice("networks")[:, start:stop])
-        return torch.cat([*stored, *parts])
+                stored = file.get_slice("networks")
+                if every == 1:
+                    parts.append(stored[:, start:stop])
+                else:
+                    parts += [stored[offset, start:stop][None] for offset in range(first, size, every)]
+        first = -sum(self._sizes) % every
+        parts += [vector[None, start:stop] for vector in self._pending[first::every]]
+        return torch.cat([part.float() for part in parts])
 
     def _open_shard(self, shard: int) -> Path:
         """The file of a shard; where it comes from the Hub, it is checked before its first use, cached or not."""
@@ -371,7 +398,7 @@ class WeightZoo:
         """
         self._writable()
         if isinstance(network, torch.Tensor):
-            vector = network.detach().to("cpu", torch.float32, copy=True)
+            vector = network.detach().to("cpu", self.dtype, copy=True)
             finite = torch.isfinite(vector).all()
             if vector.shape != (self.vector_size,) or not finite:
                 raise ZooError(
@@ -380,7 +407,9 @@ class WeightZoo:
                 )
         else:
             try:
-                vector = self.layout.flatten(network).cpu()
+                vector = self.layout.flatten(network).to("cpu", self.dtype)
+                if not torch.isfinite(vector).all():
+                    raise ValueError(f"a parameter is too large for {self.dtype}.")
             except ValueError as error:
                 source = f"{row['source']}: " if "source" in row else ""
                 raise ZooError(f"{source}{error}") from error
@@ -397,8 +426,7 @@ class WeightZoo:
         """Writes what was appended."""
         if not self._pending:
             return
-        lines = "".join(json.dumps(row) + "\n" for row in self.metadata)
-        self._write("metadata.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+        end = self._append_rows("".join(json.dumps(row) + "\n" for row in self._pending_rows).encode())
         while self._pending:
             held = self._sizes[-1] % self.networks_per_shard if self._sizes else 0
             new = self._pending[: self.networks_per_shard - held]
@@ -406,8 +434,23 @@ class WeightZoo:
             if held:
                 networks = torch.cat([load_file(self._shards[-1])["networks"], networks])
             self._write_last_shard(networks, len(self._shards) + (held == 0))
-            self._rows += self._pending_rows[: len(new)]
+            if self._rows is not None:
+                self._rows += self._pending_rows[: len(new)]
             self._pending, self._pending_rows = self._pending[len(new) :], self._pending_rows[len(new) :]
+        self.rows_end = end
+
+    def _append_rows(self, lines: bytes) -> int:
+        """Puts lines behind the rows of the stored networks; where the last of them ends."""
+        file = self.folder / "metadata.jsonl"
+        with self._explained(file), file.open("r+b") as rows:
+            rows.truncate(self.rows_end)
+            rows.seek(max(self.rows_end - 1, 0))
+            if self.rows_end and rows.read(1) != b"\n":
+                rows.write(b"\n")
+            rows.write(lines)
+            rows.flush()
+            os.fsync(rows.fileno())
+            return rows.tell()
 
     def _write_last_shard(self, networks: torch.Tensor, total: int) -> None:
         def rename_shards() -> None:
@@ -419,23 +462,31 @@ class WeightZoo:
         self._write(last, lambda path: save_file({"networks": networks}, path), rename_shards)
         self._sizes[total - 1 :] = [len(networks)]
 
-    def _write(self, name: str, write: Callable[[Path], Any], before_move: Callable[[], None] | None = None) -> None:
+    def _write(self, name: str, write: Callable[[Path], Any], before_move: Callable[[], None]) -> None:
         """Writes a file beside its place and moves it there, so that it is there whole or not at all."""
         temporary = self.folder / f"{name}.part"
         temporary.unlink(missing_ok=True)
         try:
-            write(temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        except (OSError, SafetensorError) as error:
+            with self._explained(self.folder / name):
+                write(temporary)
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+        except ZooError:
             temporary.unlink(missing_ok=True)
-            raise ZooError(
-                f"Cannot write {self.folder / name}: {error}. The {sum(self._sizes)} networks that were flushed "
-                "before are safe; make room and run the same command again to go on from there."
-            ) from error
-        if before_move is not None:
-            before_move()
+            raise
+        before_move()
         temporary.replace(self.folder / name)
+
+    @contextmanager
+    def _explained(self, file: Path) -> Iterator[None]:
+        """Says what a failed write leaves."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise ZooError(
+                f"Cannot write {file}: {error}. The {sum(self._sizes)} networks that were flushed before are safe; "
+                "make room and run the same command again to go on from there."
+            ) from error
 
     def __enter__(self) -> "WeightZoo":
         return self
@@ -488,6 +539,9 @@ class WeightZoo:
             self.task: str | None = description["task"]
             self.networks_per_shard: int = description["networks_per_shard"]
             self._tensors: list[dict] = description["layout"]["tensors"]
+            if not isinstance(description["dtype"], str) or description["dtype"] not in STORED_AS:
+                raise ValueError(f"the dtype is {description['dtype']!r:.200}")
+            self.dtype: torch.dtype = getattr(torch, description["dtype"])
             if not isinstance(self.task, str | None):
                 raise ValueError(f"the task is {self.task!r:.200}")
             if type(self.networks_per_shard) is not int or self.networks_per_shard < 1:
@@ -527,8 +581,9 @@ class WeightZoo:
             with safe_open(shard, "pt") as file:
                 networks = file.get_slice("networks")
                 rows, columns = networks.get_shape()
-                if networks.get_dtype() != "F32":
-                    raise ValueError(f"expected float32 networks, found {networks.get_dtype()}")
+                expected = str(self.dtype).removeprefix("torch.")
+                if networks.get_dtype() != STORED_AS[expected]:
+                    raise ValueError(f"expected {expected} networks, found {networks.get_dtype()}")
         except (OSError, SafetensorError, ValueError) as error:
             raise ZooError(
                 f"{shard} is damaged or truncated ({error}). Restore it, or delete it if it is the last shard and "
@@ -538,19 +593,38 @@ class WeightZoo:
             raise ZooError(f"{shard}: expected networks of {self.vector_size} parameters, found {columns}.")
         return rows
 
-    def _read_rows(self, count: int | None) -> list[dict]:
-        """The rows of so many stored networks (rows past them belong to networks never written), or all rows."""
+    def _find_rows(self, count: int | None) -> int:
+        """Finds where the rows of so many stored networks end (rows past them belong to networks never written), or
+        all rows; how many those are."""
         file = self.folder / "metadata.jsonl"
+        self.rows_end = found = 0
+        line = b"{}"
         try:
-            with file.open(encoding="utf-8") as lines:
-                rows = [json.loads(line) for line in itertools.islice(lines, count)]
-            if not all(isinstance(row, dict) for row in rows):
-                raise ValueError("each row has to be a JSON object")
-        except (OSError, ValueError, RecursionError) as error:
+            with file.open("rb") as lines:
+                for line in itertools.islice(lines, count):
+                    self.rows_end += len(line)
+                    found += 1
+        except OSError as error:
             raise ZooError(f"{file} is damaged: {error}") from error
-        if count is not None and len(rows) < count:
-            raise ZooError(f"{file} has {len(rows)} rows for {count} networks.")
-        return rows
+        if count is not None and found < count:
+            raise ZooError(f"{file} has {found} rows for {count} networks.")
+        _parse_rows([line], file)  # where a file was cut off, it shows here; the others wait until they are read
+        return found
+
+    def _read_rows(self, count: int) -> list[dict]:
+        file = self.folder / "metadata.jsonl"
+        with file.open("rb") as lines:
+            return _parse_rows(itertools.islice(lines, count), file)
+
+
+def _parse_rows(lines: Iterable[bytes], file: Path) -> list[dict]:
+    try:
+        rows = [json.loads(line) for line in lines]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("each row has to be a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ZooError(f"{file} is damaged: {error}") from error
+    return rows
 
 
 def make_layout(state_dict: Mapping[str, torch.Tensor], patterns: Sequence[str]) -> ParameterLayout:

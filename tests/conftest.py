@@ -56,6 +56,22 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+def launch_command(processes: int, *command: str) -> list[str]:
+    """Accelerate's way to several processes on one CPU."""
+    options = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    return ["-m", "accelerate.commands.launch", *options, *command]
+
+
+def launch(processes: int, *command: str) -> None:
+    """Runs a module in several processes, or in one, which have to succeed."""
+    if processes == 1:
+        done = run(*command)
+    else:
+        done = run(*launch_command(processes, *command), ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+
+
 def site_without_this_package(folder: Path) -> Path:
     """A folder for `sys.path` with everything that is installed here, but for this package."""
     site = folder / "site"

@@ -116,12 +116,6 @@ def test_what_the_task_froze_stays_frozen(tmp_path):
     assert not torch.equal(networks[0]["3.weight"], networks[1]["3.weight"])
 
 
-def test_one_zoo_is_collected_by_one_process(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="`pdiff-hf collect` runs in one process"):
-        run_collect(config(tmp_path / "zoo"))
-
-
 def test_a_number_of_networks_below_one_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="num_networks has to be at least 1, and is 0"):
         run_collect(config(tmp_path / "zoo", num_networks=0))

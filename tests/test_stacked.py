@@ -78,7 +78,7 @@ def assert_predictor_is_right(build, inputs, states=None, stacked: bool | None =
     for _ in range(2):
         torch.testing.assert_close(predict(vectors, inputs), expected, **TOLERANCE)
     if stacked is not None:
-        assert predict.stacked is stacked
+        assert (predict.plan is not None) is stacked
 
 
 IMAGES = torch.randn(7, 3, 11, 9, generator=torch.Generator().manual_seed(0))
@@ -250,7 +250,7 @@ def test_small_networks_run_at_once():
     layout = ParameterLayout.from_state_dict(states[0])
     predict = Predictor(task, layout, CPU)
     predict(torch.stack([layout.flatten(state) for state in states]), task.data("test")[0])
-    assert predict.stacked
+    assert predict.plan is not None
 
 
 def test_frozen_tensors_are_the_layouts():
@@ -421,7 +421,7 @@ def test_a_prediction_of_the_tasks_own_is_taken():
     states = random_states(build)
     predict, vectors = predictor(build, states, inputs, Own)
     torch.testing.assert_close(predict(vectors, inputs), in_a_loop(build, states, inputs + 1).softmax(-1), **TOLERANCE)
-    assert not predict.stacked
+    assert predict.plan is None
 
 
 def test_probabilities_of_the_tasks_own_are_taken():
@@ -473,7 +473,7 @@ def test_threads_change_nothing_and_are_as_many_afterwards(three_threads):
     predict = Predictor(task, layout, CPU)
     inputs = task.data("test")[0]
     several = predict(vectors, inputs)
-    assert predict.stacked
+    assert predict.plan is not None
     assert torch.get_num_threads() == 3
     torch.set_num_threads(1)
     torch.testing.assert_close(several, predict(vectors, inputs), rtol=0, atol=0)

@@ -21,7 +21,7 @@ from pdiff_hf import (
 from pdiff_hf.config import ConfigError
 from pdiff_hf.train import TrainingError
 
-from .conftest import ROOT, SMALL_TRAINING, run
+from .conftest import ROOT, SMALL_TRAINING, launch, run
 
 
 ARGUMENTS = [
@@ -168,23 +168,17 @@ def test_other_prediction_types_train_and_sample(digits_zoo, tmp_path, predictio
     assert torch.isfinite(pipe(num_networks=2, num_inference_steps=10, output_type="latent").state_dicts).all()
 
 
-def test_two_processes_train_one_pipeline(digits_zoo, tmp_path):
-    # Accelerate's way to several processes on one CPU.
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    folder = tmp_path / "pipeline"
-    done = run(
-        *launch,
-        *("-m", "pdiff_hf.train", "--zoo", str(digits_zoo.folder), "--output-dir", str(folder)),
-        *ARGUMENTS,
-        ACCELERATE_USE_CPU="true",
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads((folder / "train.facts.json").read_text())["processes"] == 2
-    values = losses(folder)
-    assert len(values) == 120
-    assert sum(values[-10:]) < 0.8 * sum(values[:10])
-    assert isinstance(load_pipeline(folder), NeuralNetworkDiffusionPipeline)
+def test_two_processes_train_the_pipeline_of_one(digits_zoo, tmp_path):
+    for processes in (1, 2):
+        arguments = ["--zoo", str(digits_zoo.folder), "--output-dir", str(tmp_path / f"{processes}"), *ARGUMENTS]
+        launch(processes, "-m", "pdiff_hf.train", *arguments)
+    assert json.loads((tmp_path / "2" / "train.facts.json").read_text())["processes"] == 2
+    one, two = (losses(tmp_path / f"{processes}") for processes in (1, 2))
+    assert len(two) == 120
+    # Rounding differs, and the difference grows with the steps.
+    assert two[:30] == pytest.approx(one[:30], rel=1e-3)
+    assert two == pytest.approx(one, rel=0.1)
+    assert isinstance(load_pipeline(tmp_path / "2"), NeuralNetworkDiffusionPipeline)
 
 
 def test_what_cannot_be_trained_is_said_before_anything_is_written(digits_zoo, tmp_path):
@@ -213,7 +207,7 @@ def test_identical_networks_have_no_distribution(tmp_path):
 
 def test_processes_that_accelerate_does_not_see_are_refused(digits_zoo, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TrainingError, match="2 processes were started, and accelerate sees 1"):
+    with pytest.raises(ConfigError, match="2 processes were started, and accelerate sees 1"):
         run_train(small_config(digits_zoo, tmp_path / "pipeline"))
 
 

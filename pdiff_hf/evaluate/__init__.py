@@ -1,9 +1,10 @@
 """Stage 4: what generated networks are worth, against those they were learned from and against what costs nothing."""
 
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from ..config import ConfigError, check_positive, one_process, save_run, stage_main, versions
+from ..config import ConfigError, check_positive, save_run, stage_main, versions
 from ..extras import require
 from ..hub import HubError, is_repository, load_pipeline, pipeline_folder, push_evaluation, write_evaluation
+from ..parallel import PARTS, from_main, processes
 from ..tasks import Task, load_task
 from ..tasks.task import BUILT_IN
 from ..zoo import WeightZoo, ZooError, make_layout
@@ -134,11 +135,11 @@ def _evaluate(
         zoo = _open(trained, scratch / "trained")
         name = _task_name(task, zoo)
         loaded = load_task(task if task is not None else name)
-        device = PartialState().device
+        state = processes()
         if isinstance(generated, (str, Path)) and _is_pipeline(generated):
-            generated = pipeline = load_pipeline(generated).to(device)
+            generated = pipeline = load_pipeline(generated).to(state.device)
         elif isinstance(pipeline, (str, Path)):
-            pipeline = load_pipeline(pipeline).to(device)
+            pipeline = load_pipeline(pipeline).to(state.device)
         if callable(generated):
             pipeline = pipeline or (None if isinstance(generated, Baseline) else generated)
             made = _sample(generated, zoo, scratch / "generated", num_networks, seed)
@@ -156,7 +157,8 @@ def _evaluate(
         if pipeline is not None and pipeline.layout.config["tensors"] != zoo.layout.config["tensors"]:
             raise ZooError(f"The pipeline generates another architecture than that of {zoo.folder}.")
 
-        study = _Study(loaded, zoo, made, groups.get("fresh"), pipeline, networks_per_point)
+        parts = None if output_dir is None else Path(output_dir, PARTS)
+        study = _Study(loaded, zoo, made, groups.get("fresh"), pipeline, networks_per_point, parts)
         place, _, class_name = name.rpartition(":")
         if place.endswith(".py"):
             name = f"{Path(place).name}:{class_name}"  # its path says nothing to anyone else
@@ -166,10 +168,14 @@ def _evaluate(
         files: list[Path] = []
         if output_dir is not None:
             folder = Path(output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            files = study.draw(report, folder)
-            report["seconds"] = round(time.perf_counter() - started, 2)
-            write_report(report, folder, [file for file in files if file.suffix == ".png"])
+            denoising = study.denoising()
+            if state.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                files = study.draw(report, denoising, folder)
+                report["seconds"] = round(time.perf_counter() - started, 2)
+                write_report(report, folder, [file for file in files if file.suffix == ".png"])
+                shutil.rmtree(folder / PARTS, ignore_errors=True)
+            state.wait_for_everyone()
     return report, files
 
 
@@ -184,10 +190,14 @@ class _Study:
         fresh: WeightZoo | None,
         pipeline: Any,
         networks_per_point: int,
+        parts: Path | None,
     ):
         self.trained, self.generated, self.fresh, self.pipeline = trained, generated, fresh, pipeline
         self.networks_per_point = networks_per_point
-        self.scorer = Scorer(task, trained, PartialState().device)
+        try:
+            self.scorer = Scorer(task, trained, processes().device, parts)
+        except RuntimeError as error:
+            raise ZooError(f"The networks of {trained.folder} do not fit the task: {error}") from error
         self.targets = self.scorer.targets["test"]
         self.source = Source(trained)
         self.scores: dict[str, Scores] = {}
@@ -206,7 +216,7 @@ class _Study:
         self.place = self.plane.place(self.scores["generated"], seed=2)
         chance = self._chance()
         self._sweep(self.place.point[0], (chance + groups["trained"]["accuracy"]["mean"]) / 2)
-        nearest = self._nearest()
+        nearest = from_main(self._nearest)
         against = {
             "curves": {kind: [place for _, _, place in points] for kind, points in self.curves.items()},
             "trained_accuracy": groups["trained"]["accuracy"]["mean"],
@@ -229,7 +239,7 @@ class _Study:
                 for name in ("trained", "generated", "fresh")
                 if name in self.scores
             },
-            "parameters": parameter_statistics(self.trained, self.generated),
+            "parameters": from_main(lambda: parameter_statistics(self.trained, self.generated)),
             "baselines": [
                 {
                     "kind": kind,
@@ -245,22 +255,33 @@ class _Study:
 
     def _score(self, zoo: WeightZoo, name: str) -> Scores:
         try:
-            return self.scorer(zoo.batches(), len(zoo), name, calibrate=True)
+            return self.scorer(zoo.vectors, len(zoo), name, zoo.vectors([0, -1]), calibrate=True)
         except RuntimeError as error:
             raise ZooError(f"The networks of {zoo.folder} do not fit the task: {error}") from error
 
     def _score_groups(self) -> None:
         self.scores["trained"] = trained = self._score(self.trained, "trained")
-        mean = torch.stack([batch.sum(0) for batch in batches(self.trained)]).sum(0) / len(self.trained)
-        self.scores["soup"] = self.scorer([mean.float()[None]], 1, "soup", calibrate=True)
+        self.scores["soup"] = self.scorer(lambda _: self._mean().float()[None], 1, "soup", calibrate=True)
         if trained.ensembles[-1]["predictions"] is not None:
             self.scores["ensemble"] = self.scorer.single(trained.ensembles[-1]["predictions"])
         self.scores["generated"] = self._score(self.generated, "generated")
         if self.fresh is not None:
             self.scores["fresh"] = self._score(self.fresh, "fresh")
         if self.pipeline is not None:
-            vectors = self._reconstructed()
-            self.scores["reconstructed"] = self.scorer(vectors, len(self.trained), "reconstructed", calibrate=True)
+            latents = from_main(lambda: self._encode(self.trained))
+            self.scores["reconstructed"] = self.scorer(
+                lambda some: self._decode(latents[some.start : some.stop]),
+                len(self.trained),
+                "reconstructed",
+                latents,
+                calibrate=True,
+            )
+
+    def _mean(self) -> torch.Tensor:
+        total = torch.zeros(self.trained.vector_size, dtype=torch.float64)
+        for batch in batches(self.trained):
+            total += batch.sum(0)
+        return total / len(self.trained)
 
     @torch.no_grad()
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -273,10 +294,6 @@ class _Study:
         vae, layout = self.pipeline.vae, self.pipeline.layout
         vectors = (layout.normalize(batch.to(layout.device)) for batch in zoo.batches())
         return torch.cat([vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mode().cpu() for batch in vectors])
-
-    def _reconstructed(self) -> Iterator[torch.Tensor]:
-        for latents in self._encode(self.trained).split(64):
-            yield self._decode(latents)
 
     def _chance(self) -> float:
         """Accuracy of always answering the most frequent class; 0 where targets are no classes."""
@@ -306,10 +323,15 @@ class _Study:
     def _point(self, kind: str, strength: float) -> tuple[float, Scores, Place]:
         # The average of all is one network however often it is made.
         count = 1 if kind == "soup" and strength == len(self.trained) else self.networks_per_point
-        size = max(1, min(count, 2**28 // self.trained.vector_size))
         seed = 1000 * (1 + list(KINDS).index(kind)) + len(self.curves[kind])
         seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-        scores = self.scorer(Baseline(self.source, kind, strength).batches(seeds, size), count, kind)
+        baseline = Baseline(self.source, kind, strength)
+        scores = self.scorer(
+            lambda some: baseline.vectors(seeds[some.start : some.stop]),
+            count,
+            f"{kind} {strength}",
+            torch.tensor(seeds),
+        )
         return strength, scores, self.plane.place(scores, seed)
 
     def _nearest(self) -> dict[str, Any]:
@@ -364,7 +386,9 @@ class _Study:
             "maximum_generated_trained": self.similarity["generated"].max().item(),
         }
 
-    def draw(self, report: dict[str, Any], folder: Path) -> list[Path]:
+    def draw(
+        self, report: dict[str, Any], denoising: tuple[list[int], list[torch.Tensor]] | None, folder: Path
+    ) -> list[Path]:
         """Draws all pictures, PNG and SVG."""
         wrong = {name: scores.wrong for name, scores in self.scores.items()}
         files = [
@@ -374,8 +398,8 @@ class _Study:
             *pictures.calibration(report, folder),
             *pictures.weight_map(self._mapped(), folder),
         ]
-        if self.pipeline is not None:
-            files += pictures.denoising(*self._denoising(), report, folder)
+        if denoising is not None:
+            files += pictures.denoising(*denoising, report, folder)
             latents = self._encode(self.trained), self._encode(self.generated)
             files += pictures.training(self.pipeline, *latents, report, folder)
         return files
@@ -388,11 +412,13 @@ class _Study:
             "trained": self.trained.vectors(),
             "generated": self.generated.vectors(),
             **({} if self.fresh is None else {"fresh": self.fresh.vectors()}),
-            **{b.kind: torch.cat(list(b.batches(draws, 50))) for b in few},
+            **{b.kind: b.vectors(draws) for b in few},
         }
 
-    def _denoising(self) -> tuple[list[int], list[torch.Tensor]]:
-        """Accuracies of some networks, `[n]` each, if denoising ended after a step."""
+    def denoising(self) -> tuple[list[int], list[torch.Tensor]] | None:
+        """Accuracies of some networks, `[n]` each, if denoising ended after a step; nothing without a pipeline."""
+        if self.pipeline is None:
+            return None
         kept: list[tuple[int, torch.Tensor]] = []
 
         def keep(pipe: Any, step: int, timestep: int, tensors: dict) -> dict:
@@ -408,9 +434,14 @@ class _Study:
         )
         shown = kept[:: max(1, len(kept) // 15)]
         shown = shown if shown[-1][0] == kept[-1][0] else [*shown, kept[-1]]
-        return [step for step, _ in shown], [
-            self.scorer([self._decode(latents)], len(latents), "denoising").test for _, latents in shown
-        ]
+
+        def accuracies(latents: torch.Tensor) -> torch.Tensor:
+            def decode(some: range) -> torch.Tensor:
+                return self._decode(latents[some.start : some.stop])
+
+            return self.scorer(decode, len(latents), "denoising", latents).test
+
+        return [step for step, _ in shown], [accuracies(latents) for _, latents in shown]
 
 
 def _strengths(kind: str, first: float, count: int) -> list[float]:
@@ -492,7 +523,6 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         [`ConfigError`]: there is no pipeline to push.
         [`ZooError`]: as [`evaluate`].
     """
-    one_process("evaluate")
     check_positive(config, "num_networks", "networks_per_point")
     pipeline = config.pipeline or (config.generated if _is_pipeline(config.generated) else None)
     if config.push_to_hub is not None and pipeline is None:
@@ -508,6 +538,8 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         config.seed,
         config.networks_per_point,
     )
+    if not processes().is_main_process:
+        return report
     save_run(config.output_dir, "evaluate", config)
     Console().print(table(report))
     Console().print(report["verdict"]["sentence"], highlight=False)

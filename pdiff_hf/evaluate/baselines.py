@@ -1,6 +1,6 @@
 """The cheap ways to make networks out of a zoo, each a curve over its strength."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -141,19 +141,17 @@ class Baseline:
         # One for all draws the seeds of the networks one after the other.
         parents: list[Any] = [generator] * num_networks if several is None else several
         seeds = [int(torch.randint(2**63 - 1, (), generator=parent)) for parent in parents]
-        networks = torch.cat(list(self.batches(seeds, batch_size)))
+        networks = torch.cat([self.vectors(seeds[i : i + batch_size]) for i in range(0, len(seeds), batch_size)])
         states = self.layout.unflatten(networks) if output_type == "state_dict" else networks
         return NeuralNetworkDiffusionPipelineOutput(state_dicts=states) if return_dict else (states,)
 
-    def batches(self, seeds: list[int], batch_size: int) -> Iterator[torch.Tensor]:
+    def vectors(self, seeds: list[int]) -> torch.Tensor:
         """Vectors `[n, P]`, a network a seed."""
         weigh, noisy, _ = KINDS[self.kind]
-        count = len(self.source.zoo)
-        for start in range(0, len(seeds), batch_size):
-            draws = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-            weights = torch.stack([weigh(count, self.strength, draw) for draw in draws])
-            noise = None
-            if noisy:
-                size = self.source.zoo.vector_size
-                noise = self.strength * torch.stack([torch.randn(size, generator=draw) for draw in draws])
-            yield self.source.combine(weights, noise)
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        weights = torch.stack([weigh(len(self.source.zoo), self.strength, draw) for draw in draws])
+        noise = None
+        if noisy:
+            size = self.source.zoo.vector_size
+            noise = self.strength * torch.stack([torch.randn(size, generator=draw) for draw in draws])
+        return self.source.combine(weights, noise)

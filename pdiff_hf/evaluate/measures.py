@@ -1,7 +1,9 @@
 """What is measured of networks: accuracy, calibration, overlap of errors, distances, and how certain all of it is."""
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,15 +11,19 @@ import torch
 from tqdm.auto import tqdm
 
 from ..extras import require
+from ..parallel import from_main, share
 from ..stacked import Predictor
 from ..tasks import Task, TaskError
-from ..zoo import WeightZoo
+from ..zoo import BATCH_VALUES, WeightZoo
 
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 CALIBRATION_BINS = 15
 SPLITS = ("validation", "test")
+# Networks that a process scores before it is another one's turn: few enough to share, many enough to run at once.
+NETWORKS_TOGETHER = 16
+MOST_GROUPS = 64
 VALUES_PER_TENSOR = 20_000
 
 
@@ -73,6 +79,13 @@ class Scores:
         }
 
 
+def _sha256(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.numpy().tobytes() if isinstance(part, torch.Tensor) else repr(part).encode())
+    return digest.hexdigest()
+
+
 def _finite_mean(values: torch.Tensor) -> float | None:
     values = values[torch.isfinite(values)]
     return values.mean().item() if len(values) else None
@@ -80,74 +93,133 @@ def _finite_mean(values: torch.Tensor) -> float | None:
 
 class Scorer:
     r"""
-    Scores networks of one layout on a task.
+    Scores networks of one layout on a task. Several processes share the networks, and all of them know the scores.
 
     Args:
         task (`Task`): What they do.
-        zoo (`WeightZoo`): Gives the layout.
+        zoo (`WeightZoo`): Gives the layout, and the networks on which to choose how many run at once.
         device (`torch.device`): Where they run.
+        parts (`Path`, *optional*):
+            A folder that keeps what was scored for a run that goes on where this one was killed.
+
+    Raises:
+        `RuntimeError`: the networks do not fit the task.
     """
 
-    def __init__(self, task: Task, zoo: WeightZoo, device: torch.device):
-        self.task, self.layout = task, zoo.layout
+    def __init__(self, task: Task, zoo: WeightZoo, device: torch.device, parts: Path | None = None):
+        self.task, self.layout, self.parts = task, zoo.layout, parts
         self.predict = Predictor(task, zoo.layout, device)
         data = {split: task.data(split) for split in SPLITS}
         self.targets = {split: targets.cpu() for split, (_, targets) in data.items()}
         self.inputs = torch.cat([inputs for inputs, _ in data.values()])
+        self.predict.adopt(from_main(lambda: self.predict.choose(zoo.vectors(range(min(8, len(zoo)))), self.inputs)))
+        self._digest = _sha256(self.inputs, *self.targets.values(), len(zoo), zoo.vectors([0, -1]))
 
-    def __call__(self, batches: Iterable[torch.Tensor], count: int, name: str, calibrate: bool = False) -> Scores:
+    def __call__(
+        self,
+        vectors: Callable[[range], torch.Tensor],
+        count: int,
+        name: str,
+        key: torch.Tensor | None = None,
+        calibrate: bool = False,
+    ) -> Scores:
         r"""
         Args:
-            batches (`Iterable[torch.Tensor]`): Parameter vectors, `[n, P]` each; `count` together.
-            count (`int`): Networks.
-            name (`str`): What they are, for the progress bar.
+            vectors (`Callable[[range], torch.Tensor]`): Gives the parameter vectors, `[n, P]`, of some networks.
+            count (`int`): Networks in all.
+            name (`str`): What they are.
+            key (`torch.Tensor`, *optional*): With the name and the zoo, tells these networks from all others.
             calibrate (`bool`, *optional*, defaults to `False`): Whether to measure calibration and ensembles too.
 
         Raises:
             `RuntimeError`: the networks do not fit the task.
         """
-        correct: dict[str, list[torch.Tensor]] = {split: [] for split in SPLITS}
-        finite, calibration = [], []
         sizes = sorted({*(2**power for power in range(count.bit_length())), count})
         ranks = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-        sums: dict[str, torch.Tensor] = {}
-        members = torch.zeros(len(sizes), dtype=torch.long)
-        done = 0
-        for vectors in tqdm(batches, desc=f"score {name}", unit="batch", leave=False):
-            counts = [len(self.targets[split]) for split in SPLITS]
-            predictions = dict(zip(SPLITS, self.predict(vectors, self.inputs).split(counts, dim=1), strict=True))
-            numbers = torch.stack([torch.isfinite(p).flatten(1).all(1) for p in predictions.values()]).all(0)
-            finite.append(numbers)
-            for split in SPLITS:
-                correct[split].append(self._correct(predictions[split], split) & numbers[:, None])
-            if calibrate:
-                calibration += [
-                    self.calibration({split: predictions[split][i].double() for split in SPLITS})
-                    for i in range(len(vectors))
-                ]
-                # Each network belongs to the ensembles that are larger than its rank in a random order.
-                member = (ranks[done : done + len(vectors)] < torch.tensor(sizes)[:, None]) & numbers
-                members += member.sum(1)
-                for split in SPLITS:
-                    values = torch.where(numbers.view(-1, *[1] * (predictions[split].ndim - 1)), predictions[split], 0)
-                    sums[split] = sums.get(split, 0) + torch.tensordot(member.double(), values.double(), 1)
-            done += len(vectors)
+        # How networks are split depends on their number alone: sums are the same whoever adds their terms.
+        groups = min(MOST_GROUPS, -(-count // NETWORKS_TOGETHER))
+        bounds = [count * group // groups for group in range(groups + 1)]
+
+        def score(group: int) -> dict[str, Any]:
+            indices = range(bounds[group], bounds[group + 1])
+            if self.parts is None:
+                return self._score(vectors, indices, ranks, sizes if calibrate else [], name)
+            part = self.parts / f"{_sha256(self._digest, name, key, count, group, calibrate)}.pt"
+            if part.exists():
+                return torch.load(part, weights_only=True)
+            scored = self._score(vectors, indices, ranks, sizes if calibrate else [], name)
+            self.parts.mkdir(parents=True, exist_ok=True)
+            torch.save(scored, part.with_suffix(".part"))
+            part.with_suffix(".part").replace(part)
+            return scored
+
+        scored = share(groups, score)
+        calibration = [row for group in scored for row in group["calibration"]]
+        members = sum(group["members"] for group in scored)
         return Scores(
-            validation=torch.cat(correct["validation"]).double().mean(1),
-            wrong=~torch.cat(correct["test"]),
-            finite=torch.cat(finite),
+            validation=torch.cat([group["correct"]["validation"] for group in scored]).double().mean(1),
+            wrong=~torch.cat([group["correct"]["test"] for group in scored]),
+            finite=torch.cat([group["finite"] for group in scored]),
             calibration={
                 key: torch.tensor([row[key] for row in calibration], dtype=torch.float64) for key in calibration[0]
             }
             if calibration and calibration[0]
             else {},
             ensembles=[
-                {"size": size, **self.ensemble({split: sums[split][i] for split in SPLITS}, int(members[i]))}
+                {
+                    "size": size,
+                    **self.ensemble(
+                        {split: sum(group["sums"][split][i] for group in scored) for split in SPLITS}, int(members[i])
+                    ),
+                }
                 for i, size in enumerate(sizes)
             ]
             if calibrate
             else [],
         )
+
+    def _score(
+        self,
+        vectors: Callable[[range], torch.Tensor],
+        indices: range,
+        ranks: torch.Tensor,
+        sizes: list[int],
+        name: str,
+    ) -> dict[str, Any]:
+        """What is to be known of these networks: for ensembles of so many, the sum of their members among them."""
+        correct: dict[str, list[torch.Tensor]] = {split: [] for split in SPLITS}
+        counts = [len(self.targets[split]) for split in SPLITS]
+        finite, calibration = [], []
+        sums: dict[str, Any] = {}
+        members = torch.zeros(len(sizes), dtype=torch.long)
+        together = max(1, min(64, BATCH_VALUES // self.layout.vector_size))
+        starts = range(0, len(indices), together)
+        for start in tqdm(starts, desc=f"score {name}", unit="batch", leave=False, disable=len(starts) == 1):
+            some = indices[start : start + together]
+            outputs = self.predict(vectors(some), self.inputs)
+            predictions = dict(zip(SPLITS, outputs.split(counts, dim=1), strict=True))
+            numbers = torch.stack([torch.isfinite(p).flatten(1).all(1) for p in predictions.values()]).all(0)
+            finite.append(numbers)
+            for split in SPLITS:
+                correct[split].append(self._correct(predictions[split], split) & numbers[:, None])
+            if sizes:
+                calibration += [
+                    self.calibration({split: predictions[split][i].double() for split in SPLITS})
+                    for i in range(len(some))
+                ]
+                # Each network belongs to the ensembles that are larger than its rank in a random order.
+                member = (ranks[some.start : some.stop] < torch.tensor(sizes)[:, None]) & numbers
+                members += member.sum(1)
+                for split in SPLITS:
+                    values = torch.where(numbers.view(-1, *[1] * (predictions[split].ndim - 1)), predictions[split], 0)
+                    sums[split] = sums.get(split, 0) + torch.tensordot(member.double(), values.double(), 1)
+        return {
+            "correct": {split: torch.cat(rows) for split, rows in correct.items()},
+            "finite": torch.cat(finite),
+            "calibration": calibration,
+            "members": members,
+            "sums": sums,
+        }
 
     def single(self, predictions: dict[str, torch.Tensor]) -> Scores:
         """The scores of one set of predictions, `[E, classes]` a split."""

@@ -1,0 +1,169 @@
+"""Work that several processes share, on one or many hosts: `accelerate launch` starts them, one zoo or report comes of
+it."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from .config import ConfigError
+from .zoo import WeightZoo, ZooError
+
+
+Result = TypeVar("Result")
+Networks = Sequence[tuple[torch.Tensor, dict]]
+# What a killed run loses at most, apart from the networks that are being made.
+SECONDS_BETWEEN_FLUSHES = 5.0
+# One process may wait for the others as long as its work takes.
+TIMEOUT = timedelta(days=30)
+PARTS = "parts"
+
+
+def processes() -> PartialState:
+    r"""
+    What `accelerate` knows of this process and of the others that were started with it.
+
+    Raises:
+        [`ConfigError`]: a launcher started several processes that do not see each other.
+    """
+    # Accelerate reads this variable for an Accelerator only.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != state.num_processes:
+        seen = state.num_processes
+        PartialState._reset_state()
+        raise ConfigError(
+            f"{started} processes were started, and accelerate sees {seen}. Several processes on a CPU: "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ..."
+        )
+    return state
+
+
+def from_main(compute: Callable[[], Result]) -> Result:
+    """What the main process computes; the others wait for it."""
+    state = processes()
+    results = [compute() if state.is_main_process else None]
+    return broadcast_object_list(results)[0]
+
+
+def share(count: int, work: Callable[[int], Result]) -> list[Result]:
+    """The results of `work(0)` to `work(count - 1)`, each computed by one of the processes and known to all."""
+    state = processes()
+    mine = [(index, work(index)) for index in range(state.process_index, count, state.num_processes)]
+    return [result for _, result in sorted(gather_object(mine), key=lambda pair: pair[0])]
+
+
+def complete(
+    folder: Path,
+    create: Callable[[], WeightZoo],
+    num_networks: int,
+    together: int,
+    make: Callable[[range], Networks],
+    description: str,
+) -> WeightZoo:
+    r"""
+    Fills a zoo up to a number of networks. Networks 0, ..., `together` - 1 are made at once, and so on: which process
+    makes them, and how many processes there are, makes no difference. The main process appends to the zoo; the others
+    leave what they made in files beside it, which a later run takes over if this one is killed.
+
+    Args:
+        folder (`Path`): Of the zoo; where there are several hosts, all of them see it.
+        create (`Callable[[], WeightZoo]`): Makes the zoo where there is none.
+        num_networks (`int`): How many it shall have.
+        together (`int`): How many are made at once.
+        make (`Callable[[range], Networks]`): Makes these networks: vectors `[P]` and rows of metadata.
+        description (`str`): For the progress bar.
+    """
+    state = processes()
+    if state.is_main_process:
+        zoo = WeightZoo(folder) if (folder / "zoo.json").exists() else create()
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        zoo = WeightZoo(folder)
+    units = [
+        range(start, min(start + together, num_networks))
+        for start in range(len(zoo) // together * together, num_networks, together)
+    ]
+    mine = [unit for unit in units[state.process_index :: state.num_processes] if not _part(folder, unit).exists()]
+    state.wait_for_everyone()  # from here on the main process moves parts
+
+    if not state.is_main_process:
+        for unit in mine:
+            _write_part(_part(folder, unit), make(unit))
+        state.wait_for_everyone()
+        state.wait_for_everyone()
+        return WeightZoo(folder)
+
+    flushed = time.monotonic()
+    with zoo, tqdm(total=num_networks, initial=len(zoo), desc=description, unit="network") as progress:
+        for unit in mine:
+            networks = make(unit)
+            if unit.start <= len(zoo):
+                _append(zoo, unit, networks)
+            else:
+                _write_part(_part(folder, unit), networks)
+            _take_parts(zoo, units)
+            if time.monotonic() - flushed > SECONDS_BETWEEN_FLUSHES:
+                zoo.flush()
+                flushed = time.monotonic()
+            progress.update(len(zoo) - progress.n)
+        state.wait_for_everyone()
+        _take_parts(zoo, units)
+        progress.update(len(zoo) - progress.n)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    state.wait_for_everyone()
+    return zoo
+
+
+def _part(folder: Path, unit: range) -> Path:
+    return folder / PARTS / f"networks-{unit.start}-to-{unit.stop}.safetensors"
+
+
+def _append(zoo: WeightZoo, unit: range, networks: Networks) -> None:
+    # A killed run may have stored the first of them.
+    for vector, row in networks[len(zoo) - unit.start :]:
+        zoo.append(vector, **row)
+
+
+def _take_parts(zoo: WeightZoo, units: Sequence[range]) -> None:
+    """Moves what lies ready into the zoo, as far as it is next."""
+    for unit in units:
+        part = _part(zoo.folder, unit)
+        if len(zoo) < unit.start or (unit.stop > len(zoo) and not part.exists()):
+            return
+        if part.exists():
+            if unit.stop > len(zoo):
+                _append(zoo, unit, _read_part(part))
+                zoo.flush()
+            part.unlink()
+
+
+def _write_part(file: Path, networks: Networks) -> None:
+    vectors, rows = torch.stack([vector for vector, _ in networks]), json.dumps([row for _, row in networks])
+    temporary = file.with_suffix(".part")
+    try:
+        file.parent.mkdir(exist_ok=True)
+        save_file({"networks": vectors}, temporary, {"rows": rows})
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ZooError(f"Cannot write {file}: {error}. Make room and run the same command again.") from error
+    temporary.replace(file)
+
+
+def _read_part(file: Path) -> Networks:
+    try:
+        with safe_open(file, "pt") as part:
+            return list(zip(part.get_tensor("networks"), json.loads(part.metadata()["rows"]), strict=True))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ZooError(f"{file} is damaged ({error}). Delete it and run the same command again.") from error

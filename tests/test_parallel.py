@@ -1,0 +1,178 @@
+"""Several processes make what one makes, and what a killed one leaves is gone on with."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pdiff_hf import WeightZoo
+
+from .conftest import launch, launch_command
+
+
+COLLECT = ["--task", "digits-mlp", "--protocol", "independent", "--epochs", "1", "--num-networks", "150"]
+GENERATE = ["--num-networks", "45", "--batch-size", "4", "--num-inference-steps", "20"]
+
+
+def assert_same_zoo(folder: Path, expected: Path) -> None:
+    zoo, other = WeightZoo(folder), WeightZoo(expected)
+    assert torch.equal(zoo.vectors(), other.vectors())
+    assert zoo.metadata == other.metadata
+    assert not (folder / "parts").exists()
+
+
+@pytest.fixture(scope="module")
+def generated(digits_pipeline, tmp_path_factory) -> Path:
+    """What one process generates."""
+    folder = tmp_path_factory.mktemp("generated") / "one"
+    launch(1, "-m", "pdiff_hf.generate", "--pipeline", str(digits_pipeline), "--output-dir", str(folder), *GENERATE)
+    return folder
+
+
+def test_two_processes_generate_the_zoo_of_one(digits_pipeline, generated, tmp_path):
+    folder = tmp_path / "zoo"
+    launch(2, "-m", "pdiff_hf.generate", "--pipeline", str(digits_pipeline), "--output-dir", str(folder), *GENERATE)
+    assert_same_zoo(folder, generated)
+    assert [row["seed"] for row in WeightZoo(folder).metadata] == list(range(45))
+
+
+@pytest.mark.slow
+def test_four_processes_extend_what_one_generated(digits_pipeline, generated, tmp_path):
+    folder = tmp_path / "zoo"
+    arguments = ["--pipeline", str(digits_pipeline), "--output-dir", str(folder), *GENERATE]
+    launch(1, "-m", "pdiff_hf.generate", *arguments, "--num-networks", "12")
+    launch(4, "-m", "pdiff_hf.generate", *arguments)
+    assert_same_zoo(folder, generated)
+
+
+@pytest.mark.slow
+def test_processes_share_the_seeds_of_an_independent_zoo(tmp_path):
+    for processes in (1, 2, 4):
+        folder = tmp_path / f"{processes}"
+        launch(processes, "-m", "pdiff_hf.collect", "--output-dir", str(folder), *COLLECT)
+        assert_same_zoo(folder, tmp_path / "1")
+    assert [row["seed"] for row in WeightZoo(folder).metadata] == list(range(150))
+
+
+@pytest.mark.slow
+def test_the_main_process_collects_a_trajectory(tmp_path):
+    for processes in (1, 2):
+        arguments = ["--task", "digits-mlp", "--epochs", "1", "--num-networks", "12"]
+        launch(processes, "-m", "pdiff_hf.collect", "--output-dir", str(tmp_path / f"{processes}"), *arguments)
+    assert_same_zoo(tmp_path / "2", tmp_path / "1")
+
+
+def evaluate_arguments(zoo: WeightZoo, pipeline: Path, generated: Path, folder: Path) -> list[str]:
+    arguments = ["--trained", str(zoo.folder), "--generated", str(generated), "--pipeline", str(pipeline)]
+    return ["-m", "pdiff_hf.evaluate", *arguments, "--networks-per-point", "20", "--output-dir", str(folder)]
+
+
+def report_of(folder: Path) -> dict:
+    report = json.loads((folder / "report.json").read_text())
+    del report["seconds"]
+    return report
+
+
+def assert_close(found, expected) -> None:
+    """Equal, but for the rounding of networks that run one by one in one report and at once in the other."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_close(found[key], value)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_close(one, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    else:
+        assert found == expected
+
+
+@pytest.mark.slow
+def test_processes_share_an_evaluation(digits_zoo, digits_pipeline, generated, tmp_path):
+    for processes in (1, 2, 4):
+        folder = tmp_path / f"{processes}"
+        launch(processes, *evaluate_arguments(digits_zoo, digits_pipeline, generated, folder))
+        assert_close(report_of(folder), report_of(tmp_path / "1"))
+        assert not (folder / "parts").exists()
+        assert (folder / "report.html").exists()
+
+
+def kill_one_process(command: list[str], ready: Callable[[], bool]) -> None:
+    """Starts two processes and kills the second as soon as something is there; the launcher ends the other."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    launcher = subprocess.Popen(
+        [sys.executable, *launch_command(2, *command)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not ready():
+        assert launcher.poll() is None, "It ended too early to be killed."
+        time.sleep(0.01)
+    workers = psutil.Process(launcher.pid).children(recursive=True)
+    second = [worker for worker in workers if worker.environ().get("RANK") == "1"]
+    assert second
+    second[0].kill()
+    assert launcher.wait(timeout=120) != 0
+
+
+@pytest.mark.slow
+def test_a_rerun_completes_what_a_killed_process_left(digits_pipeline, tmp_path):
+    folder = tmp_path / "zoo"
+    command = ["-m", "pdiff_hf.generate", "--pipeline", str(digits_pipeline)]
+    command += ["--num-networks", "400", "--batch-size", "4", "--num-inference-steps", "50"]
+    launch(1, *command, "--output-dir", str(tmp_path / "one"))
+    kill_one_process(
+        [*command, "--output-dir", str(folder)], lambda: len(list((folder / "parts").glob("*.safetensors"))) > 2
+    )
+    left = WeightZoo(folder)
+    kept = len(left) + sum(1 for _ in (folder / "parts").glob("*.safetensors"))
+    assert 0 < kept < 400
+    assert torch.equal(left.vectors(), WeightZoo(tmp_path / "one").vectors(range(len(left))))
+    # What lies ready is taken, not made again.
+    parts = {part.name: part.stat().st_mtime_ns for part in (folder / "parts").glob("*.safetensors")}
+    assert parts
+    launch(1, *command, "--output-dir", str(folder))
+    assert_same_zoo(folder, tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_an_evaluation_goes_on_where_it_was_killed(digits_zoo, digits_pipeline, generated, tmp_path):
+    folder = tmp_path / "report"
+    arguments = evaluate_arguments(digits_zoo, digits_pipeline, generated, folder)
+    kill_one_process(arguments, lambda: len(list((folder / "parts").glob("*.pt"))) > 20)
+    assert not (folder / "report.json").exists()
+    # Were they scored again, these would be written again.
+    parts = sorted((folder / "parts").glob("*.pt"))
+    for part in parts:
+        part.chmod(0o444)
+    written = {part.name: part.stat().st_mtime_ns for part in parts}
+    kill_one_process(arguments, lambda: len(list((folder / "parts").glob("*.pt"))) > len(parts) + 10)
+    assert all((folder / "parts" / name).stat().st_mtime_ns == time for name, time in written.items())
+    launch(2, *arguments)
+    launch(1, *evaluate_arguments(digits_zoo, digits_pipeline, generated, tmp_path / "one"))
+    assert_close(report_of(folder), report_of(tmp_path / "one"))
+
+
+def test_a_damaged_part_is_named(digits_pipeline, generated, tmp_path):
+    zoo = WeightZoo(generated)
+    folder = tmp_path / "zoo"
+    zoo.save_pretrained(folder)
+    (folder / "parts").mkdir()
+    part = folder / "parts" / "networks-44-to-48.safetensors"
+    part.write_bytes(b"damaged")
+    arguments = ["--pipeline", str(digits_pipeline), "--output-dir", str(folder), *GENERATE, "--num-networks", "48"]
+    with pytest.raises(AssertionError, match=r"networks-44-to-48\.safetensors is damaged"):
+        launch(1, "-m", "pdiff_hf.generate", *arguments)
+    part.unlink()
+    launch(1, "-m", "pdiff_hf.generate", *arguments)
+    assert len(WeightZoo(folder)) == 48
