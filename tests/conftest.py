@@ -65,10 +65,7 @@ def launch_command(processes: int, *command: str) -> list[str]:
 
 def launch(processes: int, *command: str) -> None:
     """Runs a module in several processes, or in one, which have to succeed."""
-    if processes == 1:
-        done = run(*command)
-    else:
-        done = run(*launch_command(processes, *command), ACCELERATE_USE_CPU="true")
+    done = run(*command) if processes == 1 else run(*launch_command(processes, *command), ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
 
 
