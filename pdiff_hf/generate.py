@@ -1,6 +1,7 @@
 """Stage 3: sample networks from a pipeline into a zoo."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class GenerateConfig:
     """Denoising steps."""
     scheduler: str | None = None
     """A scheduler class of diffusers, such as DPMSolverMultistepScheduler, instead of the pipeline's own."""
+    parameter_noise: float = 0.0
+    """Noise on each parameter, in units of its standard deviation over the zoo: more novel, less accurate networks."""
     batch_size: int | None = None
     """Networks sampled at a time by a process; by default 100, and fewer where they are large."""
     seed: int = 0
@@ -48,8 +51,8 @@ class GenerateConfig:
 
 def run_generate(config: GenerateConfig) -> WeightZoo:
     r"""
-    Samples networks, in one process or in several. The metadata of each names scheduler, steps and seed: the same
-    pipeline makes the network again with
+    Samples networks, in one process or in several. The metadata of each names scheduler, steps, noise and seed: the
+    same pipeline makes the network again with
     `pipe(generator=torch.Generator().manual_seed(row["seed"]), num_inference_steps=row["num_inference_steps"])`.
 
     Raises:
@@ -59,6 +62,8 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
     check_positive(config, "num_networks", "num_inference_steps")
     if config.batch_size is not None:
         check_positive(config, "batch_size")
+    if not 0 <= config.parameter_noise < math.inf:
+        raise ConfigError(f"parameter_noise has to be at least 0, and is {config.parameter_noise}.")
     state = processes()
     folder = Path(config.output_dir)
     if (folder / "model_index.json").exists():
@@ -91,6 +96,7 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
         ),
         "scheduler": type(pipe.scheduler).__name__,
         "num_inference_steps": config.num_inference_steps,
+        "parameter_noise": config.parameter_noise,
     }
 
     def sample(indices: range) -> list[tuple[torch.Tensor, dict]]:
@@ -99,6 +105,7 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
             num_networks=len(seeds),
             num_inference_steps=config.num_inference_steps,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            parameter_noise=config.parameter_noise,
             batch_size=len(seeds),
             output_type="pt",
         ).state_dicts

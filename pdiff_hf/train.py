@@ -63,6 +63,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
 
+    checkpoint_averaging: int = 1
+    """Consecutive networks of a trajectory whose averages are learned instead of single ones, for better accuracy."""
     latent_channels: int = 8
     """Channels of the latents."""
     latent_length: int = 8
@@ -262,6 +264,10 @@ def run_train(config: TrainConfig) -> NeuralNetworkDiffusionPipeline:
     zoo = WeightZoo.from_pretrained(config.zoo)
     if len(zoo) < 2:
         raise ZooError(f"{config.zoo} has {len(zoo)} network: a distribution needs at least two, and better hundreds.")
+    if len(zoo) - config.checkpoint_averaging < 1:
+        raise ConfigError(
+            f"checkpoint_averaging {config.checkpoint_averaging} leaves fewer than two of {len(zoo)} networks."
+        )
     with Training(config) as training:
         return _train(config, zoo, training)
 
@@ -320,22 +326,34 @@ def _encode(
 
     # 2. Autoencoder
     vae = ParameterAutoencoderKL(layout.vector_size, config.latent_channels, config.latent_length)
+    together = config.checkpoint_averaging
     every = -(-len(zoo) // MOST_FITTED)
-    width = max(1, BATCH_VALUES * every // len(zoo))
-    starts = range(0, layout.vector_size, width)
-    shares = vae.fit(lambda: (layout.normalize(zoo.columns(s, s + width, every), s) for s in starts))
+    width = max(1, BATCH_VALUES // len(zoo)) * (every if together == 1 else 1)
+
+    def columns(start: int) -> torch.Tensor:
+        if together == 1:
+            return layout.normalize(zoo.columns(start, start + width, every), start)
+        return _averages(layout.normalize(zoo.columns(start, start + width), start), together)[::every]
+
+    shares = vae.fit(lambda: (columns(start) for start in range(0, layout.vector_size, width)))
     vae.to(device)
     with torch.no_grad():
         batches = (layout.normalize(batch).to(vae.device) for batch in zoo.batches())
-        latents = torch.cat([vae.encode(batch).latent_dist.mean.cpu() for batch in batches])
+        # Linear: latents of averages are averages of latents.
+        latents = _averages(torch.cat([vae.encode(batch).latent_dist.mean.cpu() for batch in batches]), together)
     print(f"{len(latents[0].flatten())} latents explain {100 * shares.sum():.4f} % of the variance.")
     return layout, vae, latents
+
+
+def _averages(rows: torch.Tensor, together: int) -> torch.Tensor:
+    """Means of so many consecutive rows, `[N, ...]` to `[N - together + 1, ...]`."""
+    return rows if together == 1 else rows.unfold(0, together, 1).mean(-1)
 
 
 def _check(config: TrainConfig) -> None:
     check_positive(
         config,
-        *("batch_size", "gradient_accumulation_steps", "latent_channels", "latent_length"),
+        *("batch_size", "gradient_accumulation_steps", "checkpoint_averaging", "latent_channels", "latent_length"),
         *("unet_steps", "layers_per_block", "checkpointing_steps"),
     )
     if config.checkpoints_total_limit is not None:

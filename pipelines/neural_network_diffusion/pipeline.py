@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +60,15 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, vae=vae, layout=layout, scheduler=scheduler)
 
     def check_inputs(
-        self, num_networks, num_inference_steps, generator, latents, batch_size, output_type, tensor_inputs
+        self,
+        num_networks,
+        num_inference_steps,
+        generator,
+        latents,
+        parameter_noise,
+        batch_size,
+        output_type,
+        tensor_inputs,
     ):
         """Raises `ValueError` for arguments of `__call__` that do not fit together."""
         for name, value in (
@@ -69,6 +78,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         ):
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"`{name}` has to be a positive integer, and is {value!r}.")
+        if not 0 <= parameter_noise < math.inf:
+            raise ValueError(f"`parameter_noise` has to be at least 0, and is {parameter_noise!r}.")
         if isinstance(generator, (list, tuple)) and len(generator) != num_networks:
             raise ValueError(
                 f"{len(generator)} generators were passed for {num_networks} networks: pass one for each."
@@ -107,6 +118,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        parameter_noise: float = 0.0,
         batch_size: int = 100,
         output_type: str = "state_dict",
         return_dict: bool = True,
@@ -128,6 +140,10 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                 (up to rounding) whatever `batch_size` and device are, and the first networks stay the same when
                 `num_networks` grows.
             latents (`torch.Tensor`, *optional*): Noise `[num_networks, C, L]` to start from instead of drawn noise.
+            parameter_noise (`float`, *optional*, defaults to 0.0):
+                Standard deviation of Gaussian noise on each decoded parameter, in units of the parameter's own over
+                the training zoo: what a sample of the autoencoder's likelihood has over its mean. Networks become
+                more novel and less accurate, as with noise on training networks; constants stay.
             batch_size (`int`, *optional*, defaults to 100): Networks denoised and decoded at a time.
             output_type (`str`, *optional*, defaults to `"state_dict"`):
                 `"state_dict"` (on the CPU, complete, in the base network's dtypes; frozen tensors are shared among
@@ -166,6 +182,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             num_inference_steps,
             generator,
             latents,
+            parameter_noise,
             batch_size,
             output_type,
             callback_on_step_end_tensor_inputs,
@@ -202,6 +219,10 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                 # 5. Decode
                 if output_type != "latent":
                     normalized = self.vae.decode(batch.to(self.vae.dtype), return_dict=False)[0]
+                    if parameter_noise:
+                        normalized = normalized + parameter_noise * randn_tensor(
+                            normalized.shape, batch_generators, normalized.device, normalized.dtype
+                        )
                     batch = self.layout(normalized, return_dict=False)[0]
                 batches.append(batch if output_type in ("pt", "latent") else batch.cpu())
 

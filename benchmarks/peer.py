@@ -1,0 +1,144 @@
+"""Generated networks against those of the published implementation, learned from the very same zoo.
+
+Needs a safetensors file with `trained` (the zoo: 200 checkpoints of a digits ConvNet), `published_generated` (what the
+published implementation generated from it), and the inputs and targets of that ConvNet's test split. Prints for both,
+and for the plainest baselines: accuracy (mean and minimum), largest similarity to a training network, seconds. Our
+rows differ in `checkpoint_averaging` and `parameter_noise`, which move a generator along the front of accuracy against
+novelty; all of them are printed, none is chosen.
+
+The seconds of the published implementation were measured on one thread with its published sizes, and are given.
+"""
+
+import json
+import platform
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from safetensors.torch import load_file
+
+from pdiff_hf import ParameterLayout, TrainConfig, WeightZoo, load_task, run_train
+from pdiff_hf.config import versions
+from pdiff_hf.evaluate.baselines import Baseline, Source
+from pdiff_hf.evaluate.measures import Scorer, similarity
+from pdiff_hf.tasks.digits import DigitsConvNet
+
+
+PUBLISHED_SECONDS = {"train": 1055 + 1801, "generate": 1270}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compares with the published implementation."""
+
+    peer: str
+    """The safetensors file."""
+    averaging: tuple[int, ...] = (1, 50, 100)
+    noise: tuple[float, ...] = (0.0, 1.0, 1.5, 2.0)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    num_networks: int = 100
+    """Of each seed."""
+    threads: int = 1
+    output: str | None = None
+    """A JSON file for the figures."""
+
+
+class PeerTask(DigitsConvNet):
+    """The ConvNet of the file, and its test split."""
+
+    def __init__(self, peer: dict[str, torch.Tensor]):
+        self.peer = peer
+
+    def data(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The file has no validation split, and nothing is chosen here."""
+        return self.peer["test_inputs"], self.peer["test_targets"]
+
+
+def main(config: Config) -> None:
+    """Measures and prints."""
+    torch.set_num_threads(config.threads)
+    peer = load_file(config.peer)
+    network = load_task("digits-convnet").build_network()
+    rows: list[dict[str, Any]] = []
+    print("networks | accuracy: mean, min | similarity | train, s | generate 100, s | as good in both")
+    with tempfile.TemporaryDirectory() as folder:
+        layout = ParameterLayout.from_state_dict(network.state_dict())
+        with WeightZoo.create(Path(folder, "zoo"), layout) as zoo:
+            for vector in peer["trained"]:
+                zoo.append(vector)
+        scorer = Scorer(PeerTask(peer), zoo, torch.device("cpu"))
+        trained = scorer(zoo.vectors, len(zoo), "trained").wrong
+
+        def row(name: str, vectors: torch.Tensor, **seconds: float) -> None:
+            scores = scorer(lambda some: vectors[some.start : some.stop], len(vectors), name)
+            accuracy = scores.test
+            figures = {
+                "networks": name,
+                "mean": accuracy.mean().item(),
+                "standard_error": (accuracy.std() / len(accuracy) ** 0.5).item(),
+                "min": accuracy.min().item(),
+                "similarity": similarity(scores.wrong, trained).amax(1).mean().item(),
+                **seconds,
+            }
+            rows.append(figures)
+            figures["as_good"] = figures["mean"] >= rows[0]["mean"] and figures["similarity"] <= rows[0]["similarity"]
+            timings = " | ".join(f"{seconds[key]:.2f}" if key in seconds else "" for key in ("train_s", "generate_s"))
+            print(
+                f"{name} | {100 * figures['mean']:.2f} ±{100 * figures['standard_error']:.2f}, "
+                f"{100 * figures['min']:.2f} | {figures['similarity']:.3f} | {timings} | {figures['as_good']}",
+                flush=True,
+            )
+
+        row(
+            "published",
+            peer["published_generated"],
+            train_s=PUBLISHED_SECONDS["train"],
+            generate_s=PUBLISHED_SECONDS["generate"],
+        )
+        source = Source(zoo)
+        for kind, strength in (("soup", 16), ("gaussian", 1), ("gaussian", 2), ("noise", 1), ("low-rank-gaussian", 1)):
+            row(f"{kind} {strength}", Baseline(source, kind, strength).vectors(list(range(300))))
+        for averaging in config.averaging:
+            pipes, train_seconds = [], 0.0
+            for seed in config.seeds:
+                start = time.perf_counter()
+                settings = TrainConfig(
+                    zoo=str(zoo.folder),
+                    output_dir=str(Path(folder, f"pipeline-{averaging}-{seed}")),
+                    seed=seed,
+                    checkpoint_averaging=averaging,
+                    checkpointing_steps=10**9,
+                )
+                pipes.append(run_train(settings))
+                pipes[-1].set_progress_bar_config(disable=True)
+                train_seconds += (time.perf_counter() - start) / len(config.seeds)
+            for noise in config.noise:
+                start = time.perf_counter()
+                vectors = [
+                    pipe(
+                        config.num_networks,
+                        generator=torch.Generator().manual_seed(seed),
+                        parameter_noise=noise,
+                        output_type="pt",
+                    ).state_dicts
+                    for seed, pipe in zip(config.seeds, pipes, strict=True)
+                ]
+                seconds = (time.perf_counter() - start) / len(config.seeds)
+                name = f"ours, averages of {averaging}, noise {noise}"
+                row(name, torch.cat(vectors), train_s=train_seconds, generate_s=seconds)
+    if config.output:
+        facts = {
+            "threads": config.threads,
+            "networks": config.num_networks * len(config.seeds),
+            "machine": f"{platform.system()} {platform.machine()}",
+            "versions": versions(),
+        }
+        Path(config.output).write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
