@@ -73,22 +73,26 @@ def main(config: Config) -> None:
         draw(rows, f"{config.output}.png")
 
 
+def make_zoo(folder: str | Path, size: int, num_networks: int) -> None:
+    """Points of a smooth random curve, with noise."""
+    generator = torch.Generator().manual_seed(0)
+    layout = ParameterLayout.from_state_dict({"weight": torch.zeros(size)})
+    directions = 0.05 * torch.randn(4, size, generator=generator)
+    base = torch.randn(size, generator=generator)
+    with WeightZoo.create(folder, layout) as zoo:
+        for index in range(num_networks):
+            angle = torch.arange(1, 5) * (3 * index / num_networks)
+            noise = 0.005 * torch.randn(size, generator=generator)
+            zoo.append(base + angle.sin() @ directions + noise)
+
+
 def measure(config: Config, size: int) -> dict[str, float]:
     """All stages for one size."""
     torch.set_num_threads(config.threads)
     with tempfile.TemporaryDirectory(dir=config.work_dir) as folder:
         zoo_folder, pipeline, generated = (str(Path(folder, name)) for name in ("zoo", "pipeline", "generated"))
         start = time.perf_counter()
-        generator = torch.Generator().manual_seed(0)
-        layout = ParameterLayout.from_state_dict({"weight": torch.zeros(size)})
-        directions = 0.05 * torch.randn(4, size, generator=generator)
-        base = torch.randn(size, generator=generator)
-        with WeightZoo.create(zoo_folder, layout) as zoo:
-            for index in range(config.num_networks):
-                angle = torch.arange(1, 5) * (3 * index / config.num_networks)
-                noise = 0.005 * torch.randn(size, generator=generator)
-                zoo.append(base + angle.sin() @ directions + noise)
-        del directions, base, noise
+        make_zoo(zoo_folder, size, config.num_networks)
         made = time.perf_counter()
         steps = config.training_steps
         run_train(TrainConfig(zoo=zoo_folder, output_dir=pipeline, unet_steps=steps, checkpointing_steps=10**9))

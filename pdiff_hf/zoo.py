@@ -90,7 +90,7 @@ class WeightZoo:
         self._read_description()
         if fetch is None:
             self._shards = self._find_shards()
-            self._sizes = [self._shard_size(shard) for shard in self._shards]
+            self._sizes = self._find_sizes()
             for shard, size in zip(self._shards, self._sizes, strict=True):
                 full = size == self.networks_per_shard
                 if not full and (shard is not self._shards[-1] or not 0 < size < self.networks_per_shard):
@@ -357,10 +357,10 @@ class WeightZoo:
         return torch.cat([part.float() for part in parts])
 
     def _open_shard(self, shard: int) -> Path:
-        """The file of a shard; where it comes from the Hub, it is checked before its first use, cached or not."""
+        """The file of a shard, which is checked before its first use; from the Hub, whether cached or not."""
         file = self._shards[shard]
-        if self._fetch is not None and shard not in self._checked:
-            if not file.exists():
+        if shard not in self._checked:
+            if self._fetch is not None and not file.exists():
                 file = self._fetch(file.name)
             if self._shard_size(file) != self._sizes[shard]:
                 raise ZooError(f"{file} does not hold the {self._sizes[shard]} networks that metadata.jsonl names.")
@@ -461,6 +461,7 @@ class WeightZoo:
         last = self._shard_path(total, total).name
         self._write(last, lambda path: save_file({"networks": networks}, path), rename_shards)
         self._sizes[total - 1 :] = [len(networks)]
+        self._checked.add(total - 1)
 
     def _write(self, name: str, write: Callable[[Path], Any], before_move: Callable[[], None]) -> None:
         """Writes a file beside its place and moves it there, so that it is there whole or not at all."""
@@ -575,6 +576,19 @@ class WeightZoo:
             names = f"{missing}" if len(missing) < 10 else f"{missing[0]} to {missing[-1]}"
             raise ZooError(f"{self.folder} lacks the shards {names}: copy or download it again.")
         return [found[number] for number in sorted(found)]
+
+    def _find_sizes(self) -> list[int]:
+        """Networks of each shard. All but the last are full: where their files are of one size, one of them stands for
+        the others until these are used, since opening hundreds takes time."""
+        full, opened = self._shards[:-1], self._shards
+        try:
+            if len({shard.stat().st_size for shard in full}) == 1:
+                opened = [self._shards[0], self._shards[-1]]
+        except OSError as error:
+            raise ZooError(f"{self.folder} cannot be read: {error}") from error
+        sizes = {shard: self._shard_size(shard) for shard in opened}
+        self._checked = {index for index, shard in enumerate(self._shards) if shard in sizes}
+        return [sizes.get(shard, self.networks_per_shard) for shard in self._shards]
 
     def _shard_size(self, shard: Path) -> int:
         try:

@@ -4,7 +4,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..zoo import WeightZoo, ZooError, make_layout
 from . import pictures
 from .alignment import Alignment, aligned_distances
 from .baselines import KINDS, Baseline, Source
-from .measures import Scorer, Scores, batches, distances, outside_span, parameter_statistics, similarity
+from .measures import Scorer, Scores, distances, mean, outside_span, parameter_statistics, similarity
 from .report import table, write_report
 from .verdict import COPY_RATIO, Place, Plane, verdict
 
@@ -38,6 +38,9 @@ ALIGNED_CANDIDATES = 4
 # Matching the units of larger networks takes minutes.
 MOST_ALIGNED = 10**6
 TRAJECTORY_NETWORKS = 20
+MAPPED_NETWORKS = 50
+# Parameters of all networks of a baseline that are made at a time: for each time, the whole zoo is read.
+BASELINE_VALUES = 2**27
 
 Networks = WeightZoo | str | Path | Sequence[Mapping[str, torch.Tensor]]
 Generator = Callable[..., Any]
@@ -261,7 +264,7 @@ class _Study:
 
     def _score_groups(self) -> None:
         self.scores["trained"] = trained = self._score(self.trained, "trained")
-        self.scores["soup"] = self.scorer(lambda _: self._mean().float()[None], 1, "soup", calibrate=True)
+        self.scores["soup"] = self.scorer(lambda _: mean(self.trained).float()[None], 1, "soup", calibrate=True)
         if trained.ensembles[-1]["predictions"] is not None:
             self.scores["ensemble"] = self.scorer.single(trained.ensembles[-1]["predictions"])
         self.scores["generated"] = self._score(self.generated, "generated")
@@ -276,12 +279,6 @@ class _Study:
                 latents,
                 calibrate=True,
             )
-
-    def _mean(self) -> torch.Tensor:
-        total = torch.zeros(self.trained.vector_size, dtype=torch.float64)
-        for batch in batches(self.trained):
-            total += batch.sum(0)
-        return total / len(self.trained)
 
     @torch.no_grad()
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -331,6 +328,7 @@ class _Study:
             count,
             f"{kind} {strength}",
             torch.tensor(seeds),
+            most_values=BASELINE_VALUES,
         )
         return strength, scores, self.plane.place(scores, seed)
 
@@ -396,7 +394,7 @@ class _Study:
             *pictures.parameters(self.trained, self.generated, folder),
             *pictures.overlap(wrong["trained"], wrong["generated"], folder),
             *pictures.calibration(report, folder),
-            *pictures.weight_map(self._mapped(), folder),
+            *pictures.weight_map(self.trained, self._mapped(), folder),
         ]
         if denoising is not None:
             files += pictures.denoising(*denoising, report, folder)
@@ -404,15 +402,21 @@ class _Study:
             files += pictures.training(self.pipeline, *latents, report, folder)
         return files
 
-    def _mapped(self) -> dict[str, torch.Tensor]:
-        """Networks for the map, as vectors."""
-        draws = list(range(50))
-        few = Baseline(self.source, "gaussian", 1.0), Baseline(self.source, "soup", min(16, len(self.trained)))
+    def _mapped(self) -> dict[str, Iterator[torch.Tensor]]:
+        """Networks for the map, as vectors `[n, P]` at a time."""
+        together = max(1, min(MAPPED_NETWORKS, BASELINE_VALUES // self.trained.vector_size))
+
+        def made(kind: str, strength: float) -> Iterator[torch.Tensor]:
+            baseline = Baseline(self.source, kind, strength)
+            for start in range(0, MAPPED_NETWORKS, together):
+                yield baseline.vectors(list(range(start, min(start + together, MAPPED_NETWORKS))))
+
         return {
-            "trained": self.trained.vectors(),
-            "generated": self.generated.vectors(),
-            **({} if self.fresh is None else {"fresh": self.fresh.vectors()}),
-            **{b.kind: b.vectors(draws) for b in few},
+            "trained": self.trained.batches(),
+            "generated": self.generated.batches(),
+            **({} if self.fresh is None else {"fresh": self.fresh.batches()}),
+            "gaussian": made("gaussian", 1.0),
+            "soup": made("soup", min(16, len(self.trained))),
         }
 
     def denoising(self) -> tuple[list[int], list[torch.Tensor]] | None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ class Scorer:
         name: str,
         key: torch.Tensor | None = None,
         calibrate: bool = False,
+        most_values: int = BATCH_VALUES,
     ) -> Scores:
         r"""
         Args:
@@ -130,10 +132,12 @@ class Scorer:
             name (`str`): What they are.
             key (`torch.Tensor`, *optional*): With the name and the zoo, tells these networks from all others.
             calibrate (`bool`, *optional*, defaults to `False`): Whether to measure calibration and ensembles too.
+            most_values (`int`, *optional*): Parameters of all networks together that `vectors` is asked for at once.
 
         Raises:
             `RuntimeError`: the networks do not fit the task.
         """
+        together = max(1, min(64, most_values // self.layout.vector_size))
         sizes = sorted({*(2**power for power in range(count.bit_length())), count})
         ranks = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         # How networks are split depends on their number alone: sums are the same whoever adds their terms.
@@ -143,11 +147,11 @@ class Scorer:
         def score(group: int) -> dict[str, Any]:
             indices = range(bounds[group], bounds[group + 1])
             if self.parts is None:
-                return self._score(vectors, indices, ranks, sizes if calibrate else [], name)
+                return self._score(vectors, indices, together, ranks, sizes if calibrate else [], name)
             part = self.parts / f"{_sha256(self._digest, name, key, count, group, calibrate)}.pt"
             if part.exists():
                 return torch.load(part, weights_only=True)
-            scored = self._score(vectors, indices, ranks, sizes if calibrate else [], name)
+            scored = self._score(vectors, indices, together, ranks, sizes if calibrate else [], name)
             self.parts.mkdir(parents=True, exist_ok=True)
             torch.save(scored, part.with_suffix(".part"))
             part.with_suffix(".part").replace(part)
@@ -182,6 +186,7 @@ class Scorer:
         self,
         vectors: Callable[[range], torch.Tensor],
         indices: range,
+        together: int,
         ranks: torch.Tensor,
         sizes: list[int],
         name: str,
@@ -192,7 +197,6 @@ class Scorer:
         finite, calibration = [], []
         sums: dict[str, Any] = {}
         members = torch.zeros(len(sizes), dtype=torch.long)
-        together = max(1, min(64, BATCH_VALUES // self.layout.vector_size))
         starts = range(0, len(indices), together)
         for start in tqdm(starts, desc=f"score {name}", unit="batch", leave=False, disable=len(starts) == 1):
             some = indices[start : start + together]
@@ -323,10 +327,23 @@ def batches(zoo: WeightZoo) -> Iterator[torch.Tensor]:
         yield batch.double()
 
 
+def mean(zoo: WeightZoo) -> torch.Tensor:
+    """The average network, in double precision."""
+    return reduce(torch.add, (batch.sum(0) for batch in batches(zoo))) / len(zoo)
+
+
+def columns(*zoos: WeightZoo) -> Iterator[list[torch.Tensor]]:
+    """The same parameters of all networks of each zoo in double precision, `[N, p]`, a bounded amount at a time."""
+    width = max(1, BATCH_VALUES // max(map(len, zoos)))
+    for start in range(0, zoos[0].vector_size, width):
+        yield [zoo.columns(start, start + width).double() for zoo in zoos]
+
+
 def distances(a: WeightZoo, b: WeightZoo) -> torch.Tensor:
     """L2 distances of parameter vectors, `[N, M]`, without the cancellation that inner products would bring."""
     exact = "donot_use_mm_for_euclid_dist"
-    return torch.cat([torch.cat([torch.cdist(x, y, compute_mode=exact) for y in batches(b)], 1) for x in batches(a)])
+    squares = (torch.cdist(x, y, compute_mode=exact).square() for x, y in columns(a, b))
+    return reduce(torch.add, squares).sqrt()
 
 
 def outside_span(trained: WeightZoo, generated: WeightZoo, nearest: torch.Tensor, away: torch.Tensor) -> float:
@@ -340,11 +357,11 @@ def outside_span(trained: WeightZoo, generated: WeightZoo, nearest: torch.Tensor
         nearest (`torch.Tensor`): Index of the nearest training network of each, `[n]`.
         away (`torch.Tensor`): The distance to it, `[n]`.
     """
-    mean = torch.stack([batch.sum(0) for batch in batches(trained)]).sum(0) / len(trained)
-    of_trained, of_generated = (
-        torch.cat([torch.cat([(x - mean) @ (y - mean).T for y in batches(zoo)], 1) for x in batches(trained)])
-        for zoo in (trained, generated)
-    )
+    of_trained, of_generated = torch.zeros(()), torch.zeros(())
+    for x, y in columns(trained, generated):
+        centre = x.mean(0)
+        of_trained = of_trained + (x - centre) @ (x - centre).T
+        of_generated = of_generated + (x - centre) @ (y - centre).T
     products = of_generated - of_trained[:, nearest]
     inside = (products * (torch.linalg.pinv(of_trained, hermitian=True, rtol=1e-10) @ products)).sum(0)
     share = torch.where(away > 0, 1 - inside / away.square().clamp_min(1e-300), 0.0)
@@ -374,11 +391,11 @@ def parameter_statistics(trained: WeightZoo, generated: WeightZoo) -> list[dict[
 
 def tensor_values(*zoos: WeightZoo) -> dict[str, tuple[torch.Tensor, ...]]:
     """Values of each generated tensor in each zoo, evenly picked: at most `VALUES_PER_TENSOR` of each."""
-    picked = [zoo.vectors(sorted({*range(0, len(zoo), -(-len(zoo) // 50))})) for zoo in zoos]
     values, start = {}, 0
     for tensor in zoos[0].layout.tensors("generated"):
         size = torch.Size(tensor["shape"]).numel()
-        parts = [vectors[:, start : start + size].flatten() for vectors in picked]
-        values[tensor["name"]] = tuple(part[:: -(-len(part) // VALUES_PER_TENSOR)] for part in parts)
+        parts = [zoo.columns(start, start + size)[:: -(-len(zoo) // 50)].flatten() for zoo in zoos]
+        # Copies: a view of the few would keep all.
+        values[tensor["name"]] = tuple(part[:: -(-len(part) // VALUES_PER_TENSOR)].clone() for part in parts)
         start += size
     return values

@@ -1,6 +1,8 @@
 """The pictures of a report, in one style: legible in print, in Okabe and Ito's colours, which all can tell apart."""
 
 import json
+from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from ..extras import require
 from ..zoo import WeightZoo
 from .baselines import LABELS as BASELINES
-from .measures import Scores, similarity, tensor_values
+from .measures import Scores, columns, similarity, tensor_values
 
 
 BLUE, ORANGE, GREEN, YELLOW, PURPLE, SKY, RED = (
@@ -137,12 +139,13 @@ def calibration(report: dict[str, Any], folder: Path) -> list[Path]:
     return _save(figure, folder, "calibration")
 
 
-def weight_map(groups: dict[str, torch.Tensor], folder: Path) -> list[Path]:
-    """All networks on the first two principal components of the training networks."""
-    trained = groups["trained"]
-    mean = trained.mean(0)
-    values, vectors = torch.linalg.eigh((trained - mean) @ (trained - mean).T)
-    axes_ = (trained - mean).T @ (vectors[:, [-1, -2]] / values[[-1, -2]].clamp_min(1e-12).sqrt())
+def weight_map(trained: WeightZoo, groups: dict[str, Iterator[torch.Tensor]], folder: Path) -> list[Path]:
+    """All networks, `[n, P]` at a time, on the first two principal components of the training networks."""
+    centred = (x - x.mean(0) for (x,) in columns(trained))
+    values, vectors = torch.linalg.eigh(reduce(torch.add, (x @ x.T for x in centred)))
+    scaled = vectors[:, [-1, -2]] / values[[-1, -2]].clamp_min(1e-12).sqrt()
+    blocks = [((x - x.mean(0)).T @ scaled, x.mean(0)) for (x,) in columns(trained)]
+    axes_, mean = (torch.cat(parts).float() for parts in zip(*blocks, strict=True))
     shares = values.clamp_min(0)[[-1, -2]] / values.clamp_min(1e-12).sum()
     figure, ax = _figure(5.6, 4.6)
     styles = (
@@ -155,7 +158,7 @@ def weight_map(groups: dict[str, torch.Tensor], folder: Path) -> list[Path]:
     names = NAMES | {"gaussian": "per-parameter Gaussian", "soup": "soups"}
     for name, marker, size in styles:
         if name in groups:
-            x, y = ((groups[name] - mean) @ axes_).T.numpy()
+            x, y = torch.cat([(vectors - mean) @ axes_ for vectors in groups[name]]).T.numpy()
             colour = {"color": COLOURS[name]} if marker == "x" else {"facecolor": COLOURS[name], "linewidths": 0}
             ax.scatter(x, y, s=size, marker=marker, alpha=0.6, label=names[name], **colour)
     ax.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
