@@ -1,8 +1,8 @@
-"""Seconds and peak memory of the stages against the number of parameters of a network.
+"""Seconds and peak memory of the stages against the number of parameters of a network, and against that of networks.
 
-Each size runs in a process of its own, on a zoo that is made up: 50 points of a smooth random curve with noise, which
-has the numerics of a trajectory. The denoiser works on latents, whose size is the same for all, so a few of its steps
-stand for many. Prints a row for each size, and writes figures and a picture.
+Each zoo has a process of its own and is made up: points of a smooth random curve with noise, which has the numerics of
+a trajectory. As many networks are generated for all zoos. The denoiser works on latents, whose size is the same for
+all, so a few of its steps stand for many. Prints a row for each zoo, and writes figures and a picture.
 """
 
 import json
@@ -29,26 +29,31 @@ class Config:
     sizes: tuple[int, ...] = (10**3, 10**4, 10**5, 10**6, 10**7)
     """Parameters of a network."""
     num_networks: int = 50
-    """In the zoo, and generated."""
+    """In the zoos of all sizes, and generated."""
+    counts: tuple[int, ...] = (10**2, 10**3, 10**4, 10**5)
+    """Networks in the zoos of one size."""
+    size_of_counts: int = 10**3
+    """Parameters of a network in these."""
     training_steps: int = 100
     threads: int = 1
     work_dir: str | None = None
     """Where zoos and pipelines go; a temporary folder otherwise."""
     output: str | None = None
     """Path, without suffix, of the figures (.json) and the picture (.png)."""
-    only: int | None = None
-    """Measure one size in this process, and print its figures."""
+    only: tuple[int, int] | None = None
+    """Measure one zoo of this size and number in this process, and print its figures."""
 
 
 def main(config: Config) -> None:
     """Measures each size in a process of its own."""
     if config.only is not None:
-        print(json.dumps(measure(config, config.only)))
+        print(json.dumps(measure(config, *config.only)))
         return
     rows = []
-    print("parameters | zoo, GB | make the zoo, s | train, s | generate, s | of that a network, s | peak memory, GB")
-    for size in config.sizes:
-        arguments = ["--only", str(size), "--num-networks", str(config.num_networks)]
+    print("parameters | networks | zoo, GB | make the zoo, s | train, s | generate, s | one, s | peak memory, GB")
+    sizes = [(size, config.num_networks) for size in config.sizes]
+    for size, count in [*sizes, *((config.size_of_counts, count) for count in config.counts)]:
+        arguments = ["--only", str(size), str(count), "--num-networks", str(config.num_networks)]
         arguments += ["--training-steps", str(config.training_steps), "--threads", str(config.threads)]
         arguments += [] if config.work_dir is None else ["--work-dir", config.work_dir]
         command = [sys.executable, "-m", "benchmarks.scaling", *arguments]
@@ -63,14 +68,14 @@ def main(config: Config) -> None:
         )
     if config.output:
         facts = {
-            "networks": config.num_networks,
+            "generated": config.num_networks,
             "training_steps": config.training_steps,
             "threads": config.threads,
             "machine": f"{platform.system()} {platform.machine()}",
             "versions": versions(),
         }
         Path(f"{config.output}.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-        draw(rows, f"{config.output}.png")
+        draw(rows[: len(sizes)], rows[len(sizes) :], f"{config.output}.png")
 
 
 def make_zoo(folder: str | Path, size: int, num_networks: int) -> None:
@@ -86,13 +91,13 @@ def make_zoo(folder: str | Path, size: int, num_networks: int) -> None:
             zoo.append(base + angle.sin() @ directions + noise)
 
 
-def measure(config: Config, size: int) -> dict[str, float]:
-    """All stages for one size."""
+def measure(config: Config, size: int, count: int) -> dict[str, float]:
+    """All stages for one zoo."""
     torch.set_num_threads(config.threads)
     with tempfile.TemporaryDirectory(dir=config.work_dir) as folder:
         zoo_folder, pipeline, generated = (str(Path(folder, name)) for name in ("zoo", "pipeline", "generated"))
         start = time.perf_counter()
-        make_zoo(zoo_folder, size, config.num_networks)
+        make_zoo(zoo_folder, size, count)
         made = time.perf_counter()
         steps = config.training_steps
         run_train(TrainConfig(zoo=zoo_folder, output_dir=pipeline, unet_steps=steps, checkpointing_steps=10**9))
@@ -103,6 +108,7 @@ def measure(config: Config, size: int) -> dict[str, float]:
         assert len(zoo) == config.num_networks
         return {
             "parameters": size,
+            "networks": count,
             "zoo_gb": gigabytes,
             "zoo_s": made - start,
             "train_s": trained - made,
@@ -113,27 +119,31 @@ def measure(config: Config, size: int) -> dict[str, float]:
         }
 
 
-def draw(rows: list[dict[str, float]], file: str) -> None:
-    """Seconds and memory against parameters."""
+def draw(by_size: list[dict[str, float]], by_count: list[dict[str, float]], file: str) -> None:
+    """Seconds and memory against parameters and against networks."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.8, 3.2), layout="constrained")
-    seconds, memory = figure.subplots(ncols=2)
-    sizes = [row["parameters"] for row in rows]
-    for key, label, colour, marker in (
-        ("train_s", "train", "#0072B2", "o"),
-        ("generate_s", "generate", "#D55E00", "^"),
-    ):
-        seconds.plot(sizes, [row[key] for row in rows], color=colour, marker=marker, label=label)
-    memory.plot(sizes, [row["peak_memory_gb"] for row in rows], color="#0072B2", marker="o", label="peak memory")
-    memory.plot(sizes, [row["zoo_gb"] for row in rows], color="#E69F00", marker="s", label="zoo on disk")
-    for axes, label in ((seconds, "seconds"), (memory, "GB")):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("parameters of a network")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    figure = Figure(figsize=(7.2, 5.4), layout="constrained")
+    panels = figure.subplots(2, 2)
+    curves = (
+        (("train_s", "train", "#0072B2", "o"), ("generate_s", "generate", "#D55E00", "^")),
+        (("peak_memory_gb", "peak memory", "#0072B2", "o"), ("zoo_gb", "zoo on disk", "#E69F00", "s")),
+    )
+    settings = (
+        (by_size, "parameters", f"parameters of a network, {by_size[0]['networks']} networks"),
+        (by_count, "networks", f"networks in the zoo, {by_count[0]['parameters']} parameters"),
+    )
+    for column, (rows, key, label) in enumerate(settings):
+        for row, (lines, unit) in enumerate(zip(curves, ("seconds", "GB"), strict=True)):
+            axes = panels[row][column]
+            for name, text, colour, marker in lines:
+                axes.plot([r[key] for r in rows], [r[name] for r in rows], color=colour, marker=marker, label=text)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlabel(label)
+            axes.set_ylabel(unit)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
     figure.savefig(file, dpi=150)
 
 

@@ -1,11 +1,10 @@
 """Whole real networks through all four stages: seconds, peak memory, and whether what is generated works.
 
 Every tensor is generated, the statistics of batch norm included: an MLP of a million parameters on MNIST, and a
-ResNet-18 of eleven million on scikit-learn's digits, enlarged to 16x16 (32x32 take
-four times as long and have as many parameters). Each stage runs in a process of its own. Peak
-memory is the largest resident set of that process, where pages of memory-mapped files count too. Stages whose figures
-are in the work folder are not run again; one that was interrupted goes on, and its seconds are those of the last
-process.
+ResNet-18 of eleven million on scikit-learn's digits, enlarged to 16x16 (32x32 take four times as long and have as many
+parameters), whose zoo is stored in bfloat16. Each stage runs in a process of its own. Peak memory is the largest
+resident set of that process, where pages of memory-mapped files count too. Stages whose figures are in the work folder
+are not run again; one that was interrupted goes on, and its seconds are those of the last process.
 """
 
 import json
@@ -37,6 +36,7 @@ from pdiff_hf import (
 from pdiff_hf.config import versions
 from pdiff_hf.tasks.digits import DigitsConvNet
 from pdiff_hf.tasks.resnet import ResNet
+from pdiff_hf.zoo import ZooDtype
 
 
 class MLP1M(_Images):
@@ -75,11 +75,12 @@ class Setting:
     task: str
     networks_per_point: int
     goal_gb: float
+    dtype: ZooDtype = "float32"
 
 
 SETTINGS = {
     "mlp-1m": Setting("benchmarks.whole_networks:MLP1M", networks_per_point=20, goal_gb=3),
-    "resnet18": Setting("benchmarks.whole_networks:ResNet18", networks_per_point=2, goal_gb=8),
+    "resnet18": Setting("benchmarks.whole_networks:ResNet18", networks_per_point=2, goal_gb=8, dtype="bfloat16"),
 }
 STAGES = ("collect", "train", "generate", "evaluate")
 GROUPS = {"trained": "original", "reconstructed": "reconstructed", "generated": "generated", "soup": "soup"}
@@ -142,7 +143,7 @@ def run_stage(config: Config, name: str, stage: str) -> None:
     count, task = config.num_networks, setting.task
     start = time.perf_counter()
     if stage == "collect":
-        run_collect(CollectConfig(task=task, output_dir=zoo, num_networks=count))
+        run_collect(CollectConfig(task=task, output_dir=zoo, num_networks=count, dtype=setting.dtype))
     elif stage == "train":
         run_train(TrainConfig(zoo=zoo, output_dir=pipeline, resume_from_checkpoint="latest"))
     elif stage == "generate":

@@ -73,15 +73,14 @@ class StackedNetwork:
                 raise NotStackableError(f"The tensor {node.target} outside of a layer has no stacked form.")
         if sum(node.op == "placeholder" for node in self.graph.nodes) != 1:
             raise NotStackableError(f"{type(network).__name__} takes several inputs.")
+        self._pool_before_relu()
         # What a layer returned and nothing else reads can be overwritten.
         self.in_place = {
             node
             for node in self.graph.nodes
-            if node.op == "call_module"
-            and type(self.modules[node.target]) is nn.ReLU
-            and [getattr(previous, "op", None) for previous in node.args] == ["call_module"]
-            and type(self.modules[node.args[0].target]) in (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.BatchNorm1d)
+            if self._is(node, nn.ReLU)
             and len(node.args[0].users) == 1
+            and self._is(node.args[0], nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.BatchNorm1d, nn.MaxPool2d)
         }
         # What the networks have in common: all that is computed of the inputs before the first difference.
         self.shared: set[fx.Node] = set()
@@ -89,6 +88,19 @@ class StackedNetwork:
             own = self.tensors[node.target] if node.op == "call_module" else []
             if all(place in frozen for _, place in own) and self.shared.issuperset(node.all_input_nodes):
                 self.shared.add(node)
+
+    def _pool_before_relu(self) -> None:
+        """The largest of rectified values is the largest value, rectified: of which there are fewer."""
+        for node in self.graph.nodes:
+            users = list(node.users)
+            if self._is(node, nn.ReLU) and len(users) == 1 and self._is(users[0], nn.MaxPool2d):
+                pool = users[0]
+                pool.replace_all_uses_with(node)
+                pool.args, node.args = node.args, (pool,)
+                pool.append(node)
+
+    def _is(self, node: fx.Node, *classes: type) -> bool:
+        return node.op == "call_module" and type(self.modules[node.target]) in classes and len(node.args) > 0
 
     def __call__(self, weights: Weights, inputs: torch.Tensor, common: dict[Any, Any] | None = None) -> torch.Tensor:
         r"""

@@ -80,8 +80,8 @@ class TrainConfig:
     """Peak of the one-cycle learning rate of the denoiser."""
     ema_decay: float = 0.995
     """Decay of the average of the denoiser's weights that goes into the pipeline."""
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
-    """What the denoiser predicts."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "sample"
+    """What the denoiser predicts. With epsilon, as in the paper, few-step solvers leave outliers."""
 
     checkpointing_steps: int = 500
     """Optimizer steps from one checkpoint to the next."""

@@ -1,0 +1,261 @@
+"""What the denoiser should predict, and which sampler with how many steps generates networks from it.
+
+Denoisers that predict noise (epsilon), velocity (v_prediction) or data (sample), and one of flow matching, have the
+same U-Net, latents and training. The first three are sampled with diffusers' schedulers. Flow matching (rectified
+flow): the U-Net sees `(1 - t) x + t noise` and 1000 t and predicts `noise - x`; t is logit-normal; networks come from
+Euler's or Heun's method with equal steps.
+
+For each task and each seed, a zoo is collected and every denoiser trained on its latents; figures are over the
+networks of all seeds. Prints a row for each denoiser, sampler and number of steps: evaluations of the U-Net, mean and
+minimum accuracy on the test split, how many networks are more than half a point below the worst original of their zoo
+(outliers), spread (mean L2 distance of two networks of one seed), seconds for the networks of one seed, their ratio to
+decoding the latents alone, and whether that is as good as 1000 steps of DDPM with the same denoiser: mean accuracy at
+most two standard errors below, no more outliers, and a spread within a tenth. Few steps can look good by sampling near
+the mean only; the last column alone does not say that a denoiser is good.
+
+Data for Fashion-MNIST: see `benchmarks/images.py`. Zoos and denoisers are kept in `work_dir`; a run that was
+interrupted goes on.
+"""
+
+import itertools
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+import tyro
+from torch.nn import functional as F
+
+from pdiff_hf import (
+    CollectConfig,
+    NeuralNetworkDiffusionPipeline,
+    ParameterUNet1DModel,
+    TrainConfig,
+    WeightZoo,
+    load_pipeline,
+    load_task,
+    run_collect,
+    run_train,
+)
+from pdiff_hf.config import versions
+from pdiff_hf.stacked import Predictor
+from pdiff_hf.train import DenoiserObjective, Training
+
+
+TASKS = {"digits-convnet": "digits-convnet", "fashion-mlp3": "benchmarks.images:FashionMLP3"}
+PREDICTIONS: tuple[Literal["epsilon", "v_prediction", "sample"], ...] = ("epsilon", "v_prediction", "sample")
+SCHEDULERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
+    "DDPM": ("DDPMScheduler", {}, (1000, 50, 20, 10)),
+    "DDIM": ("DDIMScheduler", {}, (10,)),
+    "DPM-Solver++": ("DPMSolverMultistepScheduler", {}, (10, 5)),
+    "SDE-DPM-Solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, (10, 5)),
+    "UniPC": ("UniPCMultistepScheduler", {}, (10,)),
+    "Heun": ("HeunDiscreteScheduler", {}, (5,)),
+}
+FLOW = "flow matching"
+Row = tuple[str, str, int]
+Sampler = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Trains denoisers, and samples with every method and number of steps."""
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    training_steps: int = 1500
+    num_networks: int = 100
+    """Of each seed."""
+    threads: int = 1
+    work_dir: str = "runs/samplers"
+    """Where zoos and denoisers are kept."""
+    output: str | None = None
+    """A JSON file for the figures."""
+
+
+class FlowObjective(DenoiserObjective):
+    """Squared error of the velocity `noise - x` at a random time between data (0) and noise (1)."""
+
+    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise `[count, *shape]` and times `[count]`."""
+        noise = torch.randn((count, *shape), generator=generator)
+        return noise, torch.randn(count, generator=generator).sigmoid()
+
+    def forward(self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        noisy = torch.lerp(latents, noise, times[:, None, None])
+        return F.mse_loss(self.unet(noisy, 1000 * times).sample, noise - latents)
+
+
+@torch.no_grad()
+def integrate(unet: ParameterUNet1DModel, latents: torch.Tensor, steps: int, heun: bool) -> torch.Tensor:
+    """From noise to data along the velocities, in equal steps; Heun's last step, to time 0, is one of Euler's."""
+    for now, then in itertools.pairwise(torch.linspace(1, 0, steps + 1)):
+        velocity = unet(latents, 1000 * now).sample
+        if heun and then > 0:
+            velocity = (velocity + unet(latents + (then - now) * velocity, 1000 * then).sample) / 2
+        latents = latents + (then - now) * velocity
+    return latents
+
+
+def samplers(config: Config, task: str, seed: int) -> tuple[WeightZoo, dict[Row, Sampler], list[ParameterUNet1DModel]]:
+    """The zoo of a seed, ways to sample networks like its own, and the denoisers, to count their evaluations."""
+    folder = Path(config.work_dir, f"{task}-{seed}")
+    zoo = run_collect(CollectConfig(task=TASKS[task], output_dir=str(folder / "zoo"), seed=seed))
+    settings: dict[str, Any] = {"seed": seed, "unet_steps": config.training_steps, "checkpointing_steps": 10**9}
+    found: dict[Row, Sampler] = {}
+    denoisers = []
+    for prediction in PREDICTIONS:
+        target = folder / prediction
+        if not (target / "model_index.json").exists():
+            run_train(TrainConfig(zoo=str(zoo.folder), output_dir=str(target), prediction_type=prediction, **settings))
+        pipe = load_pipeline(target)
+        pipe.set_progress_bar_config(disable=True)
+        denoisers.append(pipe.unet)
+        for name, (scheduler, changes, all_steps) in SCHEDULERS.items():
+            scheduler_class = getattr(diffusers, scheduler)
+            swapped = scheduler_class.from_config(pipe.scheduler.config, **changes)
+            for steps in all_steps:
+
+                def sample(
+                    pipe: NeuralNetworkDiffusionPipeline = pipe, scheduler: Any = swapped, steps: int = steps
+                ) -> torch.Tensor:
+                    pipe.scheduler = scheduler
+                    generator = torch.Generator().manual_seed(0)
+                    return pipe(config.num_networks, steps, generator=generator, output_type="pt").state_dicts
+
+                found[prediction, name, steps] = sample
+    unet = flow_denoiser(pipe, zoo, TrainConfig(output_dir=str(folder / "flow"), **settings))
+    denoisers.append(unet)
+    shape = (config.num_networks, pipe.vae.config.latent_channels, pipe.vae.config.latent_length)
+    for name, steps in (("Euler", 10), ("Heun", 5)):
+
+        def flow(name: str = name, steps: int = steps) -> torch.Tensor:
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            return decode(pipe, integrate(unet, noise, steps, name == "Heun"))
+
+        found[FLOW, name, steps] = flow
+    found["none", "decoding alone", 0] = lambda: decode(pipe, torch.randn(shape))
+    return zoo, found, denoisers
+
+
+@torch.no_grad()
+def decode(pipe: NeuralNetworkDiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """Parameter vectors of latents."""
+    return pipe.layout(pipe.vae.decode(latents).sample).vectors
+
+
+def flow_denoiser(pipe: NeuralNetworkDiffusionPipeline, zoo: WeightZoo, config: TrainConfig) -> ParameterUNet1DModel:
+    """A U-Net like the pipeline's, trained on the same latents to predict velocities."""
+    if not Path(config.output_dir, "config.json").exists():
+        with torch.no_grad():
+            latents = pipe.vae.encode(pipe.layout.normalize(zoo.vectors())).latent_dist.mean
+        torch.manual_seed(config.seed)
+        unet = ParameterUNet1DModel.from_config(pipe.unet.config)
+        with Training(config) as training:
+            training.fit(FlowObjective(unet, pipe.scheduler), latents)
+        unet.save_pretrained(config.output_dir)
+    return ParameterUNet1DModel.from_pretrained(config.output_dir)
+
+
+def measure(config: Config, task_name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The originals of a task, and a row for each sampler and number of steps."""
+    task = load_task(TASKS[task_name])
+    inputs, targets = task.data("test")
+    cells: dict[Row, list[dict[str, Any]]] = {}
+    originals = []
+    for seed in config.seeds:
+        zoo, found, denoisers = samplers(config, task_name, seed)
+        predictor = Predictor(task, zoo.layout, torch.device("cpu"))
+
+        def accuracy(vectors: torch.Tensor, predictor: Predictor = predictor) -> torch.Tensor:
+            return task.correct(predictor(vectors, inputs).flatten(0, 1), targets.repeat(len(vectors))).double()
+
+        def facts(vectors: torch.Tensor) -> dict[str, Any]:
+            right = accuracy(vectors).unflatten(0, (len(vectors), -1)).mean(1)
+            return {"accuracy": right, "spread": torch.pdist(vectors).mean().item()}
+
+        originals.append(facts(zoo.vectors()))
+        calls = [0]
+        for denoiser in denoisers:
+            denoiser.register_forward_hook(lambda *_, calls=calls: calls.__setitem__(0, calls[0] + 1))
+        for key, sample in found.items():
+            calls[0], start = 0, time.perf_counter()
+            vectors = sample()
+            seconds = time.perf_counter() - start
+            cell = facts(vectors) | {"seconds": seconds, "evaluations": calls[0]}
+            cell["outliers"] = int((cell["accuracy"] < originals[-1]["accuracy"].min() - 0.005).sum())
+            cells.setdefault(key, []).append(cell)
+    decoding = sum(part["seconds"] for part in cells.pop(("none", "decoding alone", 0))) / len(config.seeds)
+    rows: list[dict[str, Any]] = []
+    references: dict[str, dict[str, Any]] = {}
+    for (prediction, name, steps), parts in cells.items():
+        row: dict[str, Any] = {"task": task_name, "denoiser": prediction, "sampler": name, "steps": steps}
+        row |= {"evaluations": parts[0]["evaluations"]} | pooled(parts)
+        row |= {"outliers": sum(part["outliers"] for part in parts)}
+        row["seconds"] = sum(part["seconds"] for part in parts) / len(parts)
+        row["times_decoding"] = row["seconds"] / decoding
+        rows.append(row)
+        if prediction != FLOW:
+            first = references.setdefault(prediction, row)
+            error = (row["standard_error"] ** 2 + first["standard_error"] ** 2) ** 0.5
+            row["as_good_as_1000"] = (
+                row["mean"] >= first["mean"] - 2 * error
+                and row["outliers"] <= first["outliers"]
+                and abs(row["spread"] / first["spread"] - 1) <= 0.1
+            )
+    return {"task": task_name} | pooled(originals), rows
+
+
+def pooled(parts: list[dict[str, Any]]) -> dict[str, float]:
+    """Figures over the networks of all seeds."""
+    accuracy = torch.cat([part["accuracy"] for part in parts])
+    return {
+        "mean": accuracy.mean().item(),
+        "standard_error": accuracy.std().item() / len(accuracy) ** 0.5,
+        "min": accuracy.min().item(),
+        "spread": sum(part["spread"] for part in parts) / len(parts),
+    }
+
+
+def main(config: Config) -> None:
+    """Measures and prints."""
+    torch.set_num_threads(config.threads)
+    originals, rows = [], []
+    for task in config.tasks:
+        zoo, measured = measure(config, task)
+        originals.append(zoo)
+        rows += measured
+        print(f"\n{task} | sampler | steps | evaluations | mean | min | outliers | spread | seconds | times decoding")
+        print(f"original | | | | {figures(zoo)} | | {zoo['spread']:.3f} | |")
+        for row in measured:
+            print(
+                f"{row['denoiser']} | {row['sampler']} | {row['steps']} | {row['evaluations']} | {figures(row)} "
+                f"| {row['outliers']} | {row['spread']:.3f} | {row['seconds']:.2f} | {row['times_decoding']:.0f} "
+                f"| {row.get('as_good_as_1000', '')}",
+                flush=True,
+            )
+    if config.output:
+        facts = {
+            "seeds": len(config.seeds),
+            "networks_of_each_seed": config.num_networks,
+            "training_steps": config.training_steps,
+            "threads": config.threads,
+            "machine": f"{platform.system()} {platform.machine()}",
+            "versions": versions(),
+        }
+        content = {"facts": facts, "originals": originals, "rows": rows}
+        Path(config.output).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def figures(row: dict[str, Any]) -> str:
+    """Mean and minimum accuracy."""
+    return f"{100 * row['mean']:.2f} ±{100 * row['standard_error']:.2f} | {100 * row['min']:.2f}"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
