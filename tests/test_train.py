@@ -239,3 +239,29 @@ def test_a_zoo_of_one_network_is_refused(tmp_path):
 def test_a_diverged_training_says_which_rate_to_lower(digits_zoo, tmp_path):
     with pytest.raises(TrainingError, match=r"The denoiser diverged.*Lower --unet-learning-rate"):
         run_train(small_config(digits_zoo, tmp_path, unet_learning_rate=1e30))
+
+
+def test_averages_of_consecutive_networks_are_learned(digits_zoo, tmp_path):
+    pipe = run_train(small_config(digits_zoo, tmp_path / "averages", checkpoint_averaging=10))
+    normalized = pipe.layout.normalize(digits_zoo.vectors())
+    averages = torch.stack([normalized[start : start + 10].mean(0) for start in range(31)])
+    with torch.no_grad():
+        latents = pipe.vae.encode(averages).latent_dist.mean
+        # The directions are those of the averages, whose latents have unit scale; single networks lie outside.
+        torch.testing.assert_close(pipe.vae.decode(latents).sample, averages, atol=1e-2, rtol=1e-2)
+        again = pipe.vae.decode(pipe.vae.encode(normalized).latent_dist.mean).sample
+    used = latents.flatten(1)[:, :30]
+    assert used.square().mean().sqrt().item() == pytest.approx(1, rel=0.05)
+    assert (again - normalized).square().mean() > 100 * (pipe.vae.decode(latents).sample - averages).square().mean()
+    with pytest.raises(ConfigError, match="checkpoint_averaging 40 leaves fewer than two of 40 networks"):
+        run_train(small_config(digits_zoo, tmp_path / "too-many", checkpoint_averaging=40))
+
+
+def test_directions_are_fitted_to_evenly_picked_networks_of_a_large_zoo(digits_zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr("pdiff_hf.train.MOST_FITTED", 20)
+    pipe = run_train(small_config(digits_zoo, tmp_path / "picked"))
+    normalized = pipe.layout.normalize(digits_zoo.vectors())
+    with torch.no_grad():
+        again = pipe.vae.decode(pipe.vae.encode(normalized).latent_dist.mean).sample
+    errors = (again - normalized).square().mean(1)
+    assert errors[::2].max() < 1e-5 < errors[1::2].min()

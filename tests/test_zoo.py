@@ -302,3 +302,71 @@ def test_one_network_of_a_large_zoo_is_read_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     # Kilobytes: the zoo holds 240 MB, one network 4 MB.
     assert int(done.stdout) < 40_000
+
+
+def test_bfloat16_halves_the_files_and_rounds(zoo, tmp_path):
+    half = WeightZoo.create(tmp_path / "half", zoo.layout, networks_per_shard=4, dtype="bfloat16")
+    with half:
+        for index in range(10):
+            half.append(zoo[index] if index % 2 else zoo.state_dict(index))
+        assert torch.equal(half.vectors(), zoo.vectors().bfloat16().float())
+    reopened = WeightZoo(half.folder)
+    assert load_file(half.folder / "networks-00001-of-00003.safetensors")["networks"].dtype == torch.bfloat16
+    assert reopened[3].dtype == torch.float32
+    assert torch.equal(reopened.vectors(), zoo.vectors().bfloat16().float())
+    assert torch.equal(reopened.columns(5, 9), reopened.vectors()[:, 5:9])
+    with pytest.raises(ZooError, match="finite"):
+        reopened.append(torch.full((zoo.vector_size,), 3.4e38))
+    with pytest.raises(ZooError, match="float32 or bfloat16, and not float16"):
+        WeightZoo.create(tmp_path / "other", zoo.layout, dtype="float16")
+
+
+def test_a_shard_of_another_dtype_is_refused(zoo):
+    description = json.loads((zoo.folder / "zoo.json").read_text())
+    (zoo.folder / "zoo.json").write_text(json.dumps({**description, "dtype": "bfloat16"}))
+    with pytest.raises(ZooError, match="expected bfloat16 networks, found F32"):
+        WeightZoo(zoo.folder)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7, 20])
+def test_columns_of_every_so_manieth_network(zoo, every):
+    with WeightZoo(zoo.folder) as reopened:
+        for seed in range(10, 13):
+            reopened.append(random_network(seed).state_dict())
+        assert torch.equal(reopened.columns(2, 6, every), reopened.vectors()[::every, 2:6])
+
+
+def test_a_full_shard_is_checked_before_its_first_use(zoo):
+    shard = zoo.folder / "networks-00002-of-00003.safetensors"
+    shard.write_bytes(b"x" * shard.stat().st_size)
+    reopened = WeightZoo(zoo.folder)
+    assert torch.equal(reopened[0], zoo[0])
+    for read in (lambda: reopened[5], reopened.vectors, lambda: reopened.columns(0, 1)):
+        with pytest.raises(ZooError, match=r"networks-00002-of-00003\.safetensors is damaged"):
+            read()
+
+
+def test_a_damaged_row_shows_when_it_is_read(zoo):
+    file = zoo.folder / "metadata.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines[:3], "{\n", *lines[4:]]))
+    reopened = WeightZoo(zoo.folder)
+    assert torch.equal(reopened[3], zoo[3])
+    with pytest.raises(ZooError, match=r"metadata\.jsonl is damaged"):
+        _ = reopened.metadata
+
+
+def test_rows_are_appended_and_not_written_again(zoo):
+    file = zoo.folder / "metadata.jsonl"
+    # Surplus of a killed process, cut off within a line.
+    end = WeightZoo(zoo.folder).rows_end
+    with file.open("a") as rows:
+        rows.write('{"index": 10}\n{"ind')
+    reopened = WeightZoo(zoo.folder)
+    assert reopened.rows_end == end
+    inode = file.stat().st_ino
+    with reopened:
+        reopened.append(zoo[0], seed=77)
+    assert file.stat().st_ino == inode
+    assert [row.get("seed") for row in WeightZoo(zoo.folder).metadata] == [*range(10), 77]
+    assert len(file.read_text().splitlines()) == 11

@@ -271,3 +271,16 @@ def test_a_process_without_this_package_samples_the_same_networks_and_saves_the_
     assert torch.equal(torch.load(output / "vectors.pt"), sample(pipe))
     for file in [*COMPONENT_FILES, "model_index.json", "unet/config.json", "layout/config.json"]:
         assert (output / "pipeline" / file).read_bytes() == (digits_pipeline / file).read_bytes()
+
+
+def test_noise_has_the_size_that_was_asked_for_and_is_each_networks_own(pipe):
+    plain, noisy = (sample(pipe, parameter_noise=noise) for noise in (0.0, 0.5))
+    std = pipe.layout.std
+    away = ((noisy - plain) / std)[:, std > 0]
+    assert away.std().item() == pytest.approx(0.5, rel=0.05)
+    assert torch.equal(noisy[:, std == 0], plain[:, std == 0])
+    assert not torch.allclose(away[0], away[1])
+    torch.testing.assert_close(sample(pipe, parameter_noise=0.5, batch_size=1), noisy, atol=1e-4, rtol=1e-4)
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`parameter_noise` has to be at least 0"):
+            sample(pipe, parameter_noise=wrong)
