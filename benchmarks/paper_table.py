@@ -253,7 +253,8 @@ def markdown(table: dict[str, dict[str, Any]], ablation: dict[str, dict[str, Any
         + ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
         + ".",
         "",
-        "Accuracy on test examples in %. Denoisers that predict noise, as in the paper. 200 consecutive checkpoints of one run, "
+        "Accuracy on test examples in %. Denoisers that predict noise, as in the paper. 200 consecutive checkpoints "
+        "of one run, "
         f"{facts['num_networks']} generated networks. Best is chosen on validation data. "
         "Gain: accuracy over the best trivial baseline at equal similarity, with its 99 % interval.",
         "",
