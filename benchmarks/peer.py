@@ -37,7 +37,7 @@ class Config:
 
     peer: str
     """The safetensors file."""
-    averaging: tuple[int, ...] = (1, 50, 100)
+    averaging: tuple[int, ...] = (1, 100)
     noise: tuple[float, ...] = (0.0, 1.0, 1.5, 2.0)
     seeds: tuple[int, ...] = (0, 1, 2)
     num_networks: int = 100

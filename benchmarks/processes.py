@@ -27,7 +27,7 @@ class Config:
     """Measures collect and generate."""
 
     processes: tuple[int, ...] = (1, 2, 4)
-    num_collected: int = 1024
+    num_collected: int = 512
     """Networks of different seeds, 10 epochs each."""
     num_generated: int = 4000
     output: str | None = None
