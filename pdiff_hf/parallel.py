@@ -139,13 +139,12 @@ def _append(zoo: WeightZoo, unit: range, networks: Networks) -> None:
 def _take_parts(zoo: WeightZoo, units: Sequence[range]) -> None:
     """Moves what lies ready into the zoo, as far as it is next."""
     for unit in units:
-        part = _part(zoo.folder, unit)
-        if len(zoo) < unit.start or (unit.stop > len(zoo) and not part.exists()):
-            return
-        if part.exists():
-            if unit.stop > len(zoo):
-                _append(zoo, unit, _read_part(part))
-                zoo.flush()
+        if unit.stop > len(zoo):
+            part = _part(zoo.folder, unit)
+            if not part.exists():
+                return
+            _append(zoo, unit, _read_part(part))
+            zoo.flush()
             part.unlink()
 
 
