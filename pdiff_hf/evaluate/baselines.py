@@ -32,7 +32,7 @@ class Source:
             part = weights[:, start : start + len(batch)]
             start += len(batch)
             if part.any():
-                total = torch.addmm(total, part, self.layout.normalize(batch))
+                total.addmm_(part, self.layout.normalize(batch))
         return self.layout(total).vectors
 
 
