@@ -138,9 +138,6 @@ def test_a_rerun_completes_what_a_killed_process_left(digits_pipeline, tmp_path)
     kept = len(left) + sum(1 for _ in (folder / "parts").glob("*.safetensors"))
     assert 0 < kept < 400
     assert torch.equal(left.vectors(), WeightZoo(tmp_path / "one").vectors(range(len(left))))
-    # What lies ready is taken, not made again.
-    parts = {part.name: part.stat().st_mtime_ns for part in (folder / "parts").glob("*.safetensors")}
-    assert parts
     launch(1, *command, "--output-dir", str(folder))
     assert_same_zoo(folder, tmp_path / "one")
 
