@@ -4,7 +4,6 @@ import operator
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
 from typing import Any
 
 import torch
@@ -165,7 +164,7 @@ def _as_images(hidden: torch.Tensor) -> torch.Tensor:
     """`[E, H, W, N, C]` as the channels-last images `[E, N * C, H, W]`."""
     if hidden.ndim != 5:
         raise NotStackableError("A layer for images among flat features.")
-    return hidden.flatten(3).permute(0, 3, 1, 2)
+    return hidden.flatten(3).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 def _as_activation(images: torch.Tensor, count: int) -> torch.Tensor:
@@ -215,41 +214,14 @@ def _conv2d(module: nn.Conv2d, own: Weights, hidden: torch.Tensor, kept: dict | 
     return _as_activation(outputs, count)
 
 
-def _max_pool(module: nn.MaxPool2d, own: Weights, hidden: torch.Tensor) -> torch.Tensor:
-    if module.return_indices:
-        raise NotStackableError("Pooling that returns places.")
-    kernel, stride = _pair(module.kernel_size), _pair(module.stride)
-    if kernel != stride or _pair(module.padding) != (0, 0) or _pair(module.dilation) != (1, 1) or module.ceil_mode:
-        return _as_activation(module(_as_images(hidden)), hidden.shape[3])
-    if hidden.ndim != 5:
-        raise NotStackableError("A layer for images among flat features.")
-    # Along rows, then along columns; unlike those of slices, the gradients of unbind are put together at once.
-    height, width = (size // k * k for size, k in zip(hidden.shape[1:3], kernel, strict=True))
-    tiles = hidden[:, :height, :width].unflatten(2, (-1, kernel[1])).unflatten(1, (-1, kernel[0]))
-    larger = _Larger.apply if torch.is_grad_enabled() else torch.maximum
-    return reduce(larger, reduce(larger, tiles.unbind(4)).unbind(2))
-
-
-class _Larger(torch.autograd.Function):
-    """The larger of two; the first one has the gradient where they are equal, as in max pooling."""
-
-    @staticmethod
-    def forward(ctx, a, b):
-        ctx.save_for_backward(a >= b)
-        return torch.maximum(a, b)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        first = gradient * ctx.saved_tensors[0]
-        return first, gradient - first
-
-
-def _mean_pool(module: nn.Module, own: Weights, hidden: torch.Tensor) -> torch.Tensor:
+def _pool(module: nn.Module, own: Weights, hidden: torch.Tensor) -> torch.Tensor:
     return _as_activation(module(_as_images(hidden)), hidden.shape[3])
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+def _max_pool(module: nn.MaxPool2d, own: Weights, hidden: torch.Tensor) -> torch.Tensor:
+    if module.return_indices:
+        raise NotStackableError("Pooling that returns places.")
+    return _pool(module, own, hidden)
 
 
 def _batch_norm(module: nn.BatchNorm2d, own: Weights, hidden: torch.Tensor) -> torch.Tensor:
@@ -288,8 +260,8 @@ RULES: dict[type, Callable] = {
     nn.Linear: _linear,
     nn.Conv2d: _conv2d,
     nn.MaxPool2d: _max_pool,
-    nn.AvgPool2d: _mean_pool,
-    nn.AdaptiveAvgPool2d: _mean_pool,
+    nn.AvgPool2d: _pool,
+    nn.AdaptiveAvgPool2d: _pool,
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
     nn.Dropout: _dropout,
