@@ -1,6 +1,5 @@
 """Stage 1: train networks and keep their checkpoints in a zoo."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .config import ConfigError, check_positive, check_same_run, save_run, stage_main
 from .hub import push, write_zoo_card
-from .parallel import SECONDS_BETWEEN_FLUSHES, complete, processes
+from .parallel import Saving, complete, processes
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .stacked import NotStackableError, Predictor, StackedNetwork
 from .tasks import Task, load_task
@@ -274,16 +273,18 @@ def _collect_trajectory(config: CollectConfig, task: Task, folder: Path) -> None
 
 
 def _train(trainer: Trainer, until: int, folder: Path, zoo: WeightZoo | None) -> Iterator[None]:
-    """Trains step by step, and every few seconds writes the networks first and then the state to go on from."""
-    last_save = time.monotonic()
+    """Trains step by step, and from time to time writes the networks first and then the state to go on from."""
+
+    def save() -> None:
+        if zoo is not None:
+            zoo.flush()
+        trainer.save(folder / STATE_FILE)
+
+    saving = Saving(save)
     while trainer.step < until:
         trainer.train_step()
         yield
-        if time.monotonic() - last_save > SECONDS_BETWEEN_FLUSHES:
-            if zoo is not None:
-                zoo.flush()
-            trainer.save(folder / STATE_FILE)
-            last_save = time.monotonic()
+        saving.when_due()
 
 
 def _collect_independent(config: CollectConfig, task: Task, folder: Path) -> WeightZoo:

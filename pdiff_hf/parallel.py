@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -23,8 +23,10 @@ from .zoo import WeightZoo, ZooError
 
 Result = TypeVar("Result")
 Networks = Sequence[tuple[torch.Tensor, dict]]
-# What a killed run loses at most, apart from the networks that are being made.
-SECONDS_BETWEEN_FLUSHES = 5.0
+# What a killed run loses, apart from the networks that are being made; more only where saving takes longer than this
+# share of the time.
+SECONDS_BETWEEN_SAVES = 5.0
+MOST_SAVING = 0.1
 # One process may wait for the others as long as its work takes.
 TIMEOUT = timedelta(days=30)
 PARTS = "parts"
@@ -64,6 +66,21 @@ def share(count: int, work: Callable[[int], Result]) -> list[Result]:
     return [result for _, result in sorted(gather_object(mine), key=lambda pair: pair[0])]
 
 
+class Saving:
+    """Saves the progress of a long stage from time to time, and not so often that it takes much of the time."""
+
+    def __init__(self, save: Callable[[], Any]):
+        self.save, self.due = save, time.monotonic() + SECONDS_BETWEEN_SAVES
+
+    def when_due(self) -> None:
+        """Saves, if the last time is long enough ago."""
+        start = time.monotonic()
+        if start >= self.due:
+            self.save()
+            now = time.monotonic()
+            self.due = now + max(SECONDS_BETWEEN_SAVES, (now - start) / MOST_SAVING)
+
+
 def complete(
     folder: Path,
     create: Callable[[], WeightZoo],
@@ -91,10 +108,12 @@ def complete(
     state.wait_for_everyone()
     if not state.is_main_process:
         zoo = WeightZoo(folder)
-    units = [
-        range(start, min(start + together, num_networks))
-        for start in range(len(zoo) // together * together, num_networks, together)
-    ]
+
+    def unit_of(index: int) -> range:
+        start = index // together * together
+        return range(start, min(start + together, num_networks))
+
+    units = [unit_of(index) for index in range(unit_of(len(zoo)).start, num_networks, together)]
     mine = [unit for unit in units[state.process_index :: state.num_processes] if not _part(folder, unit).exists()]
     state.wait_for_everyone()  # from here on the main process moves parts
 
@@ -105,7 +124,21 @@ def complete(
         state.wait_for_everyone()
         return WeightZoo(folder)
 
-    flushed = time.monotonic()
+    taken: list[Path] = []
+
+    def take_parts() -> None:
+        """Appends what lies ready, as far as it is next."""
+        while len(zoo) < num_networks and (part := _part(folder, unit_of(len(zoo)))).exists():
+            _append(zoo, unit_of(len(zoo)), _read_part(part))
+            taken.append(part)
+        progress.update(len(zoo) - progress.n)
+
+    def flush() -> None:
+        zoo.flush()
+        while taken:
+            taken.pop().unlink()
+
+    saving = Saving(flush)
     with zoo, tqdm(total=num_networks, initial=len(zoo), desc=description, unit="network") as progress:
         for unit in mine:
             networks = make(unit)
@@ -113,14 +146,10 @@ def complete(
                 _append(zoo, unit, networks)
             else:
                 _write_part(_part(folder, unit), networks)
-            _take_parts(zoo, units)
-            if time.monotonic() - flushed > SECONDS_BETWEEN_FLUSHES:
-                zoo.flush()
-                flushed = time.monotonic()
-            progress.update(len(zoo) - progress.n)
+            take_parts()
+            saving.when_due()
         state.wait_for_everyone()
-        _take_parts(zoo, units)
-        progress.update(len(zoo) - progress.n)
+        take_parts()
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     state.wait_for_everyone()
     return zoo
@@ -134,18 +163,6 @@ def _append(zoo: WeightZoo, unit: range, networks: Networks) -> None:
     # A killed run may have stored the first of them.
     for vector, row in networks[len(zoo) - unit.start :]:
         zoo.append(vector, **row)
-
-
-def _take_parts(zoo: WeightZoo, units: Sequence[range]) -> None:
-    """Moves what lies ready into the zoo, as far as it is next."""
-    for unit in units:
-        if unit.stop > len(zoo):
-            part = _part(zoo.folder, unit)
-            if not part.exists():
-                return
-            _append(zoo, unit, _read_part(part))
-            zoo.flush()
-            part.unlink()
 
 
 def _write_part(file: Path, networks: Networks) -> None:

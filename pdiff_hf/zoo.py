@@ -374,9 +374,14 @@ class WeightZoo:
                 "append to WeightZoo(folder)."
             )
 
+    @property
+    def batch_size(self) -> int:
+        """Networks that fit memory many times: 64, and fewer where they are large."""
+        return max(1, min(64, BATCH_VALUES // max(1, self.vector_size)))
+
     def batches(self, batch_size: int | None = None) -> Iterator[torch.Tensor]:
-        """All parameter vectors in order, `[n, P]` at a time; by default 64, and fewer where they are large."""
-        batch_size = batch_size or max(1, min(64, BATCH_VALUES // max(1, self.vector_size)))
+        """All parameter vectors in order, `[n, P]` at a time; by default [`~WeightZoo.batch_size`]."""
+        batch_size = batch_size or self.batch_size
         for start in range(0, len(self), batch_size):
             yield self.vectors(range(start, min(start + batch_size, len(self))))
 

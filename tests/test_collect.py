@@ -140,9 +140,9 @@ def test_a_training_that_diverges_keeps_the_networks_before(tmp_path):
 def test_a_full_disk_ends_in_one_line_and_a_zoo_that_goes_on(tmp_path):
     script = textwrap.dedent("""
         import resource, sys
-        import pdiff_hf.collect as collect
+        from pdiff_hf import collect, parallel
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-        collect.SECONDS_BETWEEN_FLUSHES = 0
+        parallel.SECONDS_BETWEEN_SAVES, parallel.MOST_SAVING = 0, float("inf")
         collect.main(sys.argv[1:])
     """)
     arguments = ["--task", "digits-mlp", "--num-networks", "6", "--epochs", "0"]
@@ -158,8 +158,8 @@ def test_a_full_disk_ends_in_one_line_and_a_zoo_that_goes_on(tmp_path):
 def test_a_killed_collection_leaves_a_zoo_and_goes_on_as_if_nothing_had_happened(tmp_path, protocol):
     script = textwrap.dedent("""
         import sys
-        import pdiff_hf.collect as collect
-        collect.SECONDS_BETWEEN_FLUSHES = 0.05
+        from pdiff_hf import collect, parallel
+        parallel.SECONDS_BETWEEN_SAVES = 0.05
         collect.main(sys.argv[1:])
     """)
     wanted = config(tmp_path / "killed", num_networks=60, protocol=protocol, task="digits-mlp")

@@ -27,12 +27,8 @@ class Source:
     def combine(self, weights: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """`[n, N]` weights of the networks, and noise in units of each parameter's std, to vectors `[n, P]`."""
         total = torch.zeros(len(weights), self.zoo.vector_size) if noise is None else noise
-        start = 0
-        for batch in self.zoo.batches():
-            part = weights[:, start : start + len(batch)]
-            start += len(batch)
-            if part.any():
-                total.addmm_(part, self.layout.normalize(batch))
+        for some in weights.any(0).nonzero()[:, 0].split(self.zoo.batch_size):
+            total.addmm_(weights[:, some], self.layout.normalize(self.zoo.vectors(some.tolist())))
         return self.layout(total).vectors
 
 
