@@ -1,1 +1,50 @@
 """Scripts that measure what the README claims. Run them as `python -m benchmarks.<name>`."""
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pdiff_hf.config import versions
+
+
+# Folders of one machine say nothing to anyone else.
+PLACES = ("output", "work_dir", "data_dir", "only")
+
+
+def facts(config: Any) -> dict[str, Any]:
+    """What has to be known of figures: the command that prints them, its settings, and what it ran on."""
+    settings = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in PLACES}
+    changed = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
+    command = [f"python -m benchmarks.{Path(sys.argv[0]).stem}"]
+    for name, value in settings.items():
+        if name in changed:
+            values = value if isinstance(value, tuple) else (value,)
+            option = name.replace("_", "-")
+            command += [f"--no-{option}"] if value is False else [f"--{option}", *map(str, values)]
+    return {
+        "command": " ".join(command),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        **settings,
+        "versions": versions(),
+    }
+
+
+def write(config: Any, **figures: Any) -> None:
+    """Writes figures and what has to be known of them, where the configuration names a file."""
+    if config.output:
+        file = Path(config.output).with_suffix(".json")
+        file.write_text(json.dumps({"facts": facts(config), **figures}, indent=1) + "\n", encoding="utf-8")
+
+
+def peak_memory_gb() -> float:
+    """The largest resident set of this process so far, pages of memory-mapped files included."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -17,8 +17,6 @@ Data for MNIST: see `benchmarks/images.py`.
 """
 
 import json
-import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -34,6 +32,7 @@ from diffusers import DDPMScheduler
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks import peak_memory_gb, write
 from benchmarks.images import MNISTMLP3
 from pdiff_hf import (
     CollectConfig,
@@ -45,7 +44,6 @@ from pdiff_hf import (
     load_task,
     run_collect,
 )
-from pdiff_hf.config import versions
 from pdiff_hf.stacked import Predictor
 from pdiff_hf.train import DenoiserObjective, Training
 from pdiff_hf.zoo import BATCH_VALUES
@@ -229,11 +227,6 @@ def fit_linear(zoo: WeightZoo, layout: ParameterLayout) -> ParameterAutoencoderK
     return vae
 
 
-def peak_memory_gb() -> float:
-    """Of this process so far; kilobytes on Linux."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 def measure(config: Config, task_name: str, name: str) -> dict[str, Any]:
     """One candidate on one zoo."""
     setting = CANDIDATES[task_name]
@@ -376,16 +369,7 @@ def main(config: Config) -> None:
                 f"| {' | '.join(percent)}",
                 flush=True,
             )
-    if config.output:
-        facts = {
-            "generated_networks": config.num_networks,
-            "training_steps": config.training_steps,
-            "seed": config.seed,
-            "threads": config.threads,
-            "machine": f"{platform.system()} {platform.machine()}",
-            "versions": versions(),
-        }
-        Path(config.output).write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write(config, rows=rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ writes `paper_table.json` and `paper_table.md`.
 
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 import tyro
 from diffusers import DDPMScheduler
 
+from benchmarks import facts, write
 from pdiff_hf import (
     CollectConfig,
     NeuralNetworkDiffusionPipeline,
@@ -35,7 +35,6 @@ from pdiff_hf import (
     run_collect,
     run_train,
 )
-from pdiff_hf.config import versions
 from pdiff_hf.evaluate.measures import Scorer, similarity
 from pdiff_hf.train import DenoiserObjective, Training
 
@@ -292,22 +291,10 @@ def main(config: Config) -> None:
     cells = Cells(Path(config.work_dir, "cells"))
     table = {name: cells.get(name, lambda name=name: main_cell(config, name)) for name in config.tasks}  # type: ignore
     ablation = ablations(config, cells) if config.ablations and ABLATED in config.tasks else {}
-    facts = {
-        # Folders of one machine say nothing to anyone else.
-        "command": "python -m benchmarks.paper_table"
-        + ("" if config.data_dir is None else " --data-dir DATA")
-        + ("" if config.tasks == tuple(MAIN) else f" --tasks {' '.join(config.tasks)}"),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "threads": config.threads,
-        "num_networks": config.num_networks,
-        "versions": versions(),
-    }
-    text = markdown(table, ablation, facts)
+    text = markdown(table, ablation, facts(config))
     print(text)
+    write(config, table=table, ablations=ablation)
     if config.output:
-        content = {"facts": facts, "table": table, "ablations": ablation}
-        Path(f"{config.output}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         Path(f"{config.output}.md").write_text(text, encoding="utf-8")
 
 

@@ -9,8 +9,6 @@ novelty; all of them are printed, none is chosen.
 The seconds of the published implementation were measured on one thread with its published sizes, and are given.
 """
 
-import json
-import platform
 import tempfile
 import time
 from dataclasses import dataclass
@@ -21,8 +19,8 @@ import torch
 import tyro
 from safetensors.torch import load_file
 
+from benchmarks import write
 from pdiff_hf import ParameterLayout, TrainConfig, WeightZoo, load_task, run_train
-from pdiff_hf.config import versions
 from pdiff_hf.evaluate.baselines import Baseline, Source
 from pdiff_hf.evaluate.measures import Scorer, similarity
 from pdiff_hf.tasks.digits import DigitsConvNet
@@ -130,14 +128,7 @@ def main(config: Config) -> None:
                 seconds = (time.perf_counter() - start) / len(config.seeds)
                 name = f"ours, averages of {averaging}, noise {noise}"
                 row(name, torch.cat(vectors), train_s=train_seconds, generate_s=seconds)
-    if config.output:
-        facts = {
-            "threads": config.threads,
-            "networks": config.num_networks * len(config.seeds),
-            "machine": f"{platform.system()} {platform.machine()}",
-            "versions": versions(),
-        }
-        Path(config.output).write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write(config, rows=rows)
 
 
 if __name__ == "__main__":

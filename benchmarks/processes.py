@@ -4,9 +4,7 @@ Each stage runs under `accelerate launch` on this machine, one thread a process;
 measured with next to no work, is taken off.
 """
 
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,8 +16,8 @@ from typing import Any
 import torch
 import tyro
 
+from benchmarks import write
 from pdiff_hf import CollectConfig, TrainConfig, WeightZoo, run_collect, run_train
-from pdiff_hf.config import versions
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,7 @@ def main(config: Config) -> None:
                 }
                 rows.append(row)
                 print(f"{stage} | {processes} | {rate:.1f} | {rate / base:.2f} | {row['same_networks']}", flush=True)
-    if config.output:
-        facts = {
-            "threads": 1,
-            "cores": os.cpu_count(),
-            "machine": f"{platform.system()} {platform.machine()}",
-            "versions": versions(),
-        }
-        Path(config.output).write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write(config, rows=rows)
 
 
 def timed(processes: int, command: list[str]) -> float:

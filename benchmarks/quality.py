@@ -5,16 +5,13 @@ originals' mean on average, and none is more than one point below the worst orig
 within 0.3 points.
 """
 
-import json
-import platform
-import resource
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
 
-from pdiff_hf.config import versions
+from benchmarks import peak_memory_gb, write
 from pdiff_hf.quickstart import QuickstartConfig, run_quickstart
 
 
@@ -56,16 +53,13 @@ def main(config: Config) -> None:
                     "verdict": report["verdict"]["label"],
                     "accuracy_gain": report["verdict"]["accuracy_gain"],
                     "seconds": sum(report["timings_s"].values()),
-                    # Of the process so far, in kilobytes on Linux.
-                    "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+                    "peak_memory_gb": peak_memory_gb(),
                 }
             )
     print(f"\n{' | '.join(rows[0])}")
     for row in rows:
         print(" | ".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
-    facts = {"threads": config.threads, "machine": f"{platform.system()} {platform.machine()}", "versions": versions()}
-    if config.output:
-        Path(config.output).write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write(config, rows=rows)
 
     missed = [row for row in rows if not _passes(row)]
     if missed:

@@ -18,8 +18,6 @@ interrupted goes on.
 """
 
 import itertools
-import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ import torch
 import tyro
 from torch.nn import functional as F
 
+from benchmarks import write
 from pdiff_hf import (
     CollectConfig,
     NeuralNetworkDiffusionPipeline,
@@ -42,7 +41,6 @@ from pdiff_hf import (
     run_collect,
     run_train,
 )
-from pdiff_hf.config import versions
 from pdiff_hf.stacked import Predictor
 from pdiff_hf.train import DenoiserObjective, Training
 
@@ -239,17 +237,7 @@ def main(config: Config) -> None:
                 f"| {row.get('as_good_as_1000', '')}",
                 flush=True,
             )
-    if config.output:
-        facts = {
-            "seeds": len(config.seeds),
-            "networks_of_each_seed": config.num_networks,
-            "training_steps": config.training_steps,
-            "threads": config.threads,
-            "machine": f"{platform.system()} {platform.machine()}",
-            "versions": versions(),
-        }
-        content = {"facts": facts, "originals": originals, "rows": rows}
-        Path(config.output).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write(config, originals=originals, rows=rows)
 
 
 def figures(row: dict[str, Any]) -> str:

@@ -6,8 +6,6 @@ all, so a few of its steps stand for many. Prints a row for each zoo, and writes
 """
 
 import json
-import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,8 +16,8 @@ from pathlib import Path
 import torch
 import tyro
 
+from benchmarks import peak_memory_gb, write
 from pdiff_hf import GenerateConfig, ParameterLayout, TrainConfig, WeightZoo, run_generate, run_train
-from pdiff_hf.config import versions
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,8 @@ def main(config: Config) -> None:
             " | ".join(f"{value:,}" if isinstance(value, int) else f"{value:.3f}" for value in row.values()),
             flush=True,
         )
+    write(config, rows=rows)
     if config.output:
-        facts = {
-            "generated": config.num_networks,
-            "training_steps": config.training_steps,
-            "threads": config.threads,
-            "machine": f"{platform.system()} {platform.machine()}",
-            "versions": versions(),
-        }
-        Path(f"{config.output}.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
         draw(rows[: len(sizes)], rows[len(sizes) :], f"{config.output}.png")
 
 
@@ -114,8 +105,7 @@ def measure(config: Config, size: int, count: int) -> dict[str, float]:
             "train_s": trained - made,
             "generate_s": sampled - trained,
             "generate_one_s": (sampled - trained) / config.num_networks,
-            # In kilobytes on Linux. Memory-mapped files count where they were read.
-            "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+            "peak_memory_gb": peak_memory_gb(),
         }
 
 

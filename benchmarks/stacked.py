@@ -4,20 +4,17 @@ Prints for each task the seconds of both ways, their ratio, and how far results 
 best of several rounds counts, since machines are noisy.
 """
 
-import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 
+from benchmarks import write
 from pdiff_hf import ParameterLayout, Task, load_task
 from pdiff_hf.collect import StackedTrainer, Trainer
-from pdiff_hf.config import versions
 from pdiff_hf.stacked import Predictor
 
 
@@ -47,13 +44,7 @@ def main(config: Config) -> None:
         rows.append(scoring(config, name, task))
         if name != "digits-resnet":  # batch norm in training has no stacked form
             rows.append(training(config, name, task))
-    if config.output:
-        facts = {
-            "threads": config.threads,
-            "machine": f"{platform.system()} {platform.machine()}",
-            "versions": versions(),
-        }
-        Path(config.output).write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write(config, rows=rows)
 
 
 def scoring(config: Config, name: str, task: Task) -> dict[str, Any]:

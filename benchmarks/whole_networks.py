@@ -8,8 +8,6 @@ are not run again; one that was interrupted goes on, and its seconds are those o
 """
 
 import json
-import platform
-import resource
 import subprocess
 import sys
 import time
@@ -22,6 +20,7 @@ import tyro
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks import peak_memory_gb, write
 from benchmarks.images import _Images
 from pdiff_hf import (
     CollectConfig,
@@ -33,7 +32,6 @@ from pdiff_hf import (
     run_generate,
     run_train,
 )
-from pdiff_hf.config import versions
 from pdiff_hf.tasks.digits import DigitsConvNet
 from pdiff_hf.tasks.resnet import ResNet
 from pdiff_hf.zoo import ZooDtype
@@ -113,14 +111,7 @@ def main(config: Config) -> None:
         print(f"\n{name}: stage | seconds | peak memory, GB")
         stages = {stage: measured(config, name, stage) for stage in STAGES}
         rows.append(summary(config, name, stages))
-    if config.output:
-        facts = {
-            "networks": config.num_networks,
-            "threads": config.threads,
-            "machine": f"{platform.system()} {platform.machine()}",
-            "versions": versions(),
-        }
-        Path(config.output).write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write(config, rows=rows)
 
 
 def measured(config: Config, name: str, stage: str) -> dict[str, float]:
@@ -162,8 +153,7 @@ def run_stage(config: Config, name: str, stage: str) -> None:
         )
     figures = {
         "seconds": time.perf_counter() - start,
-        # In kilobytes on Linux.
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "peak_memory_gb": peak_memory_gb(),
     }
     (folder / f"{stage}.json").write_text(json.dumps(figures) + "\n", encoding="utf-8")
 

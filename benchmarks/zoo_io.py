@@ -12,7 +12,6 @@ Each measurement runs in a fresh process, after its imports:
 
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ import torch
 import tyro
 from safetensors.torch import load_file, save_file
 
+from benchmarks import write
 from benchmarks.scaling import make_zoo
 from pdiff_hf import (
     CollectConfig,
@@ -39,7 +39,6 @@ from pdiff_hf import (
     run_generate,
     run_train,
 )
-from pdiff_hf.config import versions
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,7 @@ def main(config: Config) -> None:
         return
     with tempfile.TemporaryDirectory(dir=config.work_dir) as scratch:
         rows = [*reading(config, Path(scratch, "read")), *writing(config, Path(scratch, "write"))]
-    if config.output:
-        facts = {
-            "processes": config.processes,
-            "threads": config.threads,
-            "machine": f"{platform.system()} {platform.machine()}",
-            "versions": versions(),
-        }
-        Path(config.output).write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write(config, rows=rows)
 
 
 def fresh(config: Config, name: str, folder: Path, number: int) -> dict[str, Any]:
