@@ -1,10 +1,10 @@
 """Whole real networks through all four stages: seconds, peak memory, and whether what is generated works.
 
 Every tensor is generated, the statistics of batch norm included: an MLP of a million parameters on MNIST, and a
-ResNet-18 of eleven million on scikit-learn's digits, enlarged to 16x16 (32x32 take four times as long and have as many
-parameters), whose zoo is stored in bfloat16. Each stage runs in a process of its own. Peak memory is the largest
-resident set of that process, where pages of memory-mapped files count too. Stages whose figures are in the work folder
-are not run again; one that was interrupted goes on, and its seconds are those of the last process.
+ResNet-18 of eleven million on scikit-learn's digits, enlarged to 32x32, whose zoo is stored in bfloat16. Each stage
+runs in a process of its own. Peak memory is the largest resident set of that process, where pages of memory-mapped
+files count too. Stages whose figures are in the work folder are not run again; one that was interrupted goes on, and
+its seconds are those of the last process.
 """
 
 import json
@@ -51,7 +51,7 @@ class MLP1M(_Images):
 
 
 class ResNet18(DigitsConvNet):
-    """A batch-norm ResNet-18 on digits of 16x16 pixels; fewer examples are scored than there are, to save time."""
+    """A batch-norm ResNet-18 on digits of 32x32 pixels; fewer examples are scored than there are, to save time."""
 
     epochs = 12
     learning_rate = 1e-3
@@ -61,9 +61,9 @@ class ResNet18(DigitsConvNet):
         return ResNet(in_channels=1, channels=(64, 128, 256, 512), num_classes=10)
 
     def data(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels between -1 and 1, `[N, 1, 16, 16]`, and classes `[N]`."""
+        """Pixels between -1 and 1, `[N, 1, 32, 32]`, and classes `[N]`."""
         inputs, targets = (tensor[: self.examples[split]] for tensor in super().data(split))
-        return F.interpolate(inputs, size=(16, 16), mode="bilinear"), targets
+        return F.interpolate(inputs, size=(32, 32), mode="bilinear"), targets
 
 
 @dataclass(frozen=True)

@@ -271,12 +271,12 @@ class _Study:
         if self.fresh is not None:
             self.scores["fresh"] = self._score(self.fresh, "fresh")
         if self.pipeline is not None:
-            latents = from_main(lambda: self._encode(self.trained))
+            self.latents = from_main(lambda: self._encode(self.trained))
             self.scores["reconstructed"] = self.scorer(
-                lambda some: self._decode(latents[some.start : some.stop]),
+                lambda some: self._decode(self.latents[some.start : some.stop]),
                 len(self.trained),
                 "reconstructed",
-                latents,
+                self.latents,
                 calibrate=True,
             )
 
@@ -398,8 +398,7 @@ class _Study:
         ]
         if denoising is not None:
             files += pictures.denoising(*denoising, report, folder)
-            latents = self._encode(self.trained), self._encode(self.generated)
-            files += pictures.training(self.pipeline, *latents, report, folder)
+            files += pictures.training(self.pipeline, self.latents, self._encode(self.generated), report, folder)
         return files
 
     def _mapped(self) -> dict[str, Iterator[torch.Tensor]]:
@@ -431,7 +430,7 @@ class _Study:
 
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline(
-            num_networks=TRAJECTORY_NETWORKS,
+            num_networks=min(TRAJECTORY_NETWORKS, self.networks_per_point),
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
             callback_on_step_end=keep,
@@ -528,16 +527,18 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         [`ZooError`]: as [`evaluate`].
     """
     check_positive(config, "num_networks", "networks_per_point")
-    pipeline = config.pipeline or (config.generated if _is_pipeline(config.generated) else None)
+    is_pipeline = config.pipeline is None and _is_pipeline(config.generated)
+    pipeline = config.generated if is_pipeline else config.pipeline
     if config.push_to_hub is not None and pipeline is None:
         raise ConfigError("--push-to-hub pushes a pipeline with its card: name it with --pipeline.")
+    generated = load_pipeline(config.generated).to(processes().device) if is_pipeline else config.generated
     report, files = _evaluate(
         config.task,
         config.trained,
-        config.generated,
+        generated,
         config.output_dir,
         config.fresh,
-        pipeline,
+        config.pipeline,
         config.num_networks,
         config.seed,
         config.networks_per_point,

@@ -60,7 +60,14 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         check_tensors(tensors)
         # Follows casts, and so makes `dtype` answer for the normalized vectors. It has to be the first buffer.
         self.register_buffer("normalized_like", torch.zeros(()), persistent=False)
-        self.vector_size = sum(_numel(tensor) for tensor in tensors if tensor["role"] == GENERATED)
+        self.vector_size = 0
+        self._variances: list[tuple[int, int]] = []  # where running variances start and stop
+        for tensor in tensors:
+            if tensor["role"] == GENERATED:
+                start = self.vector_size
+                self.vector_size += _numel(tensor)
+                if tensor["name"].split(".")[-1] == "running_var":
+                    self._variances.append((start, self.vector_size))
         self.register_buffer("mean", torch.zeros(self.vector_size))
         self.register_buffer("std", torch.ones(self.vector_size))
         self.register_buffer("log", torch.zeros(self.vector_size, dtype=torch.bool))
@@ -216,32 +223,29 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         Returns:
             `ParameterLayout`: itself.
         """
-        positive = torch.cat(
-            [
-                torch.full((_numel(tensor),), tensor["name"].split(".")[-1] == "running_var")
-                for tensor in self.tensors(GENERATED)
-            ]
-        ).to(self.device)
         count = 0
         for batch in batches:
             raw = batch.to(self.device, torch.float32)
-            values = torch.where(positive, raw.clamp_min(SMALLEST_VARIANCE).log(), raw).to(torch.float64)
+            values = raw.to(torch.float64)
+            for start, stop in self._variances:
+                values[:, start:stop] = raw[:, start:stop].clamp_min(SMALLEST_VARIANCE).log()
             if count == 0:
                 first = raw[0].clone()
                 constant = torch.ones_like(first, dtype=torch.bool)
                 mean = torch.zeros_like(values[0])
                 squares = torch.zeros_like(values[0])
             # Chan, Golub and LeVeque (1983): merging the moments of two samples.
-            batch_mean = values.mean(0)
+            batch_mean, total = values.mean(0), count + len(values)
             shift = batch_mean - mean
-            total = count + len(values)
-            mean = mean + shift * (len(values) / total)
-            squares = squares + (values - batch_mean).square().sum(0) + shift.square() * (count * len(values) / total)
+            mean.add_(shift, alpha=len(values) / total)
+            squares.add_(values.sub_(batch_mean).square_().sum(0))
+            squares.addcmul_(shift, shift, value=count * len(values) / total)
             constant &= (raw == first).all(0)
             count = total
         if count < 2:
             raise ValueError(f"Statistics need a zoo of at least two networks, and this one has {count}.")
-        self.log.copy_(positive & ~constant)
+        for start, stop in self._variances:
+            self.log[start:stop] = ~constant[start:stop]
         self.mean.copy_(torch.where(constant, first, mean.to(torch.float32)))
         self.std.copy_(torch.where(constant, 0.0, (squares / count).sqrt().to(torch.float32)))
         return self
@@ -257,10 +261,17 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         Returns:
             `torch.Tensor`: of the same shape.
         """
-        mean, std, log = (part[start : start + vectors.shape[1]] for part in (self.mean, self.std, self.log))
-        values = torch.where(log, vectors.clamp_min(SMALLEST_VARIANCE).log(), vectors)
-        values = (values - mean) / torch.where(std == 0, 1.0, std)
-        return torch.where(std == 0, 0.0, values).to(self.normalized_like.dtype)
+        stop = start + vectors.shape[1]
+        values = vectors.to(torch.float32, copy=True)
+        for first, last in self._variances:
+            first, last = max(first, start), min(last, stop)
+            if first < last:
+                part = values[:, first - start : last - start]
+                part.copy_(torch.where(self.log[first:last], part.clamp_min(SMALLEST_VARIANCE).log(), part))
+        std = self.std[start:stop]
+        # What is divided by infinity is 0.
+        values.sub_(self.mean[start:stop]).div_(std.masked_fill(std == 0, torch.inf))
+        return values.to(self.normalized_like.dtype)
 
     def forward(
         self, normalized: torch.Tensor, return_dict: bool = True
@@ -275,8 +286,10 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         Returns:
             `ParameterLayoutOutput` or `tuple`: its `vectors` are float32 `[N, P]`.
         """
-        values = torch.addcmul(self.mean, normalized.to(torch.float32), self.std)
-        vectors = torch.where(self.log, values.exp(), values)
+        vectors = torch.addcmul(self.mean, normalized.to(torch.float32), self.std)
+        for start, stop in self._variances:
+            part = vectors[:, start:stop]
+            part.copy_(torch.where(self.log[start:stop], part.exp(), part))
         return ParameterLayoutOutput(vectors=vectors) if return_dict else (vectors,)
 
     def enable_group_offload(self, onload_device: torch.device, *args, **kwargs) -> None:
