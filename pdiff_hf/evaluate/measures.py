@@ -146,15 +146,14 @@ class Scorer:
 
         def score(group: int) -> dict[str, Any]:
             indices = range(bounds[group], bounds[group + 1])
-            if self.parts is None:
-                return self._score(vectors, indices, together, ranks, sizes if calibrate else [], name)
-            part = self.parts / f"{_sha256(self._digest, name, key, count, group, calibrate)}.pt"
-            if part.exists():
+            part = self.parts and self.parts / f"{_sha256(self._digest, name, key, count, group, calibrate)}.pt"
+            if part is not None and part.exists():
                 return torch.load(part, weights_only=True)
             scored = self._score(vectors, indices, together, ranks, sizes if calibrate else [], name)
-            self.parts.mkdir(parents=True, exist_ok=True)
-            torch.save(scored, part.with_suffix(".part"))
-            part.with_suffix(".part").replace(part)
+            if part is not None:
+                part.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(scored, part.with_suffix(".part"))
+                part.with_suffix(".part").replace(part)
             return scored
 
         scored = share(groups, score)
