@@ -1,7 +1,8 @@
-"""Our 1-D U-Net against diffusers' UNet1DModel, on the same latents with the same training.
+"""Our 1-D U-Net, of two widths, against diffusers' UNet1DModel, on the same latents with the same training.
 
-Takes a trained pipeline and its zoo, trains each denoiser anew on the latents, and prints parameters, seconds, final
-loss, and mean and minimum accuracy of the networks that it samples.
+Takes a trained pipeline and its zoo, trains each denoiser anew on the latents, and prints parameters, seconds of the
+training, final loss, and of 100 networks that it samples mean and minimum accuracy on the test split, spread (mean L2
+distance of two of them) and seconds.
 """
 
 import json
@@ -14,6 +15,7 @@ import torch
 import tyro
 from diffusers import DPMSolverMultistepScheduler, UNet1DModel
 
+from benchmarks import write
 from pdiff_hf import (
     NeuralNetworkDiffusionPipeline,
     ParameterUNet1DModel,
@@ -22,6 +24,7 @@ from pdiff_hf import (
     load_pipeline,
     load_task,
 )
+from pdiff_hf.stacked import Predictor
 from pdiff_hf.train import DenoiserObjective, Training
 
 
@@ -35,6 +38,8 @@ class Config:
     steps: int = 1500
     threads: int = 1
     seed: int = 0
+    output: str | None = None
+    """A JSON file for the figures."""
 
 
 def main(config: Config) -> None:
@@ -61,11 +66,17 @@ def main(config: Config) -> None:
     }
     candidates = {
         "ParameterUNet1DModel (64, 64)": lambda: ParameterUNet1DModel(channels, channels, (64, 64)),
+        "ParameterUNet1DModel (32, 32)": lambda: ParameterUNet1DModel(channels, channels, (32, 32)),
         "UNet1DModel, residual blocks (64, 128)": lambda: UNet1DModel(
             sample_size=latents.shape[2], in_channels=channels, out_channels=channels, **residual
         ),
     }
-    print("denoiser | parameters | seconds | loss | DDPM 50: mean, min | DPM-Solver++ 10: mean, min")
+    schedulers = {
+        "DDPM 50": (pipe.scheduler, 50),
+        "DPM-Solver++ 10": (DPMSolverMultistepScheduler.from_config(pipe.scheduler.config), 10),
+    }
+    rows = []
+    print("denoiser | parameters | seconds | loss | scheduler | mean | min | spread | seconds")
     for name, build in candidates.items():
         torch.manual_seed(config.seed)
         unet = build()
@@ -78,12 +89,22 @@ def main(config: Config) -> None:
                 training.fit(DenoiserObjective(unet, pipe.scheduler), latents)
                 seconds = time.perf_counter() - start
                 loss = _final_loss(f"{folder}/train.losses.jsonl")
-        parts = pipe.components | {"unet": unet}
-        ddpm = _accuracy(NeuralNetworkDiffusionPipeline(**parts), 50, config.task)
-        solver = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-        dpm = _accuracy(NeuralNetworkDiffusionPipeline(**(parts | {"scheduler": solver})), 10, config.task)
-        count = sum(parameter.numel() for parameter in unet.parameters())
-        print(f"{name} | {count:,} | {seconds:.0f} | {loss:.4f} | {ddpm} | {dpm}", flush=True)
+        row = {
+            "denoiser": name,
+            "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+            "train_s": seconds,
+            "loss": loss,
+        }
+        for label, (scheduler, number) in schedulers.items():
+            parts = pipe.components | {"unet": unet, "scheduler": scheduler}
+            figures = _sampled(NeuralNetworkDiffusionPipeline(**parts), number, config.task)
+            rows.append({**row, "scheduler": label, **figures})
+            print(
+                f"{name} | {row['parameters']:,} | {seconds:.0f} | {loss:.4f} | {label} | {100 * figures['mean']:.2f} "
+                f"| {100 * figures['min']:.2f} | {figures['spread']:.3f} | {figures['sample_s']:.2f}",
+                flush=True,
+            )
+    write(config, rows=rows)
 
 
 def _final_loss(file: str) -> float:
@@ -92,16 +113,18 @@ def _final_loss(file: str) -> float:
     return math.fsum(losses[-200:]) / len(losses[-200:])
 
 
-def _accuracy(pipe: NeuralNetworkDiffusionPipeline, steps: int, task_name: str) -> str:
+def _sampled(pipe: NeuralNetworkDiffusionPipeline, steps: int, task_name: str) -> dict[str, float]:
+    """Accuracy and spread of 100 networks, and how long they take."""
     pipe.set_progress_bar_config(disable=True)
     task = load_task(task_name)
-    network = task.build_network()
     inputs, targets = task.data("test")
-    accuracies = []
-    for state_dict in pipe(100, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)).state_dicts:
-        network.load_state_dict(state_dict)
-        accuracies.append(task.correct(task.predict(network, inputs), targets).double().mean().item())
-    return f"{100 * sum(accuracies) / len(accuracies):.2f}, {100 * min(accuracies):.2f}"
+    start = time.perf_counter()
+    vectors = pipe(100, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="pt")[0]
+    seconds = time.perf_counter() - start
+    predictions = Predictor(task, pipe.layout, torch.device("cpu"))(vectors, inputs)
+    accuracy = torch.stack([task.correct(p, targets).double().mean() for p in predictions])
+    spread = torch.pdist(vectors).mean().item()
+    return {"mean": accuracy.mean().item(), "min": accuracy.min().item(), "spread": spread, "sample_s": seconds}
 
 
 if __name__ == "__main__":
