@@ -248,3 +248,16 @@ def test_frozen_tensors_are_those_of_the_zoo(tmp_path):
 
 def test_every_kind_is_tested_here():
     assert set(STRENGTHS) == set(KINDS)
+
+
+def test_only_networks_that_are_combined_are_read(source, tmp_path):
+    with WeightZoo.create(tmp_path / "zoo", source.zoo.layout, networks_per_shard=1) as zoo:
+        for vector in source.zoo.vectors():
+            zoo.append(vector)
+    other = Source(zoo)
+    whole = sample(other, "interpolation", 0.3, 1)
+    read: list[int] = []
+    vectors = zoo.vectors
+    zoo.vectors = lambda indices: read.extend(indices) or vectors(indices)
+    assert torch.equal(sample(other, "interpolation", 0.3, 1), whole)
+    assert len(read) == 2

@@ -1,5 +1,6 @@
 """Several processes make what one makes, and what a killed one leaves is gone on with."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from pdiff_hf import WeightZoo
+from pdiff_hf import WeightZoo, parallel
 
 from .conftest import launch, launch_command
 
@@ -26,6 +27,17 @@ def assert_same_zoo(folder: Path, expected: Path) -> None:
     assert torch.equal(zoo.vectors(), other.vectors())
     assert zoo.metadata == other.metadata
     assert not (folder / "parts").exists()
+
+
+def test_saving_takes_a_share_of_the_time(monkeypatch):
+    monkeypatch.setattr(parallel, "SECONDS_BETWEEN_SAVES", 0.01)
+    times = []
+    saving = parallel.Saving(lambda: times.append(time.monotonic()) or time.sleep(0.03))
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        saving.when_due()
+    assert 1 <= len(times) <= 1 / 0.3 + 1
+    assert all(later - earlier >= 0.3 for earlier, later in itertools.pairwise(times))
 
 
 @pytest.fixture(scope="module")
