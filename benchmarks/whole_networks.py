@@ -53,7 +53,7 @@ class MLP1M(_Images):
 class ResNet18(DigitsConvNet):
     """A batch-norm ResNet-18 on digits of 32x32 pixels; fewer examples are scored than there are, to save time."""
 
-    epochs = 12
+    epochs = 4
     learning_rate = 1e-3
     examples = {"train": 1000, "validation": 100, "test": 300}
 
