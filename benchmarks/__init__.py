@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 import time
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,21 @@ from pdiff_hf.config import versions
 
 
 # Folders of one machine say nothing to anyone else.
-PLACES = ("output", "work_dir", "data_dir", "only")
+PLACES = ("output", "work_dir", "data_dir", "peer", "only")
 
 
 def facts(config: Any) -> dict[str, Any]:
     """What has to be known of figures: the command that prints them, its settings, and what it ran on."""
-    settings = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in PLACES}
-    changed = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
-    command = [f"python -m benchmarks.{Path(sys.argv[0]).stem}"]
-    for name, value in settings.items():
-        if name in changed:
-            values = value if isinstance(value, tuple) else (value,)
-            option = name.replace("_", "-")
-            command += [f"--no-{option}"] if value is False else [f"--{option}", *map(str, values)]
+    command, settings = [f"python -m benchmarks.{Path(sys.argv[0]).stem}"], {}
+    for field in fields(config):
+        value, option = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if field.name not in PLACES:
+            settings[field.name] = value
+            if value != field.default:
+                values = value if isinstance(value, tuple) else (value,)
+                command += [f"--no-{option[2:]}"] if value is False else [option, *map(str, values)]
+        elif field.default is MISSING:
+            command += [option, field.name.upper()]
     return {
         "command": " ".join(command),
         "date": time.strftime("%Y-%m-%d"),
