@@ -28,7 +28,7 @@ class Config:
     """Parameters of a network."""
     num_networks: int = 50
     """In the zoos of all sizes, and generated."""
-    counts: tuple[int, ...] = (10**2, 10**3, 10**4, 10**5)
+    counts: tuple[int, ...] = (10**2, 10**3, 10**4, 10**5, 10**6)
     """Networks in the zoos of one size."""
     size_of_counts: int = 10**3
     """Parameters of a network in these."""
