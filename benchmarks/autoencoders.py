@@ -16,6 +16,7 @@ standard deviation of 1 taken together), where latents of neighbouring chunks be
 Data for MNIST: see `benchmarks/images.py`.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -129,14 +130,15 @@ class Config:
     """Of the denoiser."""
     num_networks: int = 100
     """To generate."""
-    seed: int = 0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the zoo, and of all that is trained on it."""
     threads: int = 1
     work_dir: str = "runs/autoencoders"
     """Where the zoos go."""
     output: str | None = None
     """A JSON file for the figures."""
     only: tuple[str, str] | None = None
-    """A task and one of its candidates ('zoo' makes the zoo): measure in this process, and print the figures."""
+    """A task and one of its candidates ('zoo' makes the zoo): measure the first seed in this process, and print it."""
 
 
 class ChunkedAutoencoder(nn.Module):
@@ -229,12 +231,12 @@ def fit_linear(zoo: WeightZoo, layout: ParameterLayout) -> ParameterAutoencoderK
 
 def measure(config: Config, task_name: str, name: str) -> dict[str, Any]:
     """One candidate on one zoo."""
-    setting = CANDIDATES[task_name]
-    folder = str(Path(config.work_dir, task_name))
+    setting, seed = CANDIDATES[task_name], config.seeds[0]
+    folder = str(Path(config.work_dir, f"{task_name}-{seed}"))
     if name == "zoo":
-        collect = CollectConfig(setting.task, folder, num_networks=setting.num_networks, seed=config.seed)
+        collect = CollectConfig(setting.task, folder, num_networks=setting.num_networks, seed=seed)
         return {"networks": len(run_collect(collect))}
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     zoo = WeightZoo(folder)
     before = peak_memory_gb()
 
@@ -292,6 +294,7 @@ def measure(config: Config, task_name: str, name: str) -> dict[str, Any]:
         "task": task_name,
         "parameters": zoo.vector_size,
         "autoencoder": name,
+        "seed": seed,
         "latents": latents[0].numel(),
         "weights_mb": sum(value.numel() * value.element_size() for value in weights.values()) / 1e6,
         "memory_before_gb": before,
@@ -315,12 +318,14 @@ def generate(config: Config, latents: torch.Tensor) -> torch.Tensor:
     shape, fold = latents.shape, -(-latents.shape[2] // POSITIONS)
     data = F.pad((latents - mean) / scale, (0, -shape[2] % fold))
     data = data.unflatten(2, (-1, fold)).movedim(3, 2).flatten(1, 2)
-    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=2e-2, clip_sample=False, timestep_spacing="trailing")
-    torch.manual_seed(config.seed)
+    scheduler = DDPMScheduler(
+        beta_start=1e-4, beta_end=2e-2, clip_sample=False, prediction_type="sample", timestep_spacing="trailing"
+    )
+    torch.manual_seed(config.seeds[0])
     unet = ParameterUNet1DModel(data.shape[1], data.shape[1])
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainConfig(
-            output_dir=folder, seed=config.seed, unet_steps=config.training_steps, checkpointing_steps=10**9
+            output_dir=folder, seed=config.seeds[0], unet_steps=config.training_steps, checkpointing_steps=10**9
         )
         with Training(settings) as training:
             training.fit(DenoiserObjective(unet, scheduler), data)
@@ -342,14 +347,12 @@ def main(config: Config) -> None:
         print(json.dumps(measure(config, *config.only)))
         return
     rows = []
-    print(
-        "task | autoencoder | latents | weights, MB | before, GB | peak, GB | fit, s | variance explained, %", end=""
-    )
-    print(" | original: mean, min | reconstructed: mean, min | generated: mean, min")
+    print("task | autoencoder | seed | latents | weights, MB | before, GB | peak, GB | fit, s", end="")
+    print(" | variance explained, % | original: mean, min | reconstructed: mean, min | generated: mean, min")
     for task in config.tasks:
-        for name in ("zoo", *CANDIDATES[task].candidates):
+        for seed, name in itertools.product(config.seeds, ("zoo", *CANDIDATES[task].candidates)):
             arguments = ["--training-steps", str(config.training_steps), "--num-networks", str(config.num_networks)]
-            arguments += ["--seed", str(config.seed), "--threads", str(config.threads)]
+            arguments += ["--seeds", str(seed), "--threads", str(config.threads)]
             arguments += ["--work-dir", config.work_dir, "--only", task, name]
             command = [sys.executable, "-m", "benchmarks.autoencoders", *arguments]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -364,8 +367,9 @@ def main(config: Config) -> None:
                 for group in ("original", "reconstructed", "generated")
             )
             print(
-                f"{task} | {name} | {row['latents']:,} | {row['weights_mb']:.2f} | {row['memory_before_gb']:.2f} "
-                f"| {row['peak_memory_gb']:.2f} | {row['fit_s']:.1f} | {100 * row['variance_explained']:.2f} "
+                f"{task} | {name} | {seed} | {row['latents']:,} | {row['weights_mb']:.2f} "
+                f"| {row['memory_before_gb']:.2f} | {row['peak_memory_gb']:.2f} | {row['fit_s']:.1f} "
+                f"| {100 * row['variance_explained']:.2f} "
                 f"| {' | '.join(percent)}",
                 flush=True,
             )
