@@ -235,6 +235,10 @@ class Training:
             ) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            # Those of a training that went on from here before are of another future.
+            for later in _checkpoints(self.folder):
+                if _step_of(later) >= self.step:
+                    shutil.rmtree(later)
             temporary.rename(target)
             limit = self.config.checkpoints_total_limit
             for old in _checkpoints(self.folder)[: -limit if limit else 0]:
