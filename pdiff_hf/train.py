@@ -288,14 +288,8 @@ def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNet
     # The others need the latents alone, and no memory for the rest.
     latents = from_main(lambda: latents)
 
-    # 3. Denoiser. Clipping would cut latents, which have unit scale and no bounds.
-    scheduler = DDPMScheduler(
-        beta_start=1e-4,
-        beta_end=2e-2,
-        clip_sample=False,
-        prediction_type=config.prediction_type,
-        timestep_spacing="trailing",
-    )
+    # 3. Denoiser
+    scheduler = denoising_scheduler(config.prediction_type)
     unet = _seeded(
         config.seed,
         lambda: ParameterUNet1DModel(
@@ -317,6 +311,17 @@ def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNet
             push(folder, config.push_to_hub)
     accelerator.wait_for_everyone()
     return pipeline if accelerator.is_main_process else load_pipeline(folder)
+
+
+def denoising_scheduler(prediction_type: str) -> DDPMScheduler:
+    """The noise of the published method, 1000 steps. Nothing is clipped: latents have unit scale and no bounds."""
+    return DDPMScheduler(
+        beta_start=1e-4,
+        beta_end=2e-2,
+        clip_sample=False,
+        prediction_type=prediction_type,
+        timestep_spacing="trailing",
+    )
 
 
 def _encode(
