@@ -147,7 +147,9 @@ class Scorer:
         self.predict.adopt(from_main(lambda: self.predict.choose(zoo.vectors(range(min(8, len(zoo)))), self.inputs)))
         # What was scored is used again for the same examples, networks and code only.
         ends = zoo.vectors([0, -1])
-        predictions = self.predict(ends, self.inputs).split([len(targets) for targets in self.targets.values()], dim=1)
+        outputs = self.predict(ends, self.inputs)
+        self._outputs_of_one = outputs[0].numel()
+        predictions = outputs.split([len(targets) for targets in self.targets.values()], dim=1)
         correct = [self._correct(p, split) for p, split in zip(predictions, SPLITS, strict=True)]
         self._digest = _sha256(
             *(self.inputs, *self.targets.values(), self.layout.config["tensors"], len(zoo), ends),
@@ -175,7 +177,9 @@ class Scorer:
         Raises:
             `RuntimeError`: the networks do not fit the task.
         """
-        together = networks_per_batch(self.layout.vector_size, values=most_values)
+        together = min(
+            networks_per_batch(self.layout.vector_size, values=most_values), networks_per_batch(self._outputs_of_one)
+        )
         sizes = sorted({*(2**power for power in range(count.bit_length())), count})
         ranks = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         # How networks are split depends on their number alone: sums are the same whoever adds their terms.
