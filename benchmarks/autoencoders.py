@@ -29,12 +29,10 @@ from typing import Any
 
 import torch
 import tyro
-from diffusers import DDPMScheduler
 from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import peak_memory_gb, write
-from benchmarks.images import MNISTMLP3
 from pdiff_hf import (
     CollectConfig,
     ParameterAutoencoderKL,
@@ -46,25 +44,12 @@ from pdiff_hf import (
     run_collect,
 )
 from pdiff_hf.stacked import Predictor
-from pdiff_hf.train import DenoiserObjective, Training
+from pdiff_hf.train import DenoiserObjective, Training, denoising_scheduler
 from pdiff_hf.zoo import BATCH_VALUES
 
 
 # Of the latents that the denoiser sees, at most.
 POSITIONS = 32
-
-
-class MNISTLargeMLP(MNISTMLP3):
-    """Three linear layers, 952,410 parameters."""
-
-    epochs = 2
-    test_examples = 2000
-
-    def build_network(self) -> nn.Module:
-        return nn.Sequential(
-            *(nn.Flatten(), nn.Linear(784, 800), nn.ReLU()),
-            *(nn.Linear(800, 400), nn.ReLU(), nn.Linear(400, 10)),
-        )
 
 
 @dataclass(frozen=True)
@@ -110,7 +95,7 @@ CANDIDATES = {
         },
     ),
     "mnist-large-mlp": Setting(
-        "benchmarks.autoencoders:MNISTLargeMLP",
+        "benchmarks.images:MNISTMLP1M",
         50,
         {
             "linear": None,
@@ -318,9 +303,7 @@ def generate(config: Config, latents: torch.Tensor) -> torch.Tensor:
     shape, fold = latents.shape, -(-latents.shape[2] // POSITIONS)
     data = F.pad((latents - mean) / scale, (0, -shape[2] % fold))
     data = data.unflatten(2, (-1, fold)).movedim(3, 2).flatten(1, 2)
-    scheduler = DDPMScheduler(
-        beta_start=1e-4, beta_end=2e-2, clip_sample=False, prediction_type="sample", timestep_spacing="trailing"
-    )
+    scheduler = denoising_scheduler("sample")
     torch.manual_seed(config.seeds[0])
     unet = ParameterUNet1DModel(data.shape[1], data.shape[1])
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,5 @@
-"""The paper's small settings: ConvNet-3 and MLP-3, whole networks, on MNIST, Fashion-MNIST and CIFAR-10.
+"""The paper's small settings: ConvNet-3 and MLP-3, whole networks, on MNIST, Fashion-MNIST and CIFAR-10;
+and a larger MLP.
 
 The data are read from the folder that the environment variable `PDIFF_HF_DATA` names, and come from the Hub otherwise
 (`ylecun/mnist`, `zalando-datasets/fashion_mnist`, `uoft-cs/cifar10`). Local files: `mnist.npz` (`train_images`,
@@ -62,8 +63,9 @@ def _idx(folder: str, name: str, header: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header)
 
 
-class _Images(Task):
-    """2,000 images of the training set are for validation, 2,000 of the test set for the test."""
+class Images(Task):
+    """A task of these data sets: 2,000 images of the training set are for validation, 2,000 of the test set for the
+    test."""
 
     dataset: str
     shape: tuple[int, int, int]
@@ -88,7 +90,7 @@ def _prepared(dataset: str, split: str, test_examples: int) -> tuple[torch.Tenso
     return (pixels[part].float() - 127.5) / 63.75, targets[part]
 
 
-class _ConvNet3(_Images):
+class _ConvNet3(Images):
     """Three convolutions and a linear layer, 29,066 parameters (33,834 for CIFAR-10)."""
 
     epochs = 2
@@ -103,8 +105,8 @@ class _ConvNet3(_Images):
         )
 
 
-class _MLP3(_Images):
-    """Three linear layers, 55,050 parameters (62,110 for CIFAR-10)."""
+class _MLP3(Images):
+    """Three linear layers, 55,050 parameters (62,090 for CIFAR-10)."""
 
     width = 64
     test_examples = 10_000
@@ -123,6 +125,19 @@ class MNISTConvNet3(_ConvNet3):
 
 class MNISTMLP3(_MLP3):
     dataset, shape = "mnist", (1, 28, 28)
+
+
+class MNISTMLP1M(Images):
+    """Three linear layers, 952,410 parameters."""
+
+    dataset, shape = "mnist", (1, 28, 28)
+    epochs = 2
+
+    def build_network(self) -> nn.Module:
+        return nn.Sequential(
+            *(nn.Flatten(), nn.Linear(784, 800), nn.ReLU()),
+            *(nn.Linear(800, 400), nn.ReLU(), nn.Linear(400, 10)),
+        )
 
 
 class FashionConvNet3(_ConvNet3):

@@ -19,7 +19,6 @@ from typing import Any
 import diffusers
 import torch
 import tyro
-from diffusers import DDPMScheduler
 
 from benchmarks import facts, write
 from pdiff_hf import (
@@ -36,7 +35,7 @@ from pdiff_hf import (
     run_train,
 )
 from pdiff_hf.evaluate.measures import Scorer, similarity
-from pdiff_hf.train import DenoiserObjective, Training
+from pdiff_hf.train import DenoiserObjective, Training, denoising_scheduler
 
 
 IMAGES = "benchmarks.images:"
@@ -197,7 +196,7 @@ def pipeline_of(
     with torch.no_grad():
         latents = vae.encode(normalized).latent_dist.mean.repeat(10, 1, 1)
     latents += latent_noise * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=2e-2, clip_sample=False, timestep_spacing="trailing")
+    scheduler = denoising_scheduler("epsilon")
     torch.manual_seed(0)
     unet = ParameterUNet1DModel(settings.latent_channels, settings.latent_channels, settings.block_out_channels)
     with Training(settings) as training:

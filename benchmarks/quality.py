@@ -1,10 +1,11 @@
 """Accuracy of generated networks against the originals', over tasks and seeds, with time and memory.
 
-Prints one row a run and exits with an error where a bar is missed: on digits-convnet generated networks reach the
-originals' mean on average, and none is more than one point below the worst original; on the other tasks their mean is
-within 0.3 points.
+Prints one row a run and exits with an error where a bar is missed: over the seeds, on digits-convnet generated
+networks reach the originals' mean, and none is more than one point below the worst original of its seed; on the other
+tasks their mean is within 0.3 points.
 """
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def main(config: Config) -> None:
         print(" | ".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
     write(config, rows=rows)
 
-    missed = [row for row in rows if not _passes(row)]
+    missed = [task for task in config.tasks if not _passes(task, [row for row in rows if row["task"] == task])]
     if missed:
         raise SystemExit(f"Missed: {missed}")
 
@@ -72,10 +73,10 @@ def _baseline(report: dict, kind: str) -> float:
     return point["accuracy"]["mean"]
 
 
-def _passes(row: dict) -> bool:
-    if row["task"] == "digits-convnet":
-        return row["generated_mean"] >= row["original_mean"] and row["generated_min"] >= row["original_min"] - 0.01
-    return row["generated_mean"] >= row["original_mean"] - 0.003
+def _passes(task: str, rows: list[dict]) -> bool:
+    gained = statistics.mean(row["generated_mean"] - row["original_mean"] for row in rows)
+    lost = max(row["original_min"] - row["generated_min"] for row in rows)
+    return gained >= 0 and lost <= 0.01 if task == "digits-convnet" else gained >= -0.003
 
 
 if __name__ == "__main__":

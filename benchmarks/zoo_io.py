@@ -12,7 +12,7 @@ Each measurement runs in a fresh process, after its imports:
 
 import json
 import os
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,7 +27,7 @@ import torch
 import tyro
 from safetensors.torch import load_file, save_file
 
-from benchmarks import write
+from benchmarks import peak_memory_gb, write
 from benchmarks.scaling import make_zoo
 from pdiff_hf import (
     CollectConfig,
@@ -41,20 +41,24 @@ from pdiff_hf import (
 )
 
 
+# Parameters of the large architecture.
+LARGE = 1_000_000
+
+
 @dataclass(frozen=True)
 class Config:
     """Measures reading and writing."""
 
     gigabytes: float = 10
     """Of the zoo to open. As much memory has to be free for the baseline."""
-    parameters: int = 1_000_000
-    """Of a network, in that zoo and of the large architecture."""
+    sizes: tuple[int, ...] = (1_000_000, 1_898)
+    """Parameters of a network in that zoo, which is made once for each."""
     processes: int = 7
     """Fresh processes that open the zoo."""
     small: tuple[int, ...] = (1_000, 10_000)
     """Networks to generate of the small architecture."""
-    large: tuple[int, ...] = (1_000,)
-    """Networks to generate of the large one."""
+    large: tuple[int, ...] = (250, 1_000)
+    """Networks to generate of the large one, with a million parameters."""
     threads: int = 1
     work_dir: str | None = None
     """Where a temporary folder for all files is made."""
@@ -72,7 +76,8 @@ def main(config: Config) -> None:
         print(json.dumps(MEASUREMENTS[name](Path(folder), number)))
         return
     with tempfile.TemporaryDirectory(dir=config.work_dir) as scratch:
-        rows = [*reading(config, Path(scratch, "read")), *writing(config, Path(scratch, "write"))]
+        rows = [row for size in config.sizes for row in reading(config, size, Path(scratch, f"read-{size}"))]
+        rows += writing(config, Path(scratch, "write"))
     write(config, rows=rows)
 
 
@@ -86,19 +91,20 @@ def fresh(config: Config, name: str, folder: Path, number: int) -> dict[str, Any
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def reading(config: Config, folder: Path) -> list[dict[str, Any]]:
+def reading(config: Config, parameters: int, folder: Path) -> list[dict[str, Any]]:
     """One network, and all of them."""
-    layout = ParameterLayout.from_state_dict({"weight": torch.zeros(config.parameters)})
-    base, count = torch.rand(config.parameters), round(config.gigabytes * 1e9 / (4 * config.parameters))
+    layout = ParameterLayout.from_state_dict({"weight": torch.zeros(parameters)})
+    base, count = torch.rand(parameters), round(config.gigabytes * 1e9 / (4 * parameters))
     start = time.perf_counter()
     with WeightZoo.create(folder, layout) as zoo:
         for index in range(count):
             zoo.append(base + index, source="made up", seed=index, step=index, validation_accuracy=0.5)
     size, seconds = megabytes(folder), time.perf_counter() - start
-    print(f"A zoo of {len(zoo):,} networks, {size / 1e3:.2f} GB: {seconds:.1f} s, {size / seconds:.0f} MB/s")
-    rows: list[dict[str, Any]] = [
-        {"work": "append", "networks": count, "mb": size, "s": seconds, "mb_per_s": size / seconds}
-    ]
+    speed = size / seconds
+    print(f"A zoo of {count:,} networks of {parameters:,} parameters, {size / 1e3:.2f} GB: {seconds:.1f} s", end=", ")
+    print(f"{speed:.0f} MB/s")
+    made = {"parameters": parameters, "networks": count, "mb": size, "s": seconds, "mb_per_s": speed}
+    rows: list[dict[str, Any]] = [{"work": "append", **made}]
     print("read | page cache | best, ms | median, ms | of that opening | memory, MB: median | worst")
     for work, processes in (("vector", config.processes), ("state dict", config.processes), ("everything", 1)):
         for cache in ("warm", "cold") if hasattr(os, "posix_fadvise") else ("warm",):
@@ -121,6 +127,7 @@ def reading(config: Config, folder: Path) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "work": f"read {work}",
+                    "parameters": parameters,
                     "page_cache": cache,
                     "processes": processes,
                     "best_ms": best,
@@ -130,6 +137,11 @@ def reading(config: Config, folder: Path) -> list[dict[str, Any]]:
                     "worst_memory_mb": worst,
                 }
             )
+    everything = rows[-2]["median_ms"]
+    for row in rows[1:-2]:
+        row["times_faster_than_everything"] = everything / row["median_ms"]
+        print(f"{row['work']}, {row['page_cache']}: {everything / row['median_ms']:.0f} times faster than everything")
+    shutil.rmtree(folder)
     return rows
 
 
@@ -138,7 +150,7 @@ def writing(config: Config, folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     print("networks | parameters | seconds | a second | MB | of that flushing, s | MB/s | peak memory, GB", end=" | ")
     print("as plain shards, s | MB/s | as a file each, s")
-    for name, counts, parameters in (("small", config.small, 0), ("large", config.large, config.parameters)):
+    for name, counts, parameters in (("small", config.small, 0), ("large", config.large, LARGE)):
         if counts:
             fresh(config, "pipeline", folder / name, parameters)
         for count in counts:
@@ -149,7 +161,7 @@ def writing(config: Config, folder: Path) -> list[dict[str, Any]]:
                 f"{count:,} | {row['parameters']:,} | {row['s']:.2f} | {count / row['s']:.0f} | {row['mb']:.0f} "
                 f"| {row['flush_s']:.2f} | {row['mb'] / row['flush_s']:.0f} | {row['peak_memory_gb']:.2f} "
                 f"| {row['shards_s']:.2f} | {row['mb'] / row['shards_s']:.0f} "
-                f"| {row['files_s']:.2f}",
+                f"| {row['files_s']:.2f} ({row['files_s'] / row['flush_s']:.1f} times flushing)",
                 flush=True,
             )
     return rows
@@ -189,7 +201,7 @@ def read_everything(folder: Path, count: int) -> dict[str, float]:
 
 
 def make_pipeline(folder: Path, parameters: int) -> dict[str, float]:
-    """Stages 1 and 2, for as short as it goes; how good the networks are is nobody's concern here."""
+    """Stages 1 and 2, for as short as it goes: how good the networks are makes no difference to writing them."""
     zoo, pipeline = str(folder / "zoo"), str(folder / "pipeline")
     if parameters:
         make_zoo(zoo, parameters, 50)
@@ -265,8 +277,7 @@ def memory() -> tuple[float, float]:
         fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
         now, peak = (int(fields[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM"))
         return now, peak
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    peak = 1e3 * peak_memory_gb()
     return peak, peak
 
 

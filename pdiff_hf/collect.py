@@ -17,12 +17,14 @@ from .parallel import Saving, complete, processes
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .stacked import NotStackableError, Predictor, StackedNetwork
 from .tasks import Task, load_task
-from .zoo import WeightZoo, ZooDtype, ZooError, make_layout
+from .zoo import WeightZoo, ZooDtype, ZooError, make_layout, networks_per_batch
 
 
 STATE_FILE = "collect.state.pt"
-# Of an independent zoo, trained at once by a process; the larger, the more a killed collection loses.
-NETWORKS_TOGETHER = 64
+# Optimizer steps that tell whether networks that are trained at once are those that are trained one by one, and by
+# how much, relative to what the steps change, rounding may make them differ.
+TRIED_STEPS = 3
+TRIED_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,9 @@ class Trainer:
 
 class StackedTrainer:
     r"""
-    The training runs of several seeds at once, with their weights stacked: the same networks, up to rounding, as
-    those of a [`Trainer`] each, in a fraction of the time where networks are small.
+    The training runs of several seeds at once, with their weights stacked, in a fraction of the time where networks
+    are small. They are those of a [`Trainer`] each up to rounding, which depends on how many are trained at once and
+    which training amplifies: by the end, a network may differ by a per cent, and be as good.
 
     Args:
         task (`Task`): Of the networks; its loss, optimizer and inputs are those of [`Task`].
@@ -172,25 +175,30 @@ class StackedTrainer:
 
     def train(self, epochs: int, layout: ParameterLayout) -> list[tuple[torch.Tensor, dict]]:
         """Trains from the beginning; the parameter vector of each network and what is to be remembered of it."""
-        size, count = self.task.batch_size, len(self.targets)
-        for epoch in range(epochs):
-            orders = [torch.randperm(count, generator=_generator(seed, epoch)) for seed in self.seeds]
-            order = torch.stack(orders).to(self.device)
-            for start in range(0, count, size):
-                self.step(order[:, start : start + size])
-        state_dicts = [
-            {name: weight[i].detach() for name, weight in self.weights.items()} for i in range(len(self.seeds))
-        ]
-        vectors = torch.stack([layout.flatten(state_dict) for state_dict in state_dicts]).cpu()
+        steps = epochs * -(-len(self.targets) // self.task.batch_size)
+        vectors = self.train_steps(steps, layout)
         inputs, targets = self.task.data("validation")
         predictions = Predictor(self.task, layout, self.device)(vectors, inputs)
         correct = [self.task.correct(p, targets.cpu()).float().mean().item() for p in predictions]
-        step = epochs * -(-count // size)
         rows = [
-            {"seed": seed, "step": step, "validation_accuracy": accuracy}
+            {"seed": seed, "step": steps, "validation_accuracy": accuracy}
             for seed, accuracy in zip(self.seeds, correct, strict=True)
         ]
         return list(zip(vectors, rows, strict=True))
+
+    def train_steps(self, steps: int, layout: ParameterLayout) -> torch.Tensor:
+        """The parameter vectors `[N, P]` after the first steps."""
+        size, count = self.task.batch_size, len(self.targets)
+        for step in range(steps):
+            epoch, batch = divmod(step, -(-count // size))
+            if batch == 0:
+                orders = [torch.randperm(count, generator=_generator(seed, epoch)) for seed in self.seeds]
+                order = torch.stack(orders).to(self.device)
+            self.step(order[:, batch * size : (batch + 1) * size])
+        state_dicts = [
+            {name: weight[i].detach() for name, weight in self.weights.items()} for i in range(len(self.seeds))
+        ]
+        return torch.stack([layout.flatten(state_dict) for state_dict in state_dicts]).cpu()
 
     def step(self, indices: torch.Tensor) -> None:
         """One optimizer step of each network, on these training examples: `[N, batch size]`."""
@@ -296,7 +304,7 @@ def _collect_independent(config: CollectConfig, task: Task, folder: Path) -> Wei
             "--patterns '*', or collect a trajectory."
         )
     epochs = task.epochs if config.epochs is None else config.epochs
-    stackable = _is_stackable(task)
+    stackable = _is_stackable(task, layout)
 
     def train(indices: range) -> list[tuple[torch.Tensor, dict]]:
         seeds = [config.seed + index for index in indices]
@@ -311,19 +319,28 @@ def _collect_independent(config: CollectConfig, task: Task, folder: Path) -> Wei
         folder,
         create=lambda: WeightZoo.create(folder, layout, task=config.task, dtype=config.dtype),
         num_networks=config.num_networks,
-        together=NETWORKS_TOGETHER if stackable else 1,
+        together=networks_per_batch(layout.vector_size) if stackable else 1,
         make=train,
         description="collect",
     )
 
 
-def _is_stackable(task: Task) -> bool:
+def _is_stackable(task: Task, layout: ParameterLayout) -> bool:
+    """Whether networks that are trained at once are those that are trained one by one."""
+    seeds = [0, 1]
     try:
-        trainer = StackedTrainer(task, [0])
-        trainer.step(torch.arange(min(task.batch_size, len(trainer.targets)), device=trainer.device)[None])
-    except NotStackableError:
+        together = [StackedTrainer(task, seeds).train_steps(steps, layout) for steps in (0, TRIED_STEPS)]
+    except Exception:  # whatever a network of the user's own makes of the tracer and of stacked weights
         return False
-    return True
+    alone = []
+    for seed in seeds:
+        trainer = Trainer(task, seed)
+        for _ in range(TRIED_STEPS):
+            trainer.train_step()
+        alone.append(layout.flatten(trainer.network.state_dict()).cpu())
+    before, after = together
+    difference, change = (after - torch.stack(alone)).norm(), (torch.stack(alone) - before).norm()
+    return bool(difference <= TRIED_TOLERANCE * change)
 
 
 def _generator(seed: int, position: int) -> torch.Generator:

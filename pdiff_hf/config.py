@@ -19,6 +19,8 @@ from .errors import PdiffError
 
 
 Config = TypeVar("Config")
+# How folders begin that hold, beside a result, what is made and not yet part of it.
+UNFINISHED = ".unfinished-"
 PACKAGES = ("pdiff-hf", "torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "numpy", "scikit-learn")
 
 
@@ -129,7 +131,7 @@ def save_run(folder: str | Path, stage: str, config: Any, **facts: Any) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-    (folder / f"{stage}.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    _replace(folder / f"{stage}.yaml", yaml.safe_dump(content, sort_keys=False))
     facts = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -137,7 +139,14 @@ def save_run(folder: str | Path, stage: str, config: Any, **facts: Any) -> None:
         "versions": versions(),
         **facts,
     }
-    (folder / f"{stage}.facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    _replace(folder / f"{stage}.facts.json", json.dumps(facts, indent=1) + "\n")
+
+
+def _replace(file: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    temporary = file.with_name(f"{file.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
 
 
 def check_same_run(folder: str | Path, stage: str, config: Any, but_for: Sequence[str]) -> None:
@@ -156,7 +165,12 @@ def check_same_run(folder: str | Path, stage: str, config: Any, but_for: Sequenc
 
 def check_same_facts(folder: str | Path, stage: str, facts: dict[str, Any]) -> None:
     """Raises [`ConfigError`] where the run to go on with had other facts, such as the number of networks."""
-    before = json.loads(Path(folder, f"{stage}.facts.json").read_text(encoding="utf-8"))
+    file = Path(folder, f"{stage}.facts.json")
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+        before = {name: read[name] for name in facts}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged ({error!r}): the run cannot be resumed.") from error
     for name, value in facts.items():
         if before[name] != value:
             raise ConfigError(f"{folder} holds a run with {before[name]} {name}, not {value}: it cannot be resumed.")

@@ -12,11 +12,11 @@ from .config import ConfigError, check_positive, check_same_facts, check_same_ru
 from .hub import load_pipeline, pipeline_folder, push, write_zoo_card
 from .parallel import complete, processes
 from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
-from .zoo import WeightZoo, ZooDtype
+from .zoo import WeightZoo, ZooDtype, networks_per_batch
 
 
 # Parameters of all networks together that are in memory at a time, in each of a few forms.
-BATCH_VALUES = 2**26
+GENERATED_VALUES = 2**26
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
         folder,
         create=lambda: WeightZoo.create(folder, pipe.layout, task=config.task, dtype=config.dtype),
         num_networks=config.num_networks,
-        together=config.batch_size or max(1, min(100, BATCH_VALUES // pipe.layout.vector_size)),
+        together=config.batch_size or networks_per_batch(pipe.layout.vector_size, 100, GENERATED_VALUES),
         make=sample,
         description="generate",
     )

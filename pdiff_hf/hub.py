@@ -42,6 +42,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx
 from safetensors import safe_open
 
+from .config import UNFINISHED
 from .errors import PdiffError
 from .pipelines.neural_network_diffusion import (
     NeuralNetworkDiffusionPipeline,
@@ -215,7 +216,7 @@ def push(
 
     folder = Path(folder)
     repo_type = _repo_type(folder)
-    if list(folder.glob("*.part")) or (folder / "parts").exists():
+    if any(folder.glob("*.part")) or any(folder.glob(f"{UNFINISHED}*")):
         raise HubError(f"{folder} is unfinished: complete it with the command that makes it, then push.")
     api = HfApi(token=token)
     with explained(repo_id, None):
@@ -389,7 +390,7 @@ def write_pipeline_card(
         facts (`dict[str, Any]`): Of the training.
         dataset (`str`, *optional*): The zoo's repository, where it came from the Hub.
     """
-    sources = {str(row.get("pipeline", row.get("source"))) for row in zoo.metadata if "revision" in row}
+    sources = {str(row.get("pipeline", row.get("source"))) for row in zoo.rows() if "revision" in row}
     card_data = ModelCardData(
         base_model=sorted(name for name in sources if is_repository(name)) or None,
         datasets=None if dataset is None else [dataset],

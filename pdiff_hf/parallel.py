@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .config import ConfigError
+from .config import UNFINISHED, ConfigError
 from .zoo import WeightZoo, ZooError
 
 
@@ -29,7 +29,9 @@ SECONDS_BETWEEN_SAVES = 5.0
 MOST_SAVING = 0.1
 # One process may wait for the others as long as its work takes.
 TIMEOUT = timedelta(days=30)
-PARTS = "parts"
+# A network file system shows what another host wrote after a while.
+SECONDS_TO_SEE = 120.0
+PARTS = f"{UNFINISHED}networks"
 
 
 def processes() -> PartialState:
@@ -59,11 +61,13 @@ def from_main(compute: Callable[[], Result]) -> Result:
     return broadcast_object_list(results)[0]
 
 
-def share(count: int, work: Callable[[int], Result]) -> list[Result]:
-    """The results of `work(0)` to `work(count - 1)`, each computed by one of the processes and known to all."""
+def share(count: int, work: Callable[[int], Result]) -> Iterator[Result]:
+    """The results of `work(0)` to `work(count - 1)`, each computed by one of the processes and told to all; no more
+    of them are in memory than there are processes."""
     state = processes()
-    mine = [(index, work(index)) for index in range(state.process_index, count, state.num_processes)]
-    return [result for _, result in sorted(gather_object(mine), key=lambda pair: pair[0])]
+    for start in range(0, count, state.num_processes):
+        index = start + state.process_index
+        yield from gather_object([work(index)] if index < count else [])
 
 
 class Saving:
@@ -107,6 +111,7 @@ def complete(
         zoo = WeightZoo(folder) if (folder / "zoo.json").exists() else create()
     state.wait_for_everyone()
     if not state.is_main_process:
+        _wait_for(folder / "zoo.json")
         zoo = WeightZoo(folder)
 
     def unit_of(index: int) -> range:
@@ -149,7 +154,9 @@ def complete(
             take_parts()
             saving.when_due()
         state.wait_for_everyone()
-        take_parts()
+        while len(zoo) < num_networks:
+            _wait_for(_part(folder, unit_of(len(zoo))))
+            take_parts()
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     state.wait_for_everyone()
     return zoo
@@ -157,6 +164,15 @@ def complete(
 
 def _part(folder: Path, unit: range) -> Path:
     return folder / PARTS / f"networks-{unit.start}-to-{unit.stop}.safetensors"
+
+
+def _wait_for(file: Path) -> None:
+    """Until a file that was written, maybe on another host, is there."""
+    deadline = time.monotonic() + SECONDS_TO_SEE
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise ZooError(f"{file} is not there: on all hosts, the processes have to see the same folder.")
+        time.sleep(0.05)
 
 
 def _append(zoo: WeightZoo, unit: range, networks: Networks) -> None:

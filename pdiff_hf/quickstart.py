@@ -1,4 +1,4 @@
-"""The whole story on scikit-learn's digits, in about a minute and a half."""
+"""The whole story on scikit-learn's digits, in about a minute."""
 
 import json
 import shutil

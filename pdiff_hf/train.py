@@ -235,6 +235,10 @@ class Training:
             ) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            # Those of a training that went on from here before are of another future.
+            for later in _checkpoints(self.folder):
+                if _step_of(later) >= self.step:
+                    shutil.rmtree(later)
             temporary.rename(target)
             limit = self.config.checkpoints_total_limit
             for old in _checkpoints(self.folder)[: -limit if limit else 0]:
@@ -284,14 +288,8 @@ def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNet
     # The others need the latents alone, and no memory for the rest.
     latents = from_main(lambda: latents)
 
-    # 3. Denoiser. Clipping would cut latents, which have unit scale and no bounds.
-    scheduler = DDPMScheduler(
-        beta_start=1e-4,
-        beta_end=2e-2,
-        clip_sample=False,
-        prediction_type=config.prediction_type,
-        timestep_spacing="trailing",
-    )
+    # 3. Denoiser
+    scheduler = denoising_scheduler(config.prediction_type)
     unet = _seeded(
         config.seed,
         lambda: ParameterUNet1DModel(
@@ -313,6 +311,17 @@ def _train(config: TrainConfig, zoo: WeightZoo, training: Training) -> NeuralNet
             push(folder, config.push_to_hub)
     accelerator.wait_for_everyone()
     return pipeline if accelerator.is_main_process else load_pipeline(folder)
+
+
+def denoising_scheduler(prediction_type: str) -> DDPMScheduler:
+    """The noise of the published method, 1000 steps. Nothing is clipped: latents have unit scale and no bounds."""
+    return DDPMScheduler(
+        beta_start=1e-4,
+        beta_end=2e-2,
+        clip_sample=False,
+        prediction_type=prediction_type,
+        timestep_spacing="trailing",
+    )
 
 
 def _encode(

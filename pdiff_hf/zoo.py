@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from .config import UNFINISHED
 from .errors import PdiffError
 from .hub import download, download_file, is_repository, matching_models, push, write_zoo_card
 from .pipelines.neural_network_diffusion import ParameterLayout
@@ -58,7 +59,6 @@ class WeightZoo:
         task (`str`, *optional*): What the networks do.
         vector_size (`int`): Parameters P that are generated.
         dtype (`torch.dtype`): How they are stored; what is read is float32.
-        rows_end (`int`): Bytes of `metadata.jsonl` that belong to stored networks; the rest was never written.
 
     Args:
         folder (`str` or `os.PathLike`): A folder that [`WeightZoo.create`] made.
@@ -95,10 +95,11 @@ class WeightZoo:
                 full = size == self.networks_per_shard
                 if not full and (shard is not self._shards[-1] or not 0 < size < self.networks_per_shard):
                     raise ZooError(f"{shard}: expected {self.networks_per_shard} networks, found {size}.")
-            self._find_rows(sum(self._sizes))
+            if not (self.folder / "metadata.jsonl").is_file():
+                raise ZooError(f"{self.folder} lacks metadata.jsonl: copy or download it again.")
         else:
             # Names and sizes of shards follow from the number of networks.
-            count = self._find_rows(None)
+            count = sum(1 for _ in self._lines(None))
             total = -(-count // self.networks_per_shard)
             self._shards = [self._shard_path(number, total) for number in range(1, total + 1)]
             self._sizes = [self.networks_per_shard] * total
@@ -307,8 +308,13 @@ class WeightZoo:
     def metadata(self) -> list[dict]:
         """One row a network."""
         if self._rows is None:
-            self._rows = self._read_rows(sum(self._sizes))
+            self._rows = list(self._stored_rows())
         return self._rows + self._pending_rows
+
+    def rows(self) -> Iterator[dict]:
+        """The same one by one, for zoos with very many networks."""
+        yield from self._stored_rows()
+        yield from self._pending_rows
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """The parameter vector of one network, float32 `[P]`; reads no other."""
@@ -377,7 +383,7 @@ class WeightZoo:
     @property
     def batch_size(self) -> int:
         """Networks that fit memory many times: 64, and fewer where they are large."""
-        return max(1, min(64, BATCH_VALUES // max(1, self.vector_size)))
+        return networks_per_batch(self.vector_size)
 
     def batches(self, batch_size: int | None = None) -> Iterator[torch.Tensor]:
         """All parameter vectors in order, `[n, P]` at a time; by default [`~WeightZoo.batch_size`]."""
@@ -431,7 +437,8 @@ class WeightZoo:
         """Writes what was appended."""
         if not self._pending:
             return
-        end = self._append_rows("".join(json.dumps(row) + "\n" for row in self._pending_rows).encode())
+        lines = [json.dumps(row).encode() + b"\n" for row in self._pending_rows]
+        self._append_rows(b"".join(lines))
         while self._pending:
             held = self._sizes[-1] % self.networks_per_shard if self._sizes else 0
             new = self._pending[: self.networks_per_shard - held]
@@ -441,21 +448,31 @@ class WeightZoo:
             self._write_last_shard(networks, len(self._shards) + (held == 0))
             if self._rows is not None:
                 self._rows += self._pending_rows[: len(new)]
+            self.rows_end += sum(map(len, lines[: len(new)]))
             self._pending, self._pending_rows = self._pending[len(new) :], self._pending_rows[len(new) :]
-        self.rows_end = end
+            lines = lines[len(new) :]
 
-    def _append_rows(self, lines: bytes) -> int:
-        """Puts lines behind the rows of the stored networks; where the last of them ends."""
+    @cached_property
+    def rows_end(self) -> int:
+        """Bytes of `metadata.jsonl` that belong to stored networks; the rest was never written."""
+        end, line = 0, b"{}"
+        for line in self._lines(sum(self._sizes)):
+            end += len(line)
+        self._parse_row(line)  # where the file was cut off, it shows here
+        return end
+
+    def _append_rows(self, lines: bytes) -> None:
+        """Puts lines behind the rows of the stored networks."""
         file = self.folder / "metadata.jsonl"
         with self._explained(file), file.open("r+b") as rows:
             rows.truncate(self.rows_end)
             rows.seek(max(self.rows_end - 1, 0))
             if self.rows_end and rows.read(1) != b"\n":
                 rows.write(b"\n")
+                self.rows_end += 1
             rows.write(lines)
             rows.flush()
             os.fsync(rows.fileno())
-            return rows.tell()
 
     def _write_last_shard(self, networks: torch.Tensor, total: int) -> None:
         def rename_shards() -> None:
@@ -506,7 +523,9 @@ class WeightZoo:
         for shard in range(len(self._shards)):
             self._open_shard(shard)
         # Links of the cache become files.
-        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.part"))
+        shutil.copytree(
+            self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.part", f"{UNFINISHED}*")
+        )
 
     def delete(self) -> None:
         """Removes the zoo's files, and its folder where nothing else is in it."""
@@ -612,38 +631,38 @@ class WeightZoo:
             raise ZooError(f"{shard}: expected networks of {self.vector_size} parameters, found {columns}.")
         return rows
 
-    def _find_rows(self, count: int | None) -> int:
-        """Finds where the rows of so many stored networks end (rows past them belong to networks never written), or
-        all rows; how many those are."""
+    def _lines(self, count: int | None) -> Iterator[bytes]:
+        """The rows of so many networks, as they are written (rows past them belong to networks never written), or all
+        rows."""
         file = self.folder / "metadata.jsonl"
-        self.rows_end = found = 0
-        line = b"{}"
+        found = 0
         try:
             with file.open("rb") as lines:
                 for line in itertools.islice(lines, count):
-                    self.rows_end += len(line)
                     found += 1
+                    yield line
         except OSError as error:
             raise ZooError(f"{file} is damaged: {error}") from error
         if count is not None and found < count:
             raise ZooError(f"{file} has {found} rows for {count} networks.")
-        _parse_rows([line], file)  # where a file was cut off, it shows here; the others wait until they are read
-        return found
 
-    def _read_rows(self, count: int) -> list[dict]:
-        file = self.folder / "metadata.jsonl"
-        with file.open("rb") as lines:
-            return _parse_rows(itertools.islice(lines, count), file)
+    def _stored_rows(self) -> Iterator[dict]:
+        """The rows of stored networks."""
+        return map(self._parse_row, self._lines(sum(self._sizes)))
+
+    def _parse_row(self, line: bytes) -> dict:
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("each row has to be a JSON object")
+        except (ValueError, RecursionError) as error:
+            raise ZooError(f"{self.folder / 'metadata.jsonl'} is damaged: {error}") from error
+        return row
 
 
-def _parse_rows(lines: Iterable[bytes], file: Path) -> list[dict]:
-    try:
-        rows = [json.loads(line) for line in lines]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("each row has to be a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ZooError(f"{file} is damaged: {error}") from error
-    return rows
+def networks_per_batch(vector_size: int, most: int = 64, values: int = BATCH_VALUES) -> int:
+    """How many networks of so many parameters are handled at once."""
+    return max(1, min(most, values // max(1, vector_size)))
 
 
 def make_layout(state_dict: Mapping[str, torch.Tensor], patterns: Sequence[str]) -> ParameterLayout:

@@ -15,8 +15,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -67,6 +70,25 @@ def launch(processes: int, *command: str) -> None:
     """Runs a module in several processes, or in one, which have to succeed."""
     done = run(*command) if processes == 1 else run(*launch_command(processes, *command), ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
+
+
+def kill_one_process(command: list[str], ready: Callable[[], bool], rank: int = 1) -> None:
+    """Starts two processes and kills one of them as soon as something is there; the launcher ends the other."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    launcher = subprocess.Popen(
+        [sys.executable, *launch_command(2, *command)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not ready():
+        assert launcher.poll() is None, "It ended too early to be killed."
+        time.sleep(0.01)
+    workers = psutil.Process(launcher.pid).children(recursive=True)
+    chosen = [worker for worker in workers if worker.environ().get("RANK") == str(rank)]
+    assert chosen
+    chosen[0].kill()
+    assert launcher.wait(timeout=120) != 0
 
 
 def site_without_this_package(folder: Path) -> Path:

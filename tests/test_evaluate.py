@@ -12,6 +12,7 @@ from torch import nn
 
 import pdiff_hf
 from pdiff_hf import Baseline, EvaluateConfig, ParameterLayout, Task, WeightZoo, ZooError, load_task, run_evaluate
+from pdiff_hf.evaluate.measures import Scorer
 from pdiff_hf.extras import MissingExtraError
 
 
@@ -735,3 +736,36 @@ def test_a_missing_extra_is_named_before_anything_is_scored(digits_zoo, tmp_path
     with pytest.raises(MissingExtraError, match=r"pip install 'pdiff-hf\[report\]'"):
         pdiff_hf.evaluate(trained=digits_zoo, generated=digits_zoo, output_dir=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class Swapped(type(load_task("digits-convnet"))):
+    """Takes what is wrong for right."""
+
+    def correct(self, outputs, targets):
+        return ~super().correct(outputs, targets)
+
+
+def scores_of(zoo: WeightZoo, task: Task, parts, key=None):
+    scorer = Scorer(task, zoo, torch.device("cpu"), parts)
+    return scorer(zoo.vectors, len(zoo), "trained", key, calibrate=True)
+
+
+def test_what_was_scored_is_used_for_the_same_code_only(digits_zoo, tmp_path):
+    task = load_task("digits-convnet")
+    scores = scores_of(digits_zoo, task, tmp_path)
+    parts = {part: part.stat().st_mtime_ns for part in tmp_path.iterdir()}
+    assert len(parts) == 3
+    assert torch.equal(scores_of(digits_zoo, task, tmp_path).wrong, scores.wrong)
+    assert {part: part.stat().st_mtime_ns for part in tmp_path.iterdir()} == parts
+    torch.testing.assert_close(scores_of(digits_zoo, Swapped(), tmp_path).test, 1 - scores.test)
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged", b"PK\x03\x04"])
+def test_damaged_scores_are_named(digits_zoo, tmp_path, content):
+    task = load_task("digits-convnet")
+    scores_of(digits_zoo, task, tmp_path, torch.zeros(3, dtype=torch.bfloat16))
+    part = sorted(tmp_path.iterdir())[0]
+    part.write_bytes(content)
+    with pytest.raises(ZooError, match=rf"{part.name} is damaged. Delete it"):
+        scores_of(digits_zoo, task, tmp_path, torch.zeros(3, dtype=torch.bfloat16))

@@ -2,20 +2,17 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
-from pdiff_hf import WeightZoo, parallel
+from pdiff_hf import WeightZoo, ZooError, parallel
+from pdiff_hf.evaluate import PARTS as SCORES
+from pdiff_hf.parallel import PARTS
 
-from .conftest import launch, launch_command
+from .conftest import kill_one_process, launch
 
 
 COLLECT = ["--task", "digits-mlp", "--protocol", "independent", "--epochs", "1", "--num-networks", "150"]
@@ -26,7 +23,7 @@ def assert_same_zoo(folder: Path, expected: Path) -> None:
     zoo, other = WeightZoo(folder), WeightZoo(expected)
     assert torch.equal(zoo.vectors(), other.vectors())
     assert zoo.metadata == other.metadata
-    assert not (folder / "parts").exists()
+    assert not (folder / PARTS).exists()
 
 
 def test_saving_takes_a_share_of_the_time(monkeypatch):
@@ -114,40 +111,24 @@ def test_processes_share_an_evaluation(digits_zoo, digits_pipeline, generated, t
         folder = tmp_path / f"{processes}"
         launch(processes, *evaluate_arguments(digits_zoo, digits_pipeline, generated, folder))
         assert_close(report_of(folder), report_of(tmp_path / "1"))
-        assert not (folder / "parts").exists()
+        assert not (folder / SCORES).exists()
         assert (folder / "report.html").exists()
 
 
-def kill_one_process(command: list[str], ready: Callable[[], bool]) -> None:
-    """Starts two processes and kills the second as soon as something is there; the launcher ends the other."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    launcher = subprocess.Popen(
-        [sys.executable, *launch_command(2, *command)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not ready():
-        assert launcher.poll() is None, "It ended too early to be killed."
-        time.sleep(0.01)
-    workers = psutil.Process(launcher.pid).children(recursive=True)
-    second = [worker for worker in workers if worker.environ().get("RANK") == "1"]
-    assert second
-    second[0].kill()
-    assert launcher.wait(timeout=120) != 0
-
-
 @pytest.mark.slow
-def test_a_rerun_completes_what_a_killed_process_left(digits_pipeline, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rerun_completes_what_a_killed_process_left(digits_pipeline, tmp_path, rank):
     folder = tmp_path / "zoo"
     command = ["-m", "pdiff_hf.generate", "--pipeline", str(digits_pipeline)]
     command += ["--num-networks", "400", "--batch-size", "4", "--num-inference-steps", "50"]
     launch(1, *command, "--output-dir", str(tmp_path / "one"))
     kill_one_process(
-        [*command, "--output-dir", str(folder)], lambda: len(list((folder / "parts").glob("*.safetensors"))) > 2
+        [*command, "--output-dir", str(folder)],
+        lambda: len(list((folder / PARTS).glob("*.safetensors"))) > 2,
+        rank,
     )
     left = WeightZoo(folder)
-    kept = len(left) + sum(1 for _ in (folder / "parts").glob("*.safetensors"))
+    kept = len(left) + sum(1 for _ in (folder / PARTS).glob("*.safetensors"))
     assert 0 < kept < 400
     assert torch.equal(left.vectors(), WeightZoo(tmp_path / "one").vectors(range(len(left))))
     launch(1, *command, "--output-dir", str(folder))
@@ -155,18 +136,40 @@ def test_a_rerun_completes_what_a_killed_process_left(digits_pipeline, tmp_path)
 
 
 @pytest.mark.slow
+def test_a_rerun_completes_what_a_killed_process_collected(tmp_path):
+    arguments = [*COLLECT, "--epochs", "4", "--num-networks", "640", "--output-dir"]
+    launch(1, "-m", "pdiff_hf.collect", *arguments, str(tmp_path / "one"))
+    folder = tmp_path / "zoo"
+    kill_one_process(
+        ["-m", "pdiff_hf.collect", *arguments, str(folder)],
+        lambda: len(list((folder / PARTS).glob("*.safetensors"))) > 1,
+    )
+    assert len(WeightZoo(folder)) < 640
+    parts = {part: part.stat().st_mtime_ns for part in (folder / PARTS).glob("*.safetensors")}
+    launch(2, "-m", "pdiff_hf.collect", *arguments, str(folder))
+    assert len(parts) > 1
+    assert_same_zoo(folder, tmp_path / "one")
+
+
+def test_a_part_that_never_shows_is_an_error_and_no_short_zoo(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "SECONDS_TO_SEE", 0.1)
+    with pytest.raises(ZooError, match=r"networks-0-to-4\.safetensors is not there: on all hosts"):
+        parallel._wait_for(tmp_path / "networks-0-to-4.safetensors")
+
+
+@pytest.mark.slow
 def test_an_evaluation_goes_on_where_it_was_killed(digits_zoo, digits_pipeline, generated, tmp_path):
     folder = tmp_path / "report"
     arguments = evaluate_arguments(digits_zoo, digits_pipeline, generated, folder)
-    kill_one_process(arguments, lambda: len(list((folder / "parts").glob("*.pt"))) > 20)
+    kill_one_process(arguments, lambda: len(list((folder / SCORES).glob("*.pt"))) > 20)
     assert not (folder / "report.json").exists()
     # Were they scored again, these would be written again.
-    parts = sorted((folder / "parts").glob("*.pt"))
+    parts = sorted((folder / SCORES).glob("*.pt"))
     for part in parts:
         part.chmod(0o444)
     written = {part.name: part.stat().st_mtime_ns for part in parts}
-    kill_one_process(arguments, lambda: len(list((folder / "parts").glob("*.pt"))) > len(parts) + 10)
-    assert all((folder / "parts" / name).stat().st_mtime_ns == time for name, time in written.items())
+    kill_one_process(arguments, lambda: len(list((folder / SCORES).glob("*.pt"))) > len(parts) + 10)
+    assert all((folder / SCORES / name).stat().st_mtime_ns == time for name, time in written.items())
     launch(2, *arguments)
     launch(1, *evaluate_arguments(digits_zoo, digits_pipeline, generated, tmp_path / "one"))
     assert_close(report_of(folder), report_of(tmp_path / "one"))
@@ -176,8 +179,8 @@ def test_a_damaged_part_is_named(digits_pipeline, generated, tmp_path):
     zoo = WeightZoo(generated)
     folder = tmp_path / "zoo"
     zoo.save_pretrained(folder)
-    (folder / "parts").mkdir()
-    part = folder / "parts" / "networks-44-to-48.safetensors"
+    (folder / PARTS).mkdir()
+    part = folder / PARTS / "networks-44-to-48.safetensors"
     part.write_bytes(b"damaged")
     arguments = ["--pipeline", str(digits_pipeline), "--output-dir", str(folder), *GENERATE, "--num-networks", "48"]
     with pytest.raises(AssertionError, match=r"networks-44-to-48\.safetensors is damaged"):

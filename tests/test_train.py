@@ -21,7 +21,7 @@ from pdiff_hf import (
 from pdiff_hf.config import ConfigError
 from pdiff_hf.train import TrainingError
 
-from .conftest import ROOT, SMALL_TRAINING, launch, run
+from .conftest import ROOT, SMALL_TRAINING, kill_one_process, launch, run
 
 
 ARGUMENTS = [
@@ -149,6 +149,15 @@ def test_a_training_is_not_mixed_with_another(digits_zoo, tmp_path):
         run_train(small_config(digits_zoo, tmp_path, resume_from_checkpoint="latest", checkpointing_steps=50, seed=1))
 
 
+def test_going_on_from_an_earlier_checkpoint_replaces_the_later_ones(digits_zoo, uninterrupted, tmp_path):
+    run_train(small_config(digits_zoo, tmp_path, checkpointing_steps=20))
+    before = (tmp_path / "checkpoint-60").stat().st_mtime_ns
+    run_train(small_config(digits_zoo, tmp_path, checkpointing_steps=20, resume_from_checkpoint="checkpoint-40"))
+    assert losses(tmp_path) == uninterrupted
+    assert (tmp_path / "checkpoint-60").stat().st_mtime_ns > before
+    assert sorted(int(path.name[11:]) for path in tmp_path.glob("checkpoint-*")) == [20, 40, 60, 80, 100]
+
+
 def test_accumulated_gradients_count_as_one_step(digits_zoo, tmp_path):
     run_train(small_config(digits_zoo, tmp_path, batch_size=16, gradient_accumulation_steps=4, unet_steps=20))
     assert len(losses(tmp_path)) == 20
@@ -179,6 +188,18 @@ def test_two_processes_train_the_pipeline_of_one(digits_zoo, tmp_path):
     assert two[:30] == pytest.approx(one[:30], rel=1e-3)
     assert two == pytest.approx(one, rel=0.1)
     assert isinstance(load_pipeline(tmp_path / "2"), NeuralNetworkDiffusionPipeline)
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_a_training_costs_the_steps_since_the_checkpoint(digits_zoo, tmp_path):
+    arguments = ["-m", "pdiff_hf.train", "--zoo", str(digits_zoo.folder), *ARGUMENTS, "--output-dir"]
+    launch(2, *arguments, str(tmp_path / "whole"))
+    folder = tmp_path / "killed"
+    kill_one_process([*arguments, str(folder)], lambda: (folder / "checkpoint-60").exists())
+    assert not (folder / "model_index.json").exists()
+    launch(2, *arguments, str(folder), "--resume-from-checkpoint", "latest")
+    assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+    assert load_pipeline(folder)(num_inference_steps=2).state_dicts[0]
 
 
 def test_what_cannot_be_trained_is_said_before_anything_is_written(digits_zoo, tmp_path):

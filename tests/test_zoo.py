@@ -86,7 +86,7 @@ def test_a_second_zoo_does_not_replace_the_first(zoo, layout):
         (lambda folder: (folder / "networks-00002-of-00003.safetensors").unlink(), r"lacks the shards \[2\]"),
         (lambda folder: (folder / "networks-00003-of-00003.safetensors").unlink(), r"lacks the shards \[3\]"),
         (lambda folder: truncate(folder / "networks-00002-of-00003.safetensors"), r"00002-of-00003.*truncated"),
-        (lambda folder: truncate(folder / "metadata.jsonl"), r"metadata\.jsonl"),
+        (lambda folder: (folder / "metadata.jsonl").unlink(), r"lacks metadata\.jsonl"),
         (
             lambda folder: save_file({"networks": torch.zeros(4, 3)}, folder / "networks-00001-of-00003.safetensors"),
             "expected networks of 42 parameters, found 3",
@@ -135,7 +135,6 @@ def rewritten(*path, value):
         (rewritten("format_version", value="1"), "format version '1'"),
         (lambda folder: (folder / "zoo.json").write_text("[" * 100_000), r"zoo\.json is damaged"),
         (lambda folder: (folder / "zoo.json").write_bytes(b"\xff\xfe"), r"zoo\.json is damaged"),
-        (lambda folder: (folder / "metadata.jsonl").write_text("7\n" * 10), "each row has to be a JSON object"),
         (
             lambda folder: save_file(
                 {"networks": torch.zeros(4, 42, dtype=torch.float64)}, folder / "networks-00001-of-00003.safetensors"
@@ -346,14 +345,55 @@ def test_a_full_shard_is_checked_before_its_first_use(zoo):
             read()
 
 
-def test_a_damaged_row_shows_when_it_is_read(zoo):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: [*lines[:3], b"{\n", *lines[4:]], r"metadata\.jsonl is damaged"),
+        (lambda lines: [*lines[:9], lines[9][:-20]], r"metadata\.jsonl is damaged"),
+        (lambda lines: lines[:9], r"metadata\.jsonl has 9 rows for 10 networks"),
+        (lambda lines: [b"7\n"] * 10, "each row has to be a JSON object"),
+    ],
+)
+def test_damaged_rows_show_when_they_are_read(zoo, damage, message):
     file = zoo.folder / "metadata.jsonl"
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join([*lines[:3], "{\n", *lines[4:]]))
+    file.write_bytes(b"".join(damage(file.read_bytes().splitlines(keepends=True))))
     reopened = WeightZoo(zoo.folder)
     assert torch.equal(reopened[3], zoo[3])
-    with pytest.raises(ZooError, match=r"metadata\.jsonl is damaged"):
+    with pytest.raises(ZooError, match=message):
         _ = reopened.metadata
+
+
+def test_nothing_is_appended_to_rows_that_were_cut_off(zoo):
+    file = zoo.folder / "metadata.jsonl"
+    truncate(file)
+    cut = file.read_bytes()
+    reopened = WeightZoo(zoo.folder)
+    reopened.append(zoo[0])
+    with pytest.raises(ZooError, match=r"metadata\.jsonl is damaged"):
+        reopened.flush()
+    assert file.read_bytes() == cut
+
+
+def test_a_write_that_fails_between_shards_leaves_the_rows_of_those_written(zoo, monkeypatch):
+    # 10 networks in shards of 4: two more fill the last one, and the next begins another.
+    for seed in range(5):
+        zoo._pending.append(zoo[0])
+        zoo._pending_rows.append({"index": 10 + seed})
+    write = zoo._write
+
+    def fail_at_the_fourth(name, *arguments):
+        if name.startswith("networks-00004"):
+            raise ZooError("no room")
+        write(name, *arguments)
+
+    monkeypatch.setattr(zoo, "_write", fail_at_the_fourth)
+    for _ in range(2):
+        with pytest.raises(ZooError, match="no room"):
+            zoo.flush()
+        assert len(WeightZoo(zoo.folder).metadata) == 12
+    monkeypatch.undo()
+    zoo.flush()
+    assert [row["index"] for row in WeightZoo(zoo.folder).metadata] == list(range(15))
 
 
 def test_rows_are_appended_and_not_written_again(zoo):

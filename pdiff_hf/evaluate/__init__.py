@@ -15,10 +15,10 @@ import torch
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from ..config import ConfigError, check_positive, save_run, stage_main, versions
+from ..config import UNFINISHED, ConfigError, check_positive, save_run, stage_main, versions
 from ..extras import require
 from ..hub import HubError, is_repository, load_pipeline, pipeline_folder, push_evaluation, write_evaluation
-from ..parallel import PARTS, from_main, processes
+from ..parallel import from_main, processes
 from ..tasks import Task, load_task
 from ..tasks.task import BUILT_IN
 from ..zoo import WeightZoo, ZooError, make_layout
@@ -37,10 +37,13 @@ MOST_DOUBLINGS = 14
 ALIGNED_CANDIDATES = 4
 # Matching the units of larger networks takes minutes.
 MOST_ALIGNED = 10**6
+# Of all networks together.
+MOST_ALIGNED_VALUES = 2**28
 TRAJECTORY_NETWORKS = 20
 MAPPED_NETWORKS = 50
 # Parameters of all networks of a baseline that are made at a time: for each time, the whole zoo is read.
 BASELINE_VALUES = 2**27
+PARTS = f"{UNFINISHED}scores"
 
 Networks = WeightZoo | str | Path | Sequence[Mapping[str, torch.Tensor]]
 Generator = Callable[..., Any]
@@ -216,7 +219,7 @@ class _Study:
         groups = {name: scores.summary(largest[name]) for name, scores in self.scores.items()}
 
         self.plane = Plane(trained.wrong)
-        self.place = self.plane.place(self.scores["generated"], seed=2)
+        self.place = self._place(self.scores["generated"], seed=2)
         chance = self._chance()
         self._sweep(self.place.point[0], (chance + groups["trained"]["accuracy"]["mean"]) / 2)
         nearest = from_main(self._nearest)
@@ -227,7 +230,7 @@ class _Study:
         }
         found = verdict(self.place, copied=nearest["copied"], outside=nearest["outside_span"], **against)
         if "fresh" in self.scores:
-            place = self.plane.place(self.scores["fresh"], seed=3)
+            place = self._place(self.scores["fresh"], seed=3)
             of_fresh = verdict(place, copied=0.0, outside=1.0, **against)
             found["fresh_accuracy_gain"], found["fresh_interval"] = of_fresh["accuracy_gain"], of_fresh["interval"]
         return {
@@ -257,10 +260,7 @@ class _Study:
         }
 
     def _score(self, zoo: WeightZoo, name: str) -> Scores:
-        try:
-            return self.scorer(zoo.vectors, len(zoo), name, zoo.vectors([0, -1]), calibrate=True)
-        except RuntimeError as error:
-            raise ZooError(f"The networks of {zoo.folder} do not fit the task: {error}") from error
+        return self.scorer(zoo.vectors, len(zoo), name, zoo.vectors([0, -1]), calibrate=True)
 
     def _score_groups(self) -> None:
         self.scores["trained"] = trained = self._score(self.trained, "trained")
@@ -330,7 +330,11 @@ class _Study:
             torch.tensor(seeds),
             most_values=BASELINE_VALUES,
         )
-        return strength, scores, self.plane.place(scores, seed)
+        return strength, scores, self._place(scores, seed)
+
+    def _place(self, scores: Scores, seed: int) -> Place:
+        """That of the main process: what is scored next follows from it, on whatever kinds of machines."""
+        return from_main(lambda: self.plane.place(scores, seed))
 
     def _nearest(self) -> dict[str, Any]:
         between = distances(self.trained, self.trained).fill_diagonal_(torch.inf)
@@ -355,7 +359,8 @@ class _Study:
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
         """Distances to nearest neighbours up to permutations of hidden units, and which those are, where the
         architecture is a plain chain."""
-        if self.trained.vector_size > MOST_ALIGNED:
+        values = self.trained.vector_size * (len(self.trained) + len(self.generated))
+        if self.trained.vector_size > MOST_ALIGNED or values > MOST_ALIGNED_VALUES:
             return None
         try:
             alignment = Alignment(self.trained.layout)

@@ -37,7 +37,7 @@ def _copies(count: int, strength: float, draw: torch.Generator) -> torch.Tensor:
 
 
 def _mean(count: int, strength: float, draw: torch.Generator) -> torch.Tensor:
-    return torch.full((count,), 1 / count)
+    return torch.zeros(count)  # of standardized parameters
 
 
 def _soup(count: int, strength: float, draw: torch.Generator) -> torch.Tensor:

@@ -1,7 +1,10 @@
 """What is measured of networks: accuracy, calibration, overlap of errors, distances, and how certain all of it is."""
 
 import hashlib
+import inspect
+import pickle
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -15,7 +18,7 @@ from ..extras import require
 from ..parallel import from_main, share
 from ..stacked import Predictor
 from ..tasks import Task, TaskError
-from ..zoo import BATCH_VALUES, WeightZoo
+from ..zoo import BATCH_VALUES, WeightZoo, ZooError, networks_per_batch
 
 
 CONFIDENCE = 0.95
@@ -83,8 +86,36 @@ class Scores:
 def _sha256(*parts: Any) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.numpy().tobytes() if isinstance(part, torch.Tensor) else repr(part).encode())
+        is_tensor = isinstance(part, torch.Tensor)
+        digest.update(part.detach().cpu().flatten().view(torch.uint8).numpy() if is_tensor else repr(part).encode())
     return digest.hexdigest()
+
+
+def _source(task: Task) -> list[str]:
+    """The code of a task, as far as it lies in files."""
+    found = []
+    for one in type(task).__mro__[:-1]:
+        with suppress(OSError, TypeError):
+            found.append(inspect.getsource(one))
+    return found
+
+
+def _read_part(file: Path) -> dict[str, Any]:
+    try:
+        return torch.load(file, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ZooError(f"{file} is damaged. Delete it and run the same command again.") from error
+
+
+def _write_part(file: Path, scored: dict[str, Any]) -> None:
+    temporary = file.with_suffix(".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(scored, temporary)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ZooError(f"Cannot write {file}: {error}. Make room and run the same command again.") from error
+    temporary.replace(file)
 
 
 def _finite_mean(values: torch.Tensor) -> float | None:
@@ -114,7 +145,16 @@ class Scorer:
         self.targets = {split: targets.cpu() for split, (_, targets) in data.items()}
         self.inputs = torch.cat([inputs for inputs, _ in data.values()])
         self.predict.adopt(from_main(lambda: self.predict.choose(zoo.vectors(range(min(8, len(zoo)))), self.inputs)))
-        self._digest = _sha256(self.inputs, *self.targets.values(), len(zoo), zoo.vectors([0, -1]))
+        # What was scored is used again for the same examples, networks and code only.
+        ends = zoo.vectors([0, -1])
+        outputs = self.predict(ends, self.inputs)
+        self._outputs_of_one = outputs[0].numel()
+        predictions = outputs.split([len(targets) for targets in self.targets.values()], dim=1)
+        correct = [self._correct(p, split) for p, split in zip(predictions, SPLITS, strict=True)]
+        self._digest = _sha256(
+            *(self.inputs, *self.targets.values(), self.layout.config["tensors"], len(zoo), ends),
+            *(*_source(task), *correct),
+        )
 
     def __call__(
         self,
@@ -137,7 +177,9 @@ class Scorer:
         Raises:
             `RuntimeError`: the networks do not fit the task.
         """
-        together = max(1, min(64, most_values // self.layout.vector_size))
+        together = min(
+            networks_per_batch(self.layout.vector_size, values=most_values), networks_per_batch(self._outputs_of_one)
+        )
         sizes = sorted({*(2**power for power in range(count.bit_length())), count})
         ranks = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         # How networks are split depends on their number alone: sums are the same whoever adds their terms.
@@ -148,21 +190,27 @@ class Scorer:
             indices = range(bounds[group], bounds[group + 1])
             part = self.parts and self.parts / f"{_sha256(self._digest, name, key, count, group, calibrate)}.pt"
             if part is not None and part.exists():
-                return torch.load(part, weights_only=True)
+                return _read_part(part)
             scored = self._score(vectors, indices, together, ranks, sizes if calibrate else [], name)
             if part is not None:
-                part.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(scored, part.with_suffix(".part"))
-                part.with_suffix(".part").replace(part)
+                _write_part(part, scored)
             return scored
 
-        scored = share(groups, score)
-        calibration = [row for group in scored for row in group["calibration"]]
-        members = sum(group["members"] for group in scored)
+        correct: dict[str, list[torch.Tensor]] = {split: [] for split in SPLITS}
+        finite, calibration = [], []
+        sums: dict[str, Any] = dict.fromkeys(SPLITS, 0)
+        members: Any = 0
+        for scored in share(groups, score):
+            for split in SPLITS:
+                correct[split].append(scored["correct"][split])
+                sums[split] = sums[split] + scored["sums"].get(split, 0)
+            finite.append(scored["finite"])
+            calibration += scored["calibration"]
+            members = members + scored["members"]
         return Scores(
-            validation=torch.cat([group["correct"]["validation"] for group in scored]).double().mean(1),
-            wrong=~torch.cat([group["correct"]["test"] for group in scored]),
-            finite=torch.cat([group["finite"] for group in scored]),
+            validation=torch.cat(correct["validation"]).double().mean(1),
+            wrong=~torch.cat(correct["test"]),
+            finite=torch.cat(finite),
             calibration={
                 key: torch.tensor([row[key] for row in calibration], dtype=torch.float64) for key in calibration[0]
             }
@@ -171,9 +219,7 @@ class Scorer:
             ensembles=[
                 {
                     "size": size,
-                    **self.ensemble(
-                        {split: sum(group["sums"][split][i] for group in scored) for split in SPLITS}, int(members[i])
-                    ),
+                    **self.ensemble({split: sums[split][i] for split in SPLITS}, int(members[i])),
                 }
                 for i, size in enumerate(sizes)
             ]
@@ -393,7 +439,7 @@ def tensor_values(*zoos: WeightZoo) -> dict[str, tuple[torch.Tensor, ...]]:
     values, start = {}, 0
     for tensor in zoos[0].layout.tensors("generated"):
         size = torch.Size(tensor["shape"]).numel()
-        parts = [zoo.columns(start, start + size)[:: -(-len(zoo) // 50)].flatten() for zoo in zoos]
+        parts = [zoo.columns(start, start + size, every=-(-len(zoo) // 50)).flatten() for zoo in zoos]
         # Copies: a view of the few would keep all.
         values[tensor["name"]] = tuple(part[:: -(-len(part) // VALUES_PER_TENSOR)].clone() for part in parts)
         start += size

@@ -132,8 +132,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             num_networks (`int`, *optional*):
                 How many. Defaults to one for each of the `generator`s or `latents`, and to 1 without a list of them.
             num_inference_steps (`int`, *optional*, defaults to 50):
-                Denoising steps. The default is the smallest number whose networks are as good as those of 1000 steps
-                with the default scheduler (`benchmarks/samplers.py`).
+                Denoising steps. Of 1000, 50, 20 and 10, the default is the smallest whose networks are as good as
+                those of 1000 steps with the default scheduler (`benchmarks/samplers.py`).
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One for all networks, or one for each. Every network draws its noise from a CPU generator of its own
                 that is seeded by the next draw of the generator passed here, so the same seed gives the same networks
