@@ -1,8 +1,9 @@
 """Many networks at once against one by one: scoring a zoo, and training an independent one.
 
 Prints for each task the seconds of both ways, their ratio, and how far results differ. Both ways take turns, and the
-best of several rounds counts, since machines are noisy. Rounding differs, and training amplifies it, hence the mean
-accuracy on the test split of the networks that were trained both ways.
+best of several rounds counts, since machines are noisy. Rounding differs, and training amplifies it: hence the mean
+accuracy on the test split of the networks that were trained both ways, and, as a measure for their difference, that of
+networks trained one by one with and without oneDNN, another library for the same convolutions.
 """
 
 import time
@@ -40,7 +41,8 @@ def main(config: Config) -> None:
     """Measures and prints."""
     torch.set_num_threads(config.threads)
     rows = []
-    print("work | task | one by one, s | at once, s | ratio | largest difference | accuracy: one by one, at once")
+    print("work | task | one by one, s | at once, s | ratio | largest difference", end=" | ")
+    print("accuracy: one by one, at once | largest difference of one by one with and without oneDNN")
     for name in config.tasks:
         task = load_task(name)
         rows.append(scoring(config, name, task))
@@ -88,13 +90,16 @@ def training(config: Config, name: str, task: Task, epochs: int) -> dict[str, An
     predict = Predictor(task, layout, torch.device("cpu"))
 
     def accuracy(vectors: torch.Tensor) -> float:
-        return (
-            task.correct(predict(vectors, inputs).flatten(0, 1), targets.repeat(len(vectors))).double().mean().item()
-        )
+        outputs = predict(vectors, inputs).flatten(0, 1)
+        return task.correct(outputs, targets.repeat(len(vectors))).double().mean().item()
+
+    def otherwise(vectors: torch.Tensor) -> dict[str, Any]:
+        with torch.backends.mkldnn.flags(enabled=False):
+            return {"difference_without_onednn": (one_by_one() - vectors).abs().max().item()}
 
     work = f"train {config.num_trained} networks, {epochs} epochs"
     rounds = config.rounds if epochs == min(config.epochs) else 1
-    return compare(work, name, one_by_one, at_once, config.num_trained / fewer, rounds, accuracy)
+    return compare(work, name, one_by_one, at_once, config.num_trained / fewer, rounds, accuracy, otherwise)
 
 
 def compare(
@@ -105,6 +110,7 @@ def compare(
     factor: float,
     rounds: int,
     accuracy: Callable[[torch.Tensor], float] | None = None,
+    otherwise: Callable[[torch.Tensor], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Both ways; the first does only a part of the work, and counts `factor` times."""
     seconds: list[list[float]] = [[], []]
@@ -119,6 +125,8 @@ def compare(
     difference = (results[0] - results[1]).abs().max().item()
     accuracies = [] if accuracy is None else [accuracy(vectors) for vectors in results]
     shown = ", ".join(f"{100 * value:.2f}" for value in accuracies)
+    control = {} if otherwise is None else otherwise(results[0])
+    shown += "".join(f" | {value:.1e}" for value in control.values())
     print(f"{work} | {task} | {slow:.3f} | {fast:.3f} | {slow / fast:.1f} | {difference:.1e} | {shown}", flush=True)
     return {
         "work": work,
@@ -128,6 +136,7 @@ def compare(
         "ratio": slow / fast,
         "largest_difference": difference,
         "accuracies": accuracies,
+        **control,
     }
 
 

@@ -141,8 +141,8 @@ class Trainer:
 class StackedTrainer:
     r"""
     The training runs of several seeds at once, with their weights stacked, in a fraction of the time where networks
-    are small. They are those of a [`Trainer`] each up to rounding, which depends on how many are trained at once and
-    which training amplifies: by the end, a network may differ by a per cent, and be as good.
+    are small. They are those of a [`Trainer`] each up to rounding, which depends on how many are trained at once. Long
+    trainings amplify it, as they do that of another library of convolutions (`benchmarks/stacked.py`).
 
     Args:
         task (`Task`): Of the networks; its loss, optimizer and inputs are those of [`Task`].
