@@ -47,6 +47,8 @@ def main(config: Config) -> None:
     if config.only is not None:
         print(json.dumps(measure(config, *config.only)))
         return
+    if config.work_dir is not None:
+        Path(config.work_dir).mkdir(parents=True, exist_ok=True)
     rows = []
     print("parameters | networks | zoo, GB | make the zoo, s | train, s | generate, s | one, s | peak memory, GB")
     sizes = [(size, config.num_networks) for size in config.sizes]

@@ -75,6 +75,8 @@ def main(config: Config) -> None:
         name, folder, number = config.only
         print(json.dumps(MEASUREMENTS[name](Path(folder), number)))
         return
+    if config.work_dir is not None:
+        Path(config.work_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.work_dir) as scratch:
         rows = [row for size in config.sizes for row in reading(config, size, Path(scratch, f"read-{size}"))]
         rows += writing(config, Path(scratch, "write"))
