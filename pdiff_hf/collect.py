@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .config import ConfigError, check_positive, check_same_run, save_run, stage_main
 from .hub import push, write_zoo_card
-from .parallel import Saving, complete, processes
+from .parallel import Saving, complete, from_main, processes
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .stacked import NotStackableError, Predictor, StackedNetwork
 from .tasks import Task, load_task
@@ -304,7 +304,7 @@ def _collect_independent(config: CollectConfig, task: Task, folder: Path) -> Wei
             "--patterns '*', or collect a trajectory."
         )
     epochs = task.epochs if config.epochs is None else config.epochs
-    stackable = _is_stackable(task, layout)
+    stackable = from_main(lambda: _is_stackable(task, layout))
 
     def train(indices: range) -> list[tuple[torch.Tensor, dict]]:
         seeds = [config.seed + index for index in indices]
@@ -329,18 +329,20 @@ def _is_stackable(task: Task, layout: ParameterLayout) -> bool:
     """Whether networks that are trained at once are those that are trained one by one."""
     seeds = [0, 1]
     try:
-        together = [StackedTrainer(task, seeds).train_steps(steps, layout) for steps in (0, TRIED_STEPS)]
+        together = StackedTrainer(task, seeds).train_steps(TRIED_STEPS, layout)
     except Exception:  # whatever a network of the user's own makes of the tracer and of stacked weights
         return False
-    alone = []
-    for seed in seeds:
-        trainer = Trainer(task, seed)
+    trainers = [Trainer(task, seed) for seed in seeds]
+
+    def vectors() -> torch.Tensor:
+        return torch.stack([layout.flatten(trainer.network.state_dict()).cpu() for trainer in trainers])
+
+    before = vectors()
+    for trainer in trainers:
         for _ in range(TRIED_STEPS):
             trainer.train_step()
-        alone.append(layout.flatten(trainer.network.state_dict()).cpu())
-    before, after = together
-    difference, change = (after - torch.stack(alone)).norm(), (torch.stack(alone) - before).norm()
-    return bool(difference <= TRIED_TOLERANCE * change)
+    alone = vectors()
+    return bool((together - alone).norm() <= TRIED_TOLERANCE * (alone - before).norm())
 
 
 def _generator(seed: int, position: int) -> torch.Generator:

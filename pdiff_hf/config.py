@@ -131,7 +131,7 @@ def save_run(folder: str | Path, stage: str, config: Any, **facts: Any) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-    _replace(folder / f"{stage}.yaml", yaml.safe_dump(content, sort_keys=False))
+    write_whole(folder / f"{stage}.yaml", yaml.safe_dump(content, sort_keys=False))
     facts = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -139,10 +139,10 @@ def save_run(folder: str | Path, stage: str, config: Any, **facts: Any) -> None:
         "versions": versions(),
         **facts,
     }
-    _replace(folder / f"{stage}.facts.json", json.dumps(facts, indent=1) + "\n")
+    write_whole(folder / f"{stage}.facts.json", json.dumps(facts, indent=1) + "\n")
 
 
-def _replace(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
     """Writes a file, whole or not at all."""
     temporary = file.with_name(f"{file.name}.part")
     temporary.write_text(text, encoding="utf-8")

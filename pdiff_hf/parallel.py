@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -162,6 +163,19 @@ def complete(
     return zoo
 
 
+@contextmanager
+def part_of_a_run(file: Path) -> Iterator[Path]:
+    """A path to write to; what is there in the end becomes the file, which is there whole or not at all."""
+    temporary = file.with_suffix(".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+    except (OSError, RuntimeError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ZooError(f"Cannot write {file}: {error}. Make room and run the same command again.") from error
+    temporary.replace(file)
+
+
 def _part(folder: Path, unit: range) -> Path:
     return folder / PARTS / f"networks-{unit.start}-to-{unit.stop}.safetensors"
 
@@ -183,14 +197,8 @@ def _append(zoo: WeightZoo, unit: range, networks: Networks) -> None:
 
 def _write_part(file: Path, networks: Networks) -> None:
     vectors, rows = torch.stack([vector for vector, _ in networks]), json.dumps([row for _, row in networks])
-    temporary = file.with_suffix(".part")
-    try:
-        file.parent.mkdir(exist_ok=True)
+    with part_of_a_run(file) as temporary:
         save_file({"networks": vectors}, temporary, {"rows": rows})
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ZooError(f"Cannot write {file}: {error}. Make room and run the same command again.") from error
-    temporary.replace(file)
 
 
 def _read_part(file: Path) -> Networks:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .config import UNFINISHED
+from .config import UNFINISHED, write_whole
 from .errors import PdiffError
 from .hub import download, download_file, is_repository, matching_models, push, write_zoo_card
 from .pipelines.neural_network_diffusion import ParameterLayout
@@ -146,8 +146,7 @@ class WeightZoo:
         save_file(frozen, folder / "frozen.safetensors")
         (folder / "metadata.jsonl").touch()
         # Last, since it is what makes a folder a zoo.
-        (folder / "zoo.json.part").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        (folder / "zoo.json.part").replace(folder / "zoo.json")
+        write_whole(folder / "zoo.json", json.dumps(description, indent=1) + "\n")
         return cls(folder)
 
     @classmethod
@@ -467,12 +466,12 @@ class WeightZoo:
         with self._explained(file), file.open("r+b") as rows:
             rows.truncate(self.rows_end)
             rows.seek(max(self.rows_end - 1, 0))
-            if self.rows_end and rows.read(1) != b"\n":
-                rows.write(b"\n")
-                self.rows_end += 1
-            rows.write(lines)
+            # The last of them may lack its end.
+            before = b"\n" if self.rows_end and rows.read(1) != b"\n" else b""
+            rows.write(before + lines)
             rows.flush()
             os.fsync(rows.fileno())
+        self.rows_end += len(before)
 
     def _write_last_shard(self, networks: torch.Tensor, total: int) -> None:
         def rename_shards() -> None:
@@ -661,7 +660,7 @@ class WeightZoo:
 
 
 def networks_per_batch(vector_size: int, most: int = 64, values: int = BATCH_VALUES) -> int:
-    """How many networks of so many parameters are handled at once."""
+    """How many networks of so many parameters, or of as many outputs, are handled at once."""
     return max(1, min(most, values // max(1, vector_size)))
 
 

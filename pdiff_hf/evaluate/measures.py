@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..extras import require
-from ..parallel import from_main, share
+from ..parallel import from_main, part_of_a_run, share
 from ..stacked import Predictor
 from ..tasks import Task, TaskError
 from ..zoo import BATCH_VALUES, WeightZoo, ZooError, networks_per_batch
@@ -107,17 +107,6 @@ def _read_part(file: Path) -> dict[str, Any]:
         raise ZooError(f"{file} is damaged. Delete it and run the same command again.") from error
 
 
-def _write_part(file: Path, scored: dict[str, Any]) -> None:
-    temporary = file.with_suffix(".part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(scored, temporary)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ZooError(f"Cannot write {file}: {error}. Make room and run the same command again.") from error
-    temporary.replace(file)
-
-
 def _finite_mean(values: torch.Tensor) -> float | None:
     values = values[torch.isfinite(values)]
     return values.mean().item() if len(values) else None
@@ -193,7 +182,8 @@ class Scorer:
                 return _read_part(part)
             scored = self._score(vectors, indices, together, ranks, sizes if calibrate else [], name)
             if part is not None:
-                _write_part(part, scored)
+                with part_of_a_run(part) as temporary:
+                    torch.save(scored, temporary)
             return scored
 
         correct: dict[str, list[torch.Tensor]] = {split: [] for split in SPLITS}
