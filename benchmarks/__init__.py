@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from pdiff_hf.config import versions
+from pdiff_hf.runs import versions
 
 
 # Folders of one machine say nothing to anyone else.

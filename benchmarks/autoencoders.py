@@ -43,7 +43,7 @@ from pdiff_hf import (
     load_task,
     run_collect,
 )
-from pdiff_hf.stacked import Predictor
+from pdiff_hf.networks.predictor import Predictor
 from pdiff_hf.train import DenoiserObjective, Training, denoising_scheduler
 from pdiff_hf.zoo import BATCH_VALUES
 

@@ -24,7 +24,7 @@ from pdiff_hf import (
     load_pipeline,
     load_task,
 )
-from pdiff_hf.stacked import Predictor
+from pdiff_hf.networks.predictor import Predictor
 from pdiff_hf.train import DenoiserObjective, Training
 
 

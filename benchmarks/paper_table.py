@@ -34,7 +34,7 @@ from pdiff_hf import (
     run_collect,
     run_train,
 )
-from pdiff_hf.evaluate.measures import Scorer, similarity
+from pdiff_hf.evaluation.measures import Scorer, similarity
 from pdiff_hf.train import DenoiserObjective, Training, denoising_scheduler
 
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 
 from benchmarks import write
 from pdiff_hf import ParameterLayout, TrainConfig, WeightZoo, load_task, run_train
-from pdiff_hf.evaluate.baselines import Baseline, Source
-from pdiff_hf.evaluate.measures import Scorer, similarity
+from pdiff_hf.evaluation.baselines import Baseline, Source
+from pdiff_hf.evaluation.measures import Scorer, similarity
 from pdiff_hf.tasks.digits import DigitsConvNet
 
 

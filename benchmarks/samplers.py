@@ -43,7 +43,7 @@ from pdiff_hf import (
     run_collect,
     run_train,
 )
-from pdiff_hf.stacked import Predictor
+from pdiff_hf.networks.predictor import Predictor
 from pdiff_hf.train import DenoiserObjective, Training
 
 

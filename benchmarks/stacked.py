@@ -16,8 +16,8 @@ import tyro
 
 from benchmarks import write
 from pdiff_hf import ParameterLayout, Task, load_task
-from pdiff_hf.collect import StackedTrainer, Trainer
-from pdiff_hf.stacked import Predictor
+from pdiff_hf.networks.predictor import Predictor
+from pdiff_hf.networks.trainer import StackedTrainer, Trainer
 
 
 @dataclass(frozen=True)

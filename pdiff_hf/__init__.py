@@ -10,7 +10,7 @@ __version__ = version("pdiff-hf")
 if TYPE_CHECKING:
     from .collect import CollectConfig, run_collect
     from .errors import PdiffError
-    from .evaluate import Baseline, EvaluateConfig, evaluate, run_evaluate
+    from .evaluation import Baseline, EvaluateConfig, evaluate, run_evaluate
     from .generate import GenerateConfig, run_generate
     from .hub import load_pipeline
     from .pipelines.neural_network_diffusion import (
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "collect": ("CollectConfig", "run_collect"),
-    "evaluate": ("Baseline", "EvaluateConfig", "evaluate", "run_evaluate"),
+    "evaluation": ("Baseline", "EvaluateConfig", "evaluate", "run_evaluate"),
     "generate": ("GenerateConfig", "run_generate"),
     "hub": ("load_pipeline",),
     "pipelines.neural_network_diffusion": (

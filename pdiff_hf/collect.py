@@ -6,25 +6,20 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import PartialState
-from torch import nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .config import ConfigError, check_positive, check_same_run, save_run, stage_main
+from .config import check_positive
+from .errors import ConfigError, ZooError
 from .hub import push, write_zoo_card
-from .parallel import Saving, complete, from_main, processes
-from .pipelines.neural_network_diffusion import ParameterLayout
-from .stacked import NotStackableError, Predictor, StackedNetwork
+from .networks.trainer import StackedTrainer, Trainer, is_stackable
+from .parallel import Saving, from_main, processes
+from .runs import check_same_run, save_run
 from .tasks import Task, load_task
-from .zoo import WeightZoo, ZooDtype, ZooError, make_layout, networks_per_batch
+from .zoo import WeightZoo, ZooDtype, make_layout, networks_per_batch
+from .zoo.fill import complete
 
 
 STATE_FILE = "collect.state.pt"
-# Optimizer steps that tell whether networks that are trained at once are those that are trained one by one, and by
-# how much, relative to what the steps change, rounding may make them differ.
-TRIED_STEPS = 3
-TRIED_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -51,166 +46,6 @@ class CollectConfig:
     """How networks are stored; bfloat16 halves the files and keeps three digits."""
     push_to_hub: str | None = None
     """Name of the dataset repository that the zoo is pushed to in the end."""
-
-
-class Trainer:
-    r"""
-    One training run of a task's network, step by step. What happens in a step depends on the seed, the step and the
-    state alone, so that a resumed run is the uninterrupted one.
-    """
-
-    def __init__(self, task: Task, seed: int):
-        self.task, self.seed, self.step = task, seed, 0
-        self._epoch, self._order = -1, torch.empty(0)
-        device = PartialState().device
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.network = task.build_network().to(device)
-        self.inputs, self.targets = (tensor.to(device) for tensor in task.data("train"))
-        self.optimizer = task.optimizer(list(self.network.parameters()))
-        self.network.train()
-        self.steps_per_epoch = -(-len(self.targets) // task.batch_size)
-
-    def freeze(self, layout: ParameterLayout) -> None:
-        """From now on trains the generated tensors only: the others, batch-norm statistics included, stay put."""
-        generated = {tensor["name"] for tensor in layout.tensors("generated")}
-        for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name in generated)
-            if name not in generated:
-                parameter.grad = None
-        for name, module in self.network.named_modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and f"{name}.running_mean" not in generated:
-                module.eval()
-
-    def train_step(self) -> None:
-        """One optimizer step."""
-        epoch, batch = divmod(self.step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = torch.randperm(len(self.targets), generator=_generator(self.seed, epoch))
-        start = batch * self.task.batch_size
-        indices = self._order[start : start + self.task.batch_size].to(self.targets.device)
-        with torch.random.fork_rng():
-            generator = _generator(self.seed, self.step)
-            torch.manual_seed(generator.initial_seed())
-            inputs = self.task.augment(self.inputs[indices], generator)
-            loss = self.task.loss(self.network(inputs), self.targets[indices])
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-        self.step += 1
-
-    def metadata(self, validation: tuple[torch.Tensor, torch.Tensor]) -> dict:
-        """What is to be remembered of the network as it is now."""
-        inputs, targets = (tensor.to(self.targets.device) for tensor in validation)
-        correct = self.task.correct(self.task.predict(self.network, inputs), targets)
-        return {"seed": self.seed, "step": self.step, "validation_accuracy": correct.float().mean().item()}
-
-    def train(self, epochs: int, layout: ParameterLayout) -> list[tuple[torch.Tensor, dict]]:
-        """Trains from the beginning; the parameter vector and what is to be remembered of it."""
-        while self.step < epochs * self.steps_per_epoch:
-            self.train_step()
-        return [(layout.flatten(self.network.state_dict()), self.metadata(self.task.data("validation")))]
-
-    def save(self, file: Path) -> None:
-        """Writes the state, whole or not at all."""
-        state = {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-        }
-        temporary = file.with_name(f"{file.name}.part")
-        try:
-            torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            raise ZooError(
-                f"Cannot write {file}: {error}. The networks that were kept are safe; make room and run the same "
-                "command again to go on."
-            ) from error
-        temporary.replace(file)
-
-    def load(self, file: Path) -> None:
-        """Goes on from a saved state."""
-        state = torch.load(file, map_location=self.targets.device, weights_only=True)
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-
-
-class StackedTrainer:
-    r"""
-    The training runs of several seeds at once, with their weights stacked, in a fraction of the time where networks
-    are small. They are those of a [`Trainer`] each up to rounding, which depends on how many are trained at once. Long
-    trainings amplify it, as they do that of another library of convolutions (`benchmarks/stacked.py`).
-
-    Args:
-        task (`Task`): Of the networks; its loss, optimizer and inputs are those of [`Task`].
-        seeds (`list[int]`): One for each network.
-
-    Raises:
-        [`NotStackableError`]: the task or the architecture asks for one run after the other.
-    """
-
-    def __init__(self, task: Task, seeds: list[int]):
-        if any(getattr(type(task), name) is not getattr(Task, name) for name in ("loss", "optimizer", "augment")):
-            raise NotStackableError(f"{type(task).__name__} trains in a way of its own.")
-        self.task, self.seeds = task, seeds
-        self.device = PartialState().device
-        networks = []
-        with torch.random.fork_rng():
-            for seed in seeds:
-                torch.manual_seed(seed)
-                networks.append(task.build_network().to(self.device).train())
-        self.network = StackedNetwork(networks[0])
-        if any(buffer.numel() for buffer in networks[0].buffers()):
-            raise NotStackableError("Buffers may change in training.")
-        trained = [dict(network.named_parameters()) for network in networks]
-        self.weights = {
-            name: nn.Parameter(torch.stack([weights[name].detach() for weights in trained]), first.requires_grad)
-            for name, first in trained[0].items()
-        }
-        self.optimizer = task.optimizer([weight for weight in self.weights.values() if weight.requires_grad])
-        self.inputs, self.targets = (tensor.to(self.device) for tensor in task.data("train"))
-
-    def train(self, epochs: int, layout: ParameterLayout) -> list[tuple[torch.Tensor, dict]]:
-        """Trains from the beginning; the parameter vector of each network and what is to be remembered of it."""
-        steps = epochs * -(-len(self.targets) // self.task.batch_size)
-        vectors = self.train_steps(steps, layout)
-        inputs, targets = self.task.data("validation")
-        predictions = Predictor(self.task, layout, self.device)(vectors, inputs)
-        correct = [self.task.correct(p, targets.cpu()).float().mean().item() for p in predictions]
-        rows = [
-            {"seed": seed, "step": steps, "validation_accuracy": accuracy}
-            for seed, accuracy in zip(self.seeds, correct, strict=True)
-        ]
-        return list(zip(vectors, rows, strict=True))
-
-    def train_steps(self, steps: int, layout: ParameterLayout) -> torch.Tensor:
-        """The parameter vectors `[N, P]` after the first steps."""
-        size, count = self.task.batch_size, len(self.targets)
-        for step in range(steps):
-            epoch, batch = divmod(step, -(-count // size))
-            if batch == 0:
-                orders = [torch.randperm(count, generator=_generator(seed, epoch)) for seed in self.seeds]
-                order = torch.stack(orders).to(self.device)
-            self.step(order[:, batch * size : (batch + 1) * size])
-        state_dicts = [
-            {name: weight[i].detach() for name, weight in self.weights.items()} for i in range(len(self.seeds))
-        ]
-        return torch.stack([layout.flatten(state_dict) for state_dict in state_dicts]).cpu()
-
-    def step(self, indices: torch.Tensor) -> None:
-        """One optimizer step of each network, on these training examples: `[N, batch size]`."""
-        outputs = self.network(self.weights, self.inputs[indices])
-        if outputs.ndim != 3 or self.targets.ndim != 1:
-            raise NotStackableError("Outputs that are no scores of classes.")
-        # The mean over a network's examples, and the sum over networks, which leaves their gradients apart.
-        targets = self.targets[indices].flatten()
-        loss = F.cross_entropy(outputs.flatten(0, 1), targets, reduction="sum") / indices.shape[1]
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
 
 
 def run_collect(config: CollectConfig) -> WeightZoo:
@@ -304,7 +139,7 @@ def _collect_independent(config: CollectConfig, task: Task, folder: Path) -> Wei
             "--patterns '*', or collect a trajectory."
         )
     epochs = task.epochs if config.epochs is None else config.epochs
-    stackable = from_main(lambda: _is_stackable(task, layout))
+    stackable = from_main(lambda: is_stackable(task, layout))
 
     def train(indices: range) -> list[tuple[torch.Tensor, dict]]:
         seeds = [config.seed + index for index in indices]
@@ -323,33 +158,3 @@ def _collect_independent(config: CollectConfig, task: Task, folder: Path) -> Wei
         make=train,
         description="collect",
     )
-
-
-def _is_stackable(task: Task, layout: ParameterLayout) -> bool:
-    """Whether networks that are trained at once are those that are trained one by one."""
-    seeds = [0, 1]
-    try:
-        together = StackedTrainer(task, seeds).train_steps(TRIED_STEPS, layout)
-    except Exception:  # whatever a network of the user's own makes of the tracer and of stacked weights
-        return False
-    trainers = [Trainer(task, seed) for seed in seeds]
-
-    def vectors() -> torch.Tensor:
-        return torch.stack([layout.flatten(trainer.network.state_dict()).cpu() for trainer in trainers])
-
-    before = vectors()
-    for trainer in trainers:
-        for _ in range(TRIED_STEPS):
-            trainer.train_step()
-    alone = vectors()
-    return bool((together - alone).norm() <= TRIED_TOLERANCE * (alone - before).norm())
-
-
-def _generator(seed: int, position: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63)
-
-
-main = stage_main("collect", CollectConfig, run_collect)
-
-if __name__ == "__main__":
-    main()

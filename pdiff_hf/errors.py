@@ -1,5 +1,33 @@
-"""The base of all errors that a user can cause and mend."""
+"""Every error that a user can cause and mend."""
 
 
 class PdiffError(Exception):
     """Something is wrong with what was given; the message says what was found, what was expected and what to do."""
+
+
+class ConfigError(PdiffError, ValueError):
+    """A YAML file or an argument that does not describe a stage."""
+
+
+class ZooError(PdiffError, ValueError):
+    """A zoo that cannot be read or written, or a network that does not belong into it."""
+
+
+class HubError(PdiffError, ValueError):
+    """A repository that cannot be read or written."""
+
+
+class PipelineError(PdiffError, ValueError):
+    """A pipeline that cannot be loaded."""
+
+
+class TrainingError(PdiffError, ValueError):
+    """A training that cannot start or go on."""
+
+
+class TaskError(PdiffError, ValueError):
+    """A task that cannot be found, or does not do what a task does."""
+
+
+class MissingExtraError(PdiffError, ModuleNotFoundError):
+    """A package of an extra is not installed."""

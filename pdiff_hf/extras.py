@@ -3,11 +3,7 @@
 import importlib
 from types import ModuleType
 
-from .errors import PdiffError
-
-
-class MissingExtraError(PdiffError, ModuleNotFoundError):
-    """A package of an extra is not installed."""
+from .errors import MissingExtraError
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -8,11 +8,14 @@ from pathlib import Path
 import diffusers
 import torch
 
-from .config import ConfigError, check_positive, check_same_facts, check_same_run, save_run, stage_main
+from .config import check_positive
+from .errors import ConfigError
 from .hub import load_pipeline, pipeline_folder, push, write_zoo_card
-from .parallel import complete, processes
+from .parallel import processes
 from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
+from .runs import check_same_facts, check_same_run, save_run
 from .zoo import WeightZoo, ZooDtype, networks_per_batch
+from .zoo.fill import complete
 
 
 # Parameters of all networks together that are in memory at a time, in each of a few forms.
@@ -145,9 +148,3 @@ def _scheduler(name: str, pipe: NeuralNetworkDiffusionPipeline) -> diffusers.Sch
         return scheduler_class.from_config(pipe.scheduler.config)
     except ImportError as error:
         raise ConfigError(f"{name} needs a package that is not installed: {error}") from error
-
-
-main = stage_main("generate", GenerateConfig, run_generate)
-
-if __name__ == "__main__":
-    main()

@@ -1,38 +1,24 @@
-"""Work that several processes share, on one or many hosts: `accelerate launch` starts them, one zoo or report comes of
-it."""
+"""Work that several processes share, on one or many hosts: `accelerate launch` starts them."""
 
-import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
-from .config import UNFINISHED, ConfigError
-from .zoo import WeightZoo, ZooError
+from .errors import ConfigError
 
 
 Result = TypeVar("Result")
-Networks = Sequence[tuple[torch.Tensor, dict]]
 # What a killed run loses, apart from the networks that are being made; more only where saving takes longer than this
 # share of the time.
 SECONDS_BETWEEN_SAVES = 5.0
 MOST_SAVING = 0.1
 # One process may wait for the others as long as its work takes.
 TIMEOUT = timedelta(days=30)
-# A network file system shows what another host wrote after a while.
-SECONDS_TO_SEE = 120.0
-PARTS = f"{UNFINISHED}networks"
 
 
 def processes() -> PartialState:
@@ -84,126 +70,3 @@ class Saving:
             self.save()
             now = time.monotonic()
             self.due = now + max(SECONDS_BETWEEN_SAVES, (now - start) / MOST_SAVING)
-
-
-def complete(
-    folder: Path,
-    create: Callable[[], WeightZoo],
-    num_networks: int,
-    together: int,
-    make: Callable[[range], Networks],
-    description: str,
-) -> WeightZoo:
-    r"""
-    Fills a zoo up to a number of networks. Networks 0, ..., `together` - 1 are made at once, and so on: which process
-    makes them, and how many processes there are, makes no difference. The main process appends to the zoo; the others
-    leave what they made in files beside it, which a later run takes over if this one is killed.
-
-    Args:
-        folder (`Path`): Of the zoo; where there are several hosts, all of them see it.
-        create (`Callable[[], WeightZoo]`): Makes the zoo where there is none.
-        num_networks (`int`): How many it shall have.
-        together (`int`): How many are made at once.
-        make (`Callable[[range], Networks]`): Makes these networks: vectors `[P]` and rows of metadata.
-        description (`str`): For the progress bar.
-    """
-    state = processes()
-    if state.is_main_process:
-        zoo = WeightZoo(folder) if (folder / "zoo.json").exists() else create()
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        _wait_for(folder / "zoo.json")
-        zoo = WeightZoo(folder)
-
-    def unit_of(index: int) -> range:
-        start = index // together * together
-        return range(start, min(start + together, num_networks))
-
-    units = [unit_of(index) for index in range(unit_of(len(zoo)).start, num_networks, together)]
-    mine = [unit for unit in units[state.process_index :: state.num_processes] if not _part(folder, unit).exists()]
-    state.wait_for_everyone()  # from here on the main process moves parts
-
-    if not state.is_main_process:
-        for unit in mine:
-            _write_part(_part(folder, unit), make(unit))
-        state.wait_for_everyone()
-        state.wait_for_everyone()
-        return WeightZoo(folder)
-
-    taken: list[Path] = []
-
-    def take_parts() -> None:
-        """Appends what lies ready, as far as it is next."""
-        while len(zoo) < num_networks and (part := _part(folder, unit_of(len(zoo)))).exists():
-            _append(zoo, unit_of(len(zoo)), _read_part(part))
-            taken.append(part)
-        progress.update(len(zoo) - progress.n)
-
-    def flush() -> None:
-        zoo.flush()
-        while taken:
-            taken.pop().unlink()
-
-    saving = Saving(flush)
-    with zoo, tqdm(total=num_networks, initial=len(zoo), desc=description, unit="network") as progress:
-        for unit in mine:
-            networks = make(unit)
-            if unit.start <= len(zoo):
-                _append(zoo, unit, networks)
-            else:
-                _write_part(_part(folder, unit), networks)
-            take_parts()
-            saving.when_due()
-        state.wait_for_everyone()
-        while len(zoo) < num_networks:
-            _wait_for(_part(folder, unit_of(len(zoo))))
-            take_parts()
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
-    state.wait_for_everyone()
-    return zoo
-
-
-@contextmanager
-def part_of_a_run(file: Path) -> Iterator[Path]:
-    """A path to write to; what is there in the end becomes the file, which is there whole or not at all."""
-    temporary = file.with_suffix(".part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-    except (OSError, RuntimeError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ZooError(f"Cannot write {file}: {error}. Make room and run the same command again.") from error
-    temporary.replace(file)
-
-
-def _part(folder: Path, unit: range) -> Path:
-    return folder / PARTS / f"networks-{unit.start}-to-{unit.stop}.safetensors"
-
-
-def _wait_for(file: Path) -> None:
-    """Until a file that was written, maybe on another host, is there."""
-    deadline = time.monotonic() + SECONDS_TO_SEE
-    while not file.exists():
-        if time.monotonic() > deadline:
-            raise ZooError(f"{file} is not there: on all hosts, the processes have to see the same folder.")
-        time.sleep(0.05)
-
-
-def _append(zoo: WeightZoo, unit: range, networks: Networks) -> None:
-    # A killed run may have stored the first of them.
-    for vector, row in networks[len(zoo) - unit.start :]:
-        zoo.append(vector, **row)
-
-
-def _write_part(file: Path, networks: Networks) -> None:
-    vectors, rows = torch.stack([vector for vector, _ in networks]), json.dumps([row for _, row in networks])
-    with part_of_a_run(file) as temporary:
-        save_file({"networks": vectors}, temporary, {"rows": rows})
-
-
-def _read_part(file: Path) -> Networks:
-    try:
-        with safe_open(file, "pt") as part:
-            return list(zip(part.get_tensor("networks"), json.loads(part.metadata()["rows"]), strict=True))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ZooError(f"{file} is damaged ({error}). Delete it and run the same command again.") from error

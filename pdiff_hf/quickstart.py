@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import torch
 
 from .collect import CollectConfig, run_collect
-from .config import ConfigError, save_run, stage_main
-from .evaluate import EvaluateConfig, run_evaluate
+from .errors import ConfigError
+from .evaluation import EvaluateConfig, run_evaluate
 from .generate import GenerateConfig, run_generate
 from .parallel import processes
+from .runs import save_run
 from .tasks import load_task
 from .train import TrainConfig, run_train
 
@@ -77,9 +78,3 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     print(f"Everything is in {folder}. Load the pipeline anywhere with\n")
     print(f'    DiffusionPipeline.from_pretrained("{pipeline}", trust_remote_code=True)\n')
     return report
-
-
-main = stage_main("quickstart", QuickstartConfig, run_quickstart)
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,6 @@ from typing import Literal
 
 from huggingface_hub import HfApi, snapshot_download
 
-from .config import stage_main
 from .hub import HubError, explained, push
 from .zoo import WeightZoo
 
@@ -100,8 +99,3 @@ def run_pull(config: PullConfig) -> str:
         if shard.name not in names and (notes / f"{shard.name}.metadata").exists():
             shard.unlink()
     return str(folder)
-
-
-import_main = stage_main("import", ImportConfig, run_import)
-push_main = stage_main("push", PushConfig, run_push)
-pull_main = stage_main("pull", PullConfig, run_pull)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pdiff_hf import CollectConfig, ParameterLayout, WeightZoo, ZooError, load_task, run_collect
-from pdiff_hf.collect import StackedTrainer, Trainer
-from pdiff_hf.config import ConfigError
+from pdiff_hf.errors import ConfigError
+from pdiff_hf.networks.trainer import StackedTrainer, Trainer
 from pdiff_hf.tasks.digits import DigitsMLP
 
 from .conftest import ROOT, run
@@ -78,7 +78,13 @@ def test_an_independent_zoo_of_a_part_of_the_network_is_refused(tmp_path):
 def test_the_folder_says_how_to_repeat_the_run(tmp_path):
     first = run_collect(config(tmp_path / "a"))
     done = run(
-        "-m", "pdiff_hf.collect", "--config", str(first.folder / "collect.yaml"), "--output-dir", str(tmp_path / "b")
+        "-m",
+        "pdiff_hf",
+        "collect",
+        "--config",
+        str(first.folder / "collect.yaml"),
+        "--output-dir",
+        str(tmp_path / "b"),
     )
     assert done.returncode == 0, done.stderr
     assert torch.equal(WeightZoo(tmp_path / "b").vectors(), first.vectors())
@@ -140,10 +146,10 @@ def test_a_training_that_diverges_keeps_the_networks_before(tmp_path):
 def test_a_full_disk_ends_in_one_line_and_a_zoo_that_goes_on(tmp_path):
     script = textwrap.dedent("""
         import resource, sys
-        from pdiff_hf import collect, parallel
+        from pdiff_hf import cli, parallel
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
         parallel.SECONDS_BETWEEN_SAVES, parallel.MOST_SAVING = 0, float("inf")
-        collect.main(sys.argv[1:])
+        cli.main(["collect", *sys.argv[1:]])
     """)
     arguments = ["--task", "digits-mlp", "--num-networks", "6", "--epochs", "0"]
     done = run("-c", script, *arguments, "--output-dir", str(tmp_path / "zoo"))
@@ -159,9 +165,9 @@ def test_a_full_disk_ends_in_one_line_and_a_zoo_that_goes_on(tmp_path):
 def test_a_killed_collection_leaves_a_zoo_and_goes_on_as_if_nothing_had_happened(tmp_path, protocol, count):
     script = textwrap.dedent("""
         import sys
-        from pdiff_hf import collect, parallel
+        from pdiff_hf import cli, parallel
         parallel.SECONDS_BETWEEN_SAVES = 0.05
-        collect.main(sys.argv[1:])
+        cli.main(["collect", *sys.argv[1:]])
     """)
     wanted = config(tmp_path / "killed", num_networks=count, protocol=protocol, task="digits-mlp")
     arguments = ["--task", "digits-mlp", "--protocol", protocol, "--num-networks", str(count), "--epochs", "1"]

@@ -7,8 +7,10 @@ import pytest
 
 import pdiff_hf
 from pdiff_hf import cli
-from pdiff_hf.config import ConfigError, load_config, parse, save_run
+from pdiff_hf.config import load_config, parse
+from pdiff_hf.errors import ConfigError
 from pdiff_hf.extras import require
+from pdiff_hf.runs import save_run
 from pdiff_hf.train import TrainConfig
 
 from .conftest import run
@@ -80,7 +82,7 @@ def test_an_unknown_stage_lists_the_known(monkeypatch):
 
 
 def test_an_error_that_the_user_can_mend_is_one_line_without_traceback(tmp_path):
-    done = run("-m", "pdiff_hf.cli", "train", "--zoo", str(tmp_path))
+    done = run("-m", "pdiff_hf", "train", "--zoo", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr.strip() == f"pdiff-hf train: {tmp_path} holds no zoo: there is no zoo.json."
 
@@ -94,7 +96,7 @@ def test_importing_the_package_imports_no_extra_and_not_even_torch():
     modules = "'torch', 'sklearn', 'matplotlib', 'datasets', 'tensorboard'"
     done = run("-c", f"import sys, pdiff_hf; print([name for name in ({modules}) if name in sys.modules])")
     assert done.stdout.strip() == "[]"
-    stages = "import sys, pdiff_hf.collect, pdiff_hf.train, pdiff_hf.generate, pdiff_hf.evaluate"
+    stages = "import sys, pdiff_hf.collect, pdiff_hf.train, pdiff_hf.generate, pdiff_hf.evaluation"
     done = run(
         "-c", f"{stages}; print([name for name in ('sklearn', 'matplotlib', 'datasets') if name in sys.modules])"
     )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pdiff_hf import GenerateConfig, PdiffError, WeightZoo, load_pipeline, run_generate
-from pdiff_hf.config import ConfigError
+from pdiff_hf.errors import ConfigError
 
 
 def config(folder, output_dir, **changes) -> GenerateConfig:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pdiff_hf import WeightZoo, ZooError, parallel
-from pdiff_hf.evaluate import PARTS as SCORES
-from pdiff_hf.parallel import PARTS
+from pdiff_hf.evaluation.study import PARTS as SCORES
+from pdiff_hf.zoo import fill
+from pdiff_hf.zoo.fill import PARTS
 
 from .conftest import kill_one_process, launch
 
@@ -41,13 +42,13 @@ def test_saving_takes_a_share_of_the_time(monkeypatch):
 def generated(digits_pipeline, tmp_path_factory) -> Path:
     """What one process generates."""
     folder = tmp_path_factory.mktemp("generated") / "one"
-    launch(1, "-m", "pdiff_hf.generate", "--pipeline", str(digits_pipeline), "--output-dir", str(folder), *GENERATE)
+    launch(1, "-m", "pdiff_hf", "generate", "--pipeline", str(digits_pipeline), "--output-dir", str(folder), *GENERATE)
     return folder
 
 
 def test_two_processes_generate_the_zoo_of_one(digits_pipeline, generated, tmp_path):
     folder = tmp_path / "zoo"
-    launch(2, "-m", "pdiff_hf.generate", "--pipeline", str(digits_pipeline), "--output-dir", str(folder), *GENERATE)
+    launch(2, "-m", "pdiff_hf", "generate", "--pipeline", str(digits_pipeline), "--output-dir", str(folder), *GENERATE)
     assert_same_zoo(folder, generated)
     assert [row["seed"] for row in WeightZoo(folder).metadata] == list(range(45))
 
@@ -56,8 +57,8 @@ def test_two_processes_generate_the_zoo_of_one(digits_pipeline, generated, tmp_p
 def test_four_processes_extend_what_one_generated(digits_pipeline, generated, tmp_path):
     folder = tmp_path / "zoo"
     arguments = ["--pipeline", str(digits_pipeline), "--output-dir", str(folder), *GENERATE]
-    launch(1, "-m", "pdiff_hf.generate", *arguments, "--num-networks", "12")
-    launch(4, "-m", "pdiff_hf.generate", *arguments)
+    launch(1, "-m", "pdiff_hf", "generate", *arguments, "--num-networks", "12")
+    launch(4, "-m", "pdiff_hf", "generate", *arguments)
     assert_same_zoo(folder, generated)
 
 
@@ -65,7 +66,7 @@ def test_four_processes_extend_what_one_generated(digits_pipeline, generated, tm
 def test_processes_share_the_seeds_of_an_independent_zoo(tmp_path):
     for processes in (1, 2, 4):
         folder = tmp_path / f"{processes}"
-        launch(processes, "-m", "pdiff_hf.collect", "--output-dir", str(folder), *COLLECT)
+        launch(processes, "-m", "pdiff_hf", "collect", "--output-dir", str(folder), *COLLECT)
         assert_same_zoo(folder, tmp_path / "1")
     assert [row["seed"] for row in WeightZoo(folder).metadata] == list(range(150))
 
@@ -74,13 +75,13 @@ def test_processes_share_the_seeds_of_an_independent_zoo(tmp_path):
 def test_the_main_process_collects_a_trajectory(tmp_path):
     for processes in (1, 2):
         arguments = ["--task", "digits-mlp", "--epochs", "1", "--num-networks", "12"]
-        launch(processes, "-m", "pdiff_hf.collect", "--output-dir", str(tmp_path / f"{processes}"), *arguments)
+        launch(processes, "-m", "pdiff_hf", "collect", "--output-dir", str(tmp_path / f"{processes}"), *arguments)
     assert_same_zoo(tmp_path / "2", tmp_path / "1")
 
 
 def evaluate_arguments(zoo: WeightZoo, pipeline: Path, generated: Path, folder: Path) -> list[str]:
     arguments = ["--trained", str(zoo.folder), "--generated", str(generated), "--pipeline", str(pipeline)]
-    return ["-m", "pdiff_hf.evaluate", *arguments, "--networks-per-point", "20", "--output-dir", str(folder)]
+    return ["-m", "pdiff_hf", "evaluate", *arguments, "--networks-per-point", "20", "--output-dir", str(folder)]
 
 
 def report_of(folder: Path) -> dict:
@@ -119,7 +120,7 @@ def test_processes_share_an_evaluation(digits_zoo, digits_pipeline, generated, t
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rerun_completes_what_a_killed_process_left(digits_pipeline, tmp_path, rank):
     folder = tmp_path / "zoo"
-    command = ["-m", "pdiff_hf.generate", "--pipeline", str(digits_pipeline)]
+    command = ["-m", "pdiff_hf", "generate", "--pipeline", str(digits_pipeline)]
     command += ["--num-networks", "400", "--batch-size", "4", "--num-inference-steps", "50"]
     launch(1, *command, "--output-dir", str(tmp_path / "one"))
     kill_one_process(
@@ -138,10 +139,10 @@ def test_a_rerun_completes_what_a_killed_process_left(digits_pipeline, tmp_path,
 @pytest.mark.slow
 def test_a_rerun_completes_what_a_killed_process_collected(tmp_path):
     arguments = [*COLLECT, "--epochs", "4", "--num-networks", "640", "--output-dir"]
-    launch(1, "-m", "pdiff_hf.collect", *arguments, str(tmp_path / "one"))
+    launch(1, "-m", "pdiff_hf", "collect", *arguments, str(tmp_path / "one"))
     folder = tmp_path / "zoo"
     kill_one_process(
-        ["-m", "pdiff_hf.collect", *arguments, str(folder)],
+        ["-m", "pdiff_hf", "collect", *arguments, str(folder)],
         lambda: len(list((folder / PARTS).glob("*.safetensors"))) > 1,
     )
     kept = len(WeightZoo(folder))
@@ -149,8 +150,8 @@ def test_a_rerun_completes_what_a_killed_process_collected(tmp_path):
     last = max((folder / PARTS).glob("*.safetensors"), key=lambda part: int(part.name.split("-")[1]))
     start, stop = int(last.name.split("-")[1]), int(last.stem.split("-")[3])
     assert kept <= start
-    parallel._write_part(last, [(torch.zeros_like(vector), row) for vector, row in parallel._read_part(last)])
-    launch(2, "-m", "pdiff_hf.collect", *arguments, str(folder))
+    fill._write_part(last, [(torch.zeros_like(vector), row) for vector, row in fill._read_part(last)])
+    launch(2, "-m", "pdiff_hf", "collect", *arguments, str(folder))
     expected = WeightZoo(tmp_path / "one").vectors()
     expected[start:stop] = 0
     assert torch.equal(WeightZoo(folder).vectors(), expected)
@@ -159,9 +160,9 @@ def test_a_rerun_completes_what_a_killed_process_collected(tmp_path):
 
 
 def test_a_part_that_never_shows_is_an_error_and_no_short_zoo(tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "SECONDS_TO_SEE", 0.1)
+    monkeypatch.setattr(fill, "SECONDS_TO_SEE", 0.1)
     with pytest.raises(ZooError, match=r"networks-0-to-4\.safetensors is not there: on all hosts"):
-        parallel._wait_for(tmp_path / "networks-0-to-4.safetensors")
+        fill._wait_for(tmp_path / "networks-0-to-4.safetensors")
 
 
 @pytest.mark.slow
@@ -191,7 +192,7 @@ def test_a_damaged_part_is_named(digits_pipeline, generated, tmp_path):
     part.write_bytes(b"damaged")
     arguments = ["--pipeline", str(digits_pipeline), "--output-dir", str(folder), *GENERATE, "--num-networks", "48"]
     with pytest.raises(AssertionError, match=r"networks-44-to-48\.safetensors is damaged"):
-        launch(1, "-m", "pdiff_hf.generate", *arguments)
+        launch(1, "-m", "pdiff_hf", "generate", *arguments)
     part.unlink()
-    launch(1, "-m", "pdiff_hf.generate", *arguments)
+    launch(1, "-m", "pdiff_hf", "generate", *arguments)
     assert len(WeightZoo(folder)) == 48

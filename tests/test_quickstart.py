@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pdiff_hf import WeightZoo, load_pipeline, load_task
-from pdiff_hf.config import ConfigError
+from pdiff_hf.errors import ConfigError
 from pdiff_hf.quickstart import QuickstartConfig, run_quickstart
 
 from .conftest import run

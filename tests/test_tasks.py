@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from pdiff_hf import CollectConfig, ParameterLayout, Task, load_task, run_collect
-from pdiff_hf.tasks import TaskError, cifar100
+from pdiff_hf.errors import TaskError
+from pdiff_hf.tasks import cifar100
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """A task builds a base network, has the data to train it, and scores it."""
 
-from .task import Task, TaskError, load_task
+from .task import Task, load_task
 
 
-__all__ = ["Task", "TaskError", "load_task"]
+__all__ = ["Task", "load_task"]

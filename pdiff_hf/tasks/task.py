@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..errors import PdiffError
+from ..errors import TaskError
 
 
 BUILT_IN = {
@@ -18,10 +18,6 @@ BUILT_IN = {
     "digits-resnet": "pdiff_hf.tasks.digits:DigitsResNet",
     "cifar100-resnet18": "pdiff_hf.tasks.cifar100:CIFAR100ResNet18",
 }
-
-
-class TaskError(PdiffError, ValueError):
-    """A task that cannot be found, or does not do what a task does."""
 
 
 class Task:

@@ -18,10 +18,10 @@ from pdiff_hf import (
     load_pipeline,
     run_train,
 )
-from pdiff_hf.config import ConfigError
+from pdiff_hf.errors import ConfigError
 from pdiff_hf.train import TrainingError
 
-from .conftest import ROOT, SMALL_TRAINING, kill_one_process, launch, run
+from ..conftest import ROOT, SMALL_TRAINING, kill_one_process, launch, run
 
 
 ARGUMENTS = [
@@ -41,7 +41,7 @@ def small_config(zoo, folder, **changes) -> TrainConfig:
 def uninterrupted(digits_zoo, tmp_path_factory) -> list[float]:
     """The losses of a training that nothing interrupts, in a process of its own."""
     folder = tmp_path_factory.mktemp("train") / "pipeline"
-    done = run("-m", "pdiff_hf.train", "--zoo", str(digits_zoo.folder), "--output-dir", str(folder), *ARGUMENTS)
+    done = run("-m", "pdiff_hf", "train", "--zoo", str(digits_zoo.folder), "--output-dir", str(folder), *ARGUMENTS)
     assert done.returncode == 0, done.stderr
     return losses(folder)
 
@@ -91,7 +91,7 @@ def test_an_interrupted_training_resumes_with_the_losses_of_an_uninterrupted_one
     digits_zoo, uninterrupted, tmp_path, number, checkpoint
 ):
     folder = tmp_path / "pipeline"
-    command = ["-m", "pdiff_hf.train", "--zoo", str(digits_zoo.folder), "--output-dir", str(folder), *ARGUMENTS]
+    command = ["-m", "pdiff_hf", "train", "--zoo", str(digits_zoo.folder), "--output-dir", str(folder), *ARGUMENTS]
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
@@ -114,14 +114,15 @@ def test_an_interrupted_training_resumes_with_the_losses_of_an_uninterrupted_one
 def test_a_full_disk_ends_in_one_line_and_leaves_whole_checkpoints(digits_zoo, tmp_path):
     script = textwrap.dedent("""
         import resource, sys
-        import pdiff_hf.train as train
-        save = train.Training._save_checkpoint
+        from pdiff_hf import cli
+        from pdiff_hf.train.loop import Training
+        save = Training._save_checkpoint
         def save_with_less_and_less_room(training):
             if training.step == 40:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
             save(training)
-        train.Training._save_checkpoint = save_with_less_and_less_room
-        train.main(sys.argv[1:])
+        Training._save_checkpoint = save_with_less_and_less_room
+        cli.main(["train", *sys.argv[1:]])
     """)
     done = run("-c", script, "--zoo", str(digits_zoo.folder), "--output-dir", str(tmp_path), *ARGUMENTS)
     assert done.returncode == 1
@@ -180,7 +181,7 @@ def test_other_prediction_types_train_and_sample(digits_zoo, tmp_path, predictio
 def test_two_processes_train_the_pipeline_of_one(digits_zoo, tmp_path):
     for processes in (1, 2):
         arguments = ["--zoo", str(digits_zoo.folder), "--output-dir", str(tmp_path / f"{processes}"), *ARGUMENTS]
-        launch(processes, "-m", "pdiff_hf.train", *arguments)
+        launch(processes, "-m", "pdiff_hf", "train", *arguments)
     assert json.loads((tmp_path / "2" / "train.facts.json").read_text())["processes"] == 2
     one, two = (losses(tmp_path / f"{processes}") for processes in (1, 2))
     assert len(two) == 120
@@ -192,7 +193,7 @@ def test_two_processes_train_the_pipeline_of_one(digits_zoo, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_process_of_a_training_costs_the_steps_since_the_checkpoint(digits_zoo, tmp_path):
-    arguments = ["-m", "pdiff_hf.train", "--zoo", str(digits_zoo.folder), *ARGUMENTS, "--output-dir"]
+    arguments = ["-m", "pdiff_hf", "train", "--zoo", str(digits_zoo.folder), *ARGUMENTS, "--output-dir"]
     launch(2, *arguments, str(tmp_path / "whole"))
     folder = tmp_path / "killed"
     kill_one_process([*arguments, str(folder)], lambda: (folder / "checkpoint-60").exists())
@@ -279,7 +280,7 @@ def test_averages_of_consecutive_networks_are_learned(digits_zoo, tmp_path):
 
 
 def test_directions_are_fitted_to_evenly_picked_networks_of_a_large_zoo(digits_zoo, tmp_path, monkeypatch):
-    monkeypatch.setattr("pdiff_hf.train.MOST_FITTED", 20)
+    monkeypatch.setattr("pdiff_hf.train.latent_diffusion.MOST_FITTED", 20)
     pipe = run_train(small_config(digits_zoo, tmp_path / "picked"))
     normalized = pipe.layout.normalize(digits_zoo.vectors())
     with torch.no_grad():

@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 
 from pdiff_hf import ParameterLayout, PdiffError, WeightZoo, ZooError, load_pipeline
 from pdiff_hf.cli import main as cli
-from pdiff_hf.hub import GENERATED, HubError, merge_cards, push, write_pipeline_card, write_zoo_card
+from pdiff_hf.hub import HubError, merge_cards, push, write_pipeline_card, write_zoo_card
+from pdiff_hf.hub.cards import GENERATED
 
-from .conftest import SMALL_TRAINING, random_network, site_without_this_package
-from .hub_server import NOTHING_IS_LARGE, HubClient, HubClientError, HubServer, client_environment
-from .test_readme import commands, containing
+from ..conftest import SMALL_TRAINING, random_network, site_without_this_package
+from ..hub_server import NOTHING_IS_LARGE, HubClient, HubClientError, HubServer, client_environment
+from ..test_readme import commands, containing
 
 
 @pytest.fixture(scope="module", params=["lfs", pytest.param("xet", marks=pytest.mark.slow)])

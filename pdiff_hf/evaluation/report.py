@@ -64,7 +64,7 @@ def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> Non
     captions = [(file, CAPTIONS[file.stem]) for file in shown]
     for name, escape in (("report.md", False), ("report.html", True)):
         environment.autoescape = escape
-        template = environment.from_string((files("pdiff_hf.evaluate") / name).read_text(encoding="utf-8"))
+        template = environment.from_string((files("pdiff_hf.evaluation") / name).read_text(encoding="utf-8"))
         pictures = [
             (base64.b64encode(file.read_bytes()).decode() if escape else file.name, caption)
             for file, caption in captions

@@ -6,8 +6,8 @@ from torch import nn
 
 import pdiff_hf
 from pdiff_hf import ParameterLayout, Task, load_task
-from pdiff_hf.evaluate.alignment import Alignment, aligned_distances
-from pdiff_hf.stacked import Predictor
+from pdiff_hf.networks.predictor import Predictor
+from pdiff_hf.networks.symmetry import Alignment, aligned_distances
 from pdiff_hf.tasks.digits import DigitsResNet
 from pdiff_hf.tasks.resnet import ResNet
 

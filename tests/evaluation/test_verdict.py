@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pdiff_hf
-from pdiff_hf.collect import Trainer
+from pdiff_hf.networks.trainer import Trainer
 from pdiff_hf.tasks.digits import DigitsMLP
 
 

@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .config import UNFINISHED, write_whole
-from .errors import PdiffError
-from .hub import download, download_file, is_repository, matching_models, push, write_zoo_card
-from .pipelines.neural_network_diffusion import ParameterLayout
-from .pipelines.neural_network_diffusion.layout.parameter_layout import check_tensors
+from ..errors import ZooError
+from ..files import UNFINISHED, write_whole
+from ..hub import download, download_file, is_repository, matching_models, push, write_zoo_card
+from ..pipelines.neural_network_diffusion import ParameterLayout
+from ..pipelines.neural_network_diffusion.layout.parameter_layout import check_tensors
 
 
 FORMAT_VERSION = 1
@@ -33,10 +33,6 @@ BATCH_VALUES = 2**24
 ZooDtype = Literal["float32", "bfloat16"]
 STORED_AS = {"float32": "F32", "bfloat16": "BF16"}
 SHARD_NAME = re.compile(r"networks-(?!00000)(\d{5})-of-(\d{5})\.safetensors")
-
-
-class ZooError(PdiffError, ValueError):
-    """A zoo that cannot be read or written, or a network that does not belong into it."""
 
 
 class WeightZoo:

@@ -4,7 +4,7 @@ import torch
 
 from ..extras import require
 from ..pipelines.neural_network_diffusion import ParameterLayout
-from ..stacked import Predictor
+from .predictor import Predictor
 
 
 class Alignment:

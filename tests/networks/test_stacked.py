@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from pdiff_hf import ParameterLayout, Task, load_task
-from pdiff_hf.stacked import NotStackableError, Predictor, StackedNetwork, stack
+from pdiff_hf.networks.predictor import Predictor
+from pdiff_hf.networks.stacked import NotStackableError, StackedNetwork, stack
 
 
 CPU = torch.device("cpu")

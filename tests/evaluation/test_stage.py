@@ -12,8 +12,8 @@ from torch import nn
 
 import pdiff_hf
 from pdiff_hf import Baseline, EvaluateConfig, ParameterLayout, Task, WeightZoo, ZooError, load_task, run_evaluate
-from pdiff_hf.evaluate.measures import Scorer
-from pdiff_hf.extras import MissingExtraError
+from pdiff_hf.errors import MissingExtraError
+from pdiff_hf.evaluation.measures import Scorer
 
 
 # Probabilities are computed in float32: a relative error of 1e-6 or so each, hence of their logarithms and squares.

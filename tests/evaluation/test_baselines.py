@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pdiff_hf import Baseline, NeuralNetworkDiffusionPipeline, ParameterLayout, WeightZoo
-from pdiff_hf.evaluate.baselines import KINDS, Source
+from pdiff_hf.evaluation.baselines import KINDS, Source
 
 
 STRENGTHS = {"noise": 0.5, "soup": 4, "interpolation": 0.3, "gaussian": 1.0, "low-rank-gaussian": 1.0}

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..errors import TaskError, ZooError
 from ..extras import require
-from ..parallel import from_main, part_of_a_run, share
-from ..stacked import Predictor
-from ..tasks import Task, TaskError
-from ..zoo import BATCH_VALUES, WeightZoo, ZooError, networks_per_batch
+from ..networks.predictor import Predictor
+from ..parallel import from_main, share
+from ..tasks import Task
+from ..zoo import BATCH_VALUES, WeightZoo, networks_per_batch
+from ..zoo.fill import part_of_a_run
 
 
 CONFIDENCE = 0.95

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pdiff_hf import WeightZoo, ZooError
 
-from .conftest import ROOT, random_network, run, small_network
+from ..conftest import ROOT, random_network, run, small_network
 
 
 def test_networks_come_back_bit_by_bit_and_load_strictly(zoo):

@@ -1,0 +1,94 @@
+"""What is asked of the Hub, and what its client's errors mean."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx
+
+from ..errors import HubError
+
+
+def is_repository(name_or_path: str | os.PathLike) -> bool:
+    """Whether this can be the name of a repository: `namespace/name`."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) is not None
+
+
+def download(repo_id: str, repo_type: str, revision: str | None, token: str | None, patterns: list[str]) -> str:
+    """The folder in the cache that holds these files of a repository."""
+    with explained(repo_id, revision):
+        return snapshot_download(repo_id, repo_type=repo_type, revision=revision, token=token, allow_patterns=patterns)
+
+
+def download_file(repo_id: str, repo_type: str, revision: str | None, token: str | None, name: str) -> str:
+    """One file of a repository, in the cache."""
+    with explained(repo_id, revision):
+        return hf_hub_download(repo_id, name, repo_type=repo_type, revision=revision, token=token)
+
+
+def matching_models(pattern: str, token: str | None) -> list[tuple[str, str]]:
+    """Names and present commits of the model repositories that a pattern, such as `org/*-digits`, matches."""
+    if re.fullmatch(r"[\w.-]+/[\w.*?\[\]-]+", pattern) is None:
+        raise HubError(
+            f"{pattern!r} is no pattern of repositories: expected namespace/name, * and ? in the name only."
+        )
+    with explained(pattern, None):
+        found = HfApi(token=token).list_models(author=pattern.partition("/")[0])
+        names = sorted(model.id for model in found if fnmatchcase(model.id, pattern))
+        return [(name, str(HfApi(token=token).model_info(name).sha)) for name in names]
+
+
+@contextmanager
+def explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turns the client's errors into ones that say what to do. Tokens and addresses stay out of the message."""
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        yield
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            f"{repo_id} is no folder here, and is not on the Hub or is private. Check the name, or log in with "
+            "`hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"{repo_id} has no revision {revision!r}.") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise HubError(
+            f"{repo_id}{at} is no folder here and not in the cache, and the Hub cannot be reached (offline?). Go "
+            "online and try again."
+        ) from error
+    except EntryNotFoundError as error:
+        raise HubError(f"{repo_id}{at} lacks a file that it should have: its upload is not complete.") from error
+    except HFValidationError as error:
+        raise HubError(f"{repo_id!r} is no name of a repository: expected namespace/name.") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        reasons = {
+            401: "The Hub refused the token. Log in with `hf auth login`.",
+            403: "This account may not do that there. Check the namespace and the rights of the token.",
+            412: "Somebody else pushed meanwhile. Nothing was changed: pull, and push again.",
+            429: "The Hub asks for patience (too many requests). Try again later.",
+        }
+        reason = reasons.get(status or 0, f"The Hub answered with status {status}. Try again later.")
+        raise HubError(f"{repo_id}{at}: {reason}") from error
+    except (httpx.LocalProtocolError, UnicodeEncodeError):
+        # The client's error quotes it.
+        raise HubError(f"{repo_id}{at}: the token holds characters that none has. Copy it again.") from None
+    except (httpx.HTTPError, RuntimeError) as error:
+        # An upload that loses its connection is a RuntimeError of the client.
+        if isinstance(error, RuntimeError) and not isinstance(error.__cause__, httpx.HTTPError):
+            raise
+        raise HubError(
+            f"{repo_id}{at}: the connection to the Hub was lost. Try again: what was transferred is not repeated."
+        ) from error

@@ -1,0 +1,130 @@
+"""A folder with a zoo or a pipeline becomes a repository."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+
+from ..errors import HubError
+from ..files import UNFINISHED
+from .cards import PLACEHOLDER, card_text, merge_cards, write_evaluation
+from .client import explained
+
+
+# What belongs to a run on one machine and not into a repository.
+LOCAL_FILES = (
+    "checkpoint-*",
+    "*.part",
+    "*.state.pt",
+    "*.yaml",
+    ".*",
+    "__pycache__",
+    "events.out.tfevents.*",
+)
+
+
+def push(
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    license: str | None = None,
+) -> CommitInfo:
+    r"""
+    Makes a repository hold what a folder with a zoo or a pipeline holds, in one commit: all of it or nothing, and no
+    commit where nothing changed. Shards and checkpoints that the folder does not have any more are removed; files of
+    other kinds in the repository stay, and so does what a person wrote into its card.
+
+    Args:
+        folder (`str` or `os.PathLike`): A zoo (pushed as a data set) or a pipeline (pushed as a model).
+        repo_id (`str`): `namespace/name`; made where it does not exist.
+        private (`bool`, *optional*): Whether a new repository is private; the account's default otherwise.
+        token (`str`, *optional*): The one of `hf auth login` by default.
+        commit_message (`str`, *optional*): Of the commit.
+        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
+        license (`str`, *optional*):
+            The Hub's name of a licence, such as `"apache-2.0"`, for the card; one that the card has already stays.
+
+    Raises:
+        [`HubError`]: there is neither in the folder, or the repository cannot be written, or it changed meanwhile.
+    """
+    from ..zoo import WeightZoo  # which imports this module
+
+    folder = Path(folder)
+    repo_type = _repo_type(folder)
+    if any(folder.glob("*.part")) or any(folder.glob(f"{UNFINISHED}*")):
+        raise HubError(f"{folder} is unfinished: complete it with the command that makes it, then push.")
+    api = HfApi(token=token)
+    with explained(repo_id, None):
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        info = api.repo_info(repo_id, repo_type=repo_type)
+        present = set(api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha))
+        operations: list[CommitOperationAdd | CommitOperationDelete] = []
+        names = set()
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder)
+            if any(part.match(pattern) for part in map(Path, name.parts) for pattern in LOCAL_FILES):
+                continue
+            if not _stays_inside(path, folder):
+                raise HubError(
+                    f"{path} is a link that leads out of {folder}: put the file itself there, or remove it."
+                )
+            names.add(name.as_posix())
+            content: bytes | Path = path
+            if name.as_posix() == "README.md":
+                old = _read_text(api, repo_id, repo_type, info.sha) if "README.md" in present else None
+                card = card_text(path).replace(PLACEHOLDER, repo_id)
+                content = merge_cards(card, old, license).encode()
+            elif name.as_posix() == "metadata.jsonl" and repo_type == "dataset":
+                content = path.read_bytes()[: WeightZoo(folder).rows_end]
+            operations.append(CommitOperationAdd(name.as_posix(), content))
+        stale = sorted(name for name in present - names if name.endswith(".safetensors"))
+        operations += [CommitOperationDelete(name) for name in stale]
+        return api.create_commit(
+            repo_id,
+            operations,
+            repo_type=repo_type,
+            commit_message=commit_message or f"Upload {'zoo' if repo_type == 'dataset' else 'pipeline'}",
+            create_pr=create_pr,
+            parent_commit=info.sha,
+        )
+
+
+def push_evaluation(
+    name_or_path: str | os.PathLike, repo_id: str, report: dict[str, Any], pictures: list[Path]
+) -> None:
+    """Pushes a pipeline, of a folder or of the Hub, with the figures of a report in its card."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            with explained(str(name_or_path), None):
+                snapshot_download(str(name_or_path), local_dir=scratch)
+            folder = Path(scratch)
+            write_evaluation(folder, report, pictures)
+        push(folder, repo_id, commit_message="Evaluation")
+
+
+def _repo_type(folder: Path) -> str:
+    if (folder / "zoo.json").is_file():
+        return "dataset"
+    if (folder / DiffusionPipeline.config_name).is_file():
+        return "model"
+    raise HubError(f"{folder} holds neither a zoo (zoo.json) nor a pipeline ({DiffusionPipeline.config_name}).")
+
+
+def _read_text(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> str:
+    file = api.hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=revision)
+    return card_text(Path(file))
+
+
+def _stays_inside(file: Path, folder: Path) -> bool:
+    """Whether a file is in the folder, or in the blobs of the Hub's cache that the folder is in."""
+    home, target = folder.resolve(), file.resolve()
+    return target.is_relative_to(home) or (
+        home.parent.name == "snapshots" and target.is_relative_to(home.parents[1] / "blobs")
+    )

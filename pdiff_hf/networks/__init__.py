@@ -1,0 +1,1 @@
+"""Networks themselves: many at once, their training, their symmetries."""

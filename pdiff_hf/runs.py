@@ -1,0 +1,76 @@
+"""What repeats or resumes a run: its configuration, and the facts that it found."""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .config import load_config
+from .errors import ConfigError
+from .files import write_whole
+
+
+PACKAGES = ("pdiff-hf", "torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "numpy", "scikit-learn")
+
+
+def save_run(folder: str | Path, stage: str, config: Any, **facts: Any) -> None:
+    r"""
+    Writes what is needed to repeat a run: `<stage>.yaml`, which `--config` reads back, and `<stage>.facts.json` with
+    versions, platform and threads.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    write_whole(folder / f"{stage}.yaml", yaml.safe_dump(content, sort_keys=False))
+    facts = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        **facts,
+    }
+    write_whole(folder / f"{stage}.facts.json", json.dumps(facts, indent=1) + "\n")
+
+
+def check_same_run(folder: str | Path, stage: str, config: Any, but_for: Sequence[str]) -> None:
+    """Raises [`ConfigError`] where a folder's unfinished run has another configuration than the one to go on with."""
+    file = Path(folder) / f"{stage}.yaml"
+    if not file.exists():
+        raise ConfigError(f"{folder} holds results but no {file.name}: `pdiff-hf {stage}` did not make them.")
+    before, now = asdict(load_config(type(config), file)), asdict(config)
+    for name in now.keys() - set(but_for):
+        if now[name] != before[name]:
+            raise ConfigError(
+                f"{folder} holds a run with {name} {before[name]!r}, not {now[name]!r}. Choose another --output-dir, "
+                "or delete it."
+            )
+
+
+def check_same_facts(folder: str | Path, stage: str, facts: dict[str, Any]) -> None:
+    """Raises [`ConfigError`] where the run to go on with had other facts, such as the number of networks."""
+    file = Path(folder, f"{stage}.facts.json")
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+        before = {name: read[name] for name in facts}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged ({error!r}): the run cannot be resumed.") from error
+    for name, value in facts.items():
+        if before[name] != value:
+            raise ConfigError(f"{folder} holds a run with {before[name]} {name}, not {value}: it cannot be resumed.")
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that results depend on, where they are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
