@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .generate import GenerateConfig, run_generate
     from .hub import load_pipeline
     from .pipelines.neural_network_diffusion import (
+        LinearParameterAutoencoder,
         NeuralNetworkDiffusionPipeline,
         ParameterAutoencoderKL,
         ParameterLayout,
@@ -30,6 +31,7 @@ _HOMES = {
     "generate": ("GenerateConfig", "run_generate"),
     "hub": ("load_pipeline",),
     "pipelines.neural_network_diffusion": (
+        "LinearParameterAutoencoder",
         "NeuralNetworkDiffusionPipeline",
         "ParameterAutoencoderKL",
         "ParameterLayout",

@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from tqdm.auto import tqdm
 
-from .config import check_positive
+from .config import check_not_negative, check_positive
 from .errors import ConfigError, ZooError
-from .hub import push, write_zoo_card
-from .networks.trainer import StackedTrainer, Trainer, is_stackable
+from .files import is_zoo
+from .networks.trainer import NetworkTrainer, StackedTrainer, is_stackable
 from .parallel import Saving, from_main, processes
 from .runs import check_same_run, save_run
 from .tasks import Task, load_task
 from .zoo import WeightZoo, ZooDtype, make_layout, networks_per_batch
-from .zoo.fill import complete
+from .zoo.fill import fill
 
 
 STATE_FILE = "collect.state.pt"
@@ -47,6 +47,13 @@ class CollectConfig:
     push_to_hub: str | None = None
     """Name of the dataset repository that the zoo is pushed to in the end."""
 
+    def __post_init__(self) -> None:
+        check_positive(self, "num_networks", "save_every")
+        if self.epochs is not None:
+            check_not_negative(self, "epochs")
+        if self.protocol not in ("trajectory", "independent"):
+            raise ConfigError(f"The protocol is {self.protocol!r}; expected 'trajectory' or 'independent'.")
+
 
 def run_collect(config: CollectConfig) -> WeightZoo:
     r"""
@@ -58,14 +65,9 @@ def run_collect(config: CollectConfig) -> WeightZoo:
         [`ZooError`]: a network diverged to NaN or infinity, or the disk is full. What was kept stays.
     """
     state = processes()
-    check_positive(config, "num_networks", "save_every")
-    if config.epochs is not None and config.epochs < 0:
-        raise ConfigError(f"epochs has to be at least 0, and is {config.epochs}.")
-    if config.protocol not in ("trajectory", "independent"):
-        raise ConfigError(f"The protocol is {config.protocol!r}; expected 'trajectory' or 'independent'.")
     task = load_task(config.task)
     folder = Path(config.output_dir)
-    if (folder / "zoo.json").exists() or (folder / STATE_FILE).exists():
+    if is_zoo(folder) or (folder / STATE_FILE).exists():
         check_same_run(folder, "collect", config, but_for=("output_dir", "num_networks", "push_to_hub"))
     state.wait_for_everyone()
     if state.is_main_process:
@@ -78,17 +80,17 @@ def run_collect(config: CollectConfig) -> WeightZoo:
         state.wait_for_everyone()
         zoo = WeightZoo(folder)
     if state.is_main_process:
-        write_zoo_card(zoo, f"A {config.protocol} zoo of the task `{config.task}`, collected with seed {config.seed}.")
+        zoo.write_card(f"A {config.protocol} zoo of the task `{config.task}`, collected with seed {config.seed}.")
         if config.push_to_hub is not None:
-            push(folder, config.push_to_hub)
+            zoo.push_to_hub(config.push_to_hub)
     return zoo
 
 
 def _collect_trajectory(config: CollectConfig, task: Task, folder: Path) -> None:
-    zoo = WeightZoo(folder) if (folder / "zoo.json").exists() else None
+    zoo = WeightZoo(folder) if is_zoo(folder) else None
     if zoo is not None and len(zoo) >= config.num_networks:
         return
-    trainer = Trainer(task, config.seed)
+    trainer = NetworkTrainer(task, config.seed)
     layout = make_layout(trainer.network.state_dict(), config.patterns or task.patterns)
     epochs = task.epochs if config.epochs is None else config.epochs
     first = epochs * trainer.steps_per_epoch
@@ -115,7 +117,7 @@ def _collect_trajectory(config: CollectConfig, task: Task, folder: Path) -> None
     (folder / STATE_FILE).unlink(missing_ok=True)
 
 
-def _train(trainer: Trainer, until: int, folder: Path, zoo: WeightZoo | None) -> Iterator[None]:
+def _train(trainer: NetworkTrainer, until: int, folder: Path, zoo: WeightZoo | None) -> Iterator[None]:
     """Trains step by step, and from time to time writes the networks first and then the state to go on from."""
 
     def save() -> None:
@@ -146,15 +148,15 @@ def _collect_independent(config: CollectConfig, task: Task, folder: Path) -> Wei
         trained = (
             StackedTrainer(task, seeds).train(epochs, layout)
             if stackable
-            else [network for seed in seeds for network in Trainer(task, seed).train(epochs, layout)]
+            else [network for seed in seeds for network in NetworkTrainer(task, seed).train(epochs, layout)]
         )
         return [(vector, {"source": config.task, **row}) for vector, row in trained]
 
-    return complete(
+    return fill(
         folder,
         create=lambda: WeightZoo.create(folder, layout, task=config.task, dtype=config.dtype),
         num_networks=config.num_networks,
-        together=networks_per_batch(layout.vector_size) if stackable else 1,
+        unit_size=networks_per_batch(layout.vector_size) if stackable else 1,
         make=train,
         description="collect",
     )

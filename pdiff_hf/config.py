@@ -1,5 +1,6 @@
 """One frozen dataclass a stage is its command line, its YAML file and its Python face."""
 
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -41,6 +42,13 @@ def check_positive(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} has to be at least 1, and is {getattr(config, name)}.")
+
+
+def check_not_negative(config: Any, *names: str) -> None:
+    """Raises [`ConfigError`] where one of these fields is below zero or not finite."""
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ConfigError(f"{name} has to be at least 0, and is {getattr(config, name)}.")
 
 
 def load_config(config_class: type[Config], file: str | Path) -> Config:

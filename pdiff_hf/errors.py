@@ -9,6 +9,10 @@ class ConfigError(PdiffError, ValueError):
     """A YAML file or an argument that does not describe a stage."""
 
 
+class WriteError(PdiffError, OSError):
+    """A file that cannot be written: the disk is full or protected."""
+
+
 class ZooError(PdiffError, ValueError):
     """A zoo that cannot be read or written, or a network that does not belong into it."""
 

@@ -1,21 +1,20 @@
 """Stage 3: sample networks from a pipeline into a zoo."""
 
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import torch
 
-from .config import check_positive
+from .config import check_not_negative, check_positive
 from .errors import ConfigError
-from .hub import load_pipeline, pipeline_folder, push, write_zoo_card
+from .files import is_pipeline, is_zoo
+from .hub.pipelines import load_pipeline, pipeline_folder
 from .parallel import processes
-from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from .runs import check_same_facts, check_same_run, save_run
+from .schedulers import replacement
 from .zoo import WeightZoo, ZooDtype, networks_per_batch
-from .zoo.fill import complete
+from .zoo.fill import fill
 
 
 # Parameters of all networks together that are in memory at a time, in each of a few forms.
@@ -51,6 +50,12 @@ class GenerateConfig:
     push_to_hub: str | None = None
     """Name of the dataset repository that the zoo is pushed to in the end."""
 
+    def __post_init__(self) -> None:
+        check_positive(self, "num_networks", "num_inference_steps")
+        if self.batch_size is not None:
+            check_positive(self, "batch_size")
+        check_not_negative(self, "parameter_noise")
+
 
 def run_generate(config: GenerateConfig) -> WeightZoo:
     r"""
@@ -59,19 +64,14 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
     `pipe(generator=torch.Generator().manual_seed(row["seed"]), num_inference_steps=row["num_inference_steps"])`.
 
     Raises:
-        [`ConfigError`]: a number below one, an unknown scheduler, or a folder with another zoo.
+        [`ConfigError`]: an unknown scheduler, or a folder with another zoo.
         [`PipelineError`]: there is no pipeline.
     """
-    check_positive(config, "num_networks", "num_inference_steps")
-    if config.batch_size is not None:
-        check_positive(config, "batch_size")
-    if not 0 <= config.parameter_noise < math.inf:
-        raise ConfigError(f"parameter_noise has to be at least 0, and is {config.parameter_noise}.")
     state = processes()
     folder = Path(config.output_dir)
-    if (folder / "model_index.json").exists():
+    if is_pipeline(folder):
         raise ConfigError(f"{folder} holds a pipeline. Choose another --output-dir.")
-    exists = (folder / "zoo.json").exists()
+    exists = is_zoo(folder)
     if exists:
         check_same_run(folder, "generate", config, but_for=("output_dir", "num_networks", "batch_size", "push_to_hub"))
     source = pipeline_folder(config.pipeline, config.revision)
@@ -80,7 +80,7 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
     if exists:
         check_same_facts(folder, "generate", facts)
     if config.scheduler is not None:
-        pipe.scheduler = _scheduler(config.scheduler, pipe)
+        pipe.scheduler = replacement(config.scheduler, pipe.scheduler)
     most = pipe.scheduler.config.num_train_timesteps
     if config.num_inference_steps > most:
         raise ConfigError(f"num_inference_steps is {config.num_inference_steps}; the scheduler has {most} timesteps.")
@@ -109,23 +109,23 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
             num_inference_steps=config.num_inference_steps,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             parameter_noise=config.parameter_noise,
-            batch_size=len(seeds),
+            chunk_size=len(seeds),
             output_type="pt",
         ).state_dicts
         return [(vector, {"seed": seed, **origin}) for seed, vector in zip(seeds, vectors.cpu(), strict=True)]
 
-    zoo = complete(
+    zoo = fill(
         folder,
         create=lambda: WeightZoo.create(folder, pipe.layout, task=config.task, dtype=config.dtype),
         num_networks=config.num_networks,
-        together=config.batch_size or networks_per_batch(pipe.layout.vector_size, 100, GENERATED_VALUES),
+        unit_size=config.batch_size or networks_per_batch(pipe.layout.vector_size, 100, GENERATED_VALUES),
         make=sample,
         description="generate",
     )
     if state.is_main_process:
-        write_zoo_card(zoo, f"Networks sampled by Neural Network Diffusion from the pipeline `{origin['pipeline']}`.")
+        zoo.write_card(f"Networks sampled by Neural Network Diffusion from the pipeline `{origin['pipeline']}`.")
         if config.push_to_hub is not None:
-            push(folder, config.push_to_hub)
+            zoo.push_to_hub(config.push_to_hub)
     return zoo
 
 
@@ -137,14 +137,3 @@ def _sha256_of_weights(folder: Path) -> str:
             while chunk := content.read(2**20):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def _scheduler(name: str, pipe: NeuralNetworkDiffusionPipeline) -> diffusers.SchedulerMixin:
-    scheduler_class = getattr(diffusers, name, None)
-    if scheduler_class is None or scheduler_class not in pipe.scheduler.compatibles:
-        names = sorted(compatible.__name__ for compatible in pipe.scheduler.compatibles)
-        raise ConfigError(f"{name!r} is no scheduler that fits this pipeline. These do: {', '.join(names)}.")
-    try:
-        return scheduler_class.from_config(pipe.scheduler.config)
-    except ImportError as error:
-        raise ConfigError(f"{name} needs a package that is not installed: {error}") from error

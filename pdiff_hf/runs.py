@@ -13,7 +13,7 @@ import yaml
 
 from .config import load_config
 from .errors import ConfigError
-from .files import write_whole
+from .files import whole
 
 
 PACKAGES = ("pdiff-hf", "torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "numpy", "scikit-learn")
@@ -25,9 +25,8 @@ def save_run(folder: str | Path, stage: str, config: Any, **facts: Any) -> None:
     versions, platform and threads.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     content = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-    write_whole(folder / f"{stage}.yaml", yaml.safe_dump(content, sort_keys=False))
+    _write(folder / f"{stage}.yaml", yaml.safe_dump(content, sort_keys=False))
     facts = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -35,7 +34,12 @@ def save_run(folder: str | Path, stage: str, config: Any, **facts: Any) -> None:
         "versions": versions(),
         **facts,
     }
-    write_whole(folder / f"{stage}.facts.json", json.dumps(facts, indent=1) + "\n")
+    _write(folder / f"{stage}.facts.json", json.dumps(facts, indent=1) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    with whole(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def check_same_run(folder: str | Path, stage: str, config: Any, but_for: Sequence[str]) -> None:
@@ -63,6 +67,11 @@ def check_same_facts(folder: str | Path, stage: str, facts: dict[str, Any]) -> N
     for name, value in facts.items():
         if before[name] != value:
             raise ConfigError(f"{folder} holds a run with {before[name]} {name}, not {value}: it cannot be resumed.")
+
+
+def generator_at(seed: int, position: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The randomness of a step of a run, which depends on the run's seed and the step alone."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + position) % 2**63)
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,10 @@ from typing import Literal
 
 from huggingface_hub import HfApi, snapshot_download
 
-from .hub import HubError, explained, push
+from .errors import HubError
+from .files import is_pipeline, is_zoo
+from .hub.client import explained
+from .hub.push import push
 from .zoo import WeightZoo
 
 
@@ -70,8 +73,7 @@ def run_import(config: ImportConfig) -> str:
 
 def run_push(config: PushConfig) -> str:
     """Pushes, and returns the address of the commit."""
-    is_zoo = (Path(config.folder) / "zoo.json").is_file()
-    push_it = WeightZoo(config.folder).push_to_hub if is_zoo else partial(push, config.folder)
+    push_it = WeightZoo(config.folder).push_to_hub if is_zoo(config.folder) else partial(push, config.folder)
     info = push_it(
         config.repo,
         private=config.private,
@@ -87,7 +89,7 @@ def run_pull(config: PullConfig) -> str:
     folder = Path(config.output_dir)
     # Where the client notes what it downloaded into a folder.
     notes = folder / ".cache" / "huggingface" / "download"
-    if any((folder / name).exists() for name in ("zoo.json", "model_index.json")) and not notes.is_dir():
+    if (is_zoo(folder) or is_pipeline(folder)) and not notes.is_dir():
         raise HubError(f"{folder} holds a zoo or a pipeline that was not pulled. Choose another --output-dir.")
     repo_type = "dataset" if config.kind == "zoo" else "model"
     with explained(config.repo, config.revision):

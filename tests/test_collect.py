@@ -10,7 +10,7 @@ import torch
 
 from pdiff_hf import CollectConfig, ParameterLayout, WeightZoo, ZooError, load_task, run_collect
 from pdiff_hf.errors import ConfigError
-from pdiff_hf.networks.trainer import StackedTrainer, Trainer
+from pdiff_hf.networks.trainer import NetworkTrainer, StackedTrainer
 from pdiff_hf.tasks.digits import DigitsMLP
 
 from .conftest import ROOT, run
@@ -197,7 +197,7 @@ def test_networks_trained_at_once_are_those_trained_one_by_one(name):
     layout = ParameterLayout.from_state_dict(task.build_network().state_dict())
     stacked = StackedTrainer(task, [3, 4, 5]).train(1, layout)
     for seed, (vector, row) in zip([3, 4, 5], stacked, strict=True):
-        ((expected, expected_row),) = Trainer(task, seed).train(1, layout)
+        ((expected, expected_row),) = NetworkTrainer(task, seed).train(1, layout)
         torch.testing.assert_close(vector, expected, atol=1e-4, rtol=1e-3)
         assert row == pytest.approx(expected_row, abs=0.006)
 
@@ -250,5 +250,5 @@ def test_what_cannot_be_trained_at_once_is_trained_one_by_one(task_class, tmp_pa
     name = f"{__name__}:{task_class.__name__}"
     zoo = run_collect(CollectConfig(name, str(tmp_path), num_networks=2, protocol="independent", epochs=1))
     task = task_class()
-    ((expected, _),) = Trainer(task, 1).train(1, zoo.layout)
+    ((expected, _),) = NetworkTrainer(task, 1).train(1, zoo.layout)
     assert torch.equal(zoo[1], expected)

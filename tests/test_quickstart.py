@@ -17,7 +17,7 @@ from .conftest import run
 def quickstart(tmp_path_factory) -> Path:
     """The folder that `pdiff-hf quickstart` leaves."""
     folder = tmp_path_factory.mktemp("quickstart")
-    done = run("-m", "pdiff_hf.cli", "quickstart", "--output-dir", str(folder), OMP_NUM_THREADS="1")
+    done = run("-m", "pdiff_hf", "quickstart", "--output-dir", str(folder), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert "best on validation" in done.stdout
     return folder

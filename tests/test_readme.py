@@ -35,7 +35,7 @@ def run_here(folder: Path, *command: str) -> subprocess.CompletedProcess:
     """Runs in a folder, with `pdiff-hf` meaning that of this interpreter."""
     arguments = list(command)
     if arguments[0] == "pdiff-hf":
-        arguments[:1] = [sys.executable, "-m", "pdiff_hf.cli"]
+        arguments[:1] = [sys.executable, "-m", "pdiff_hf"]
     done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done

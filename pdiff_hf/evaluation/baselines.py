@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,7 +13,7 @@ from ..zoo import WeightZoo
 
 
 @dataclass(frozen=True)
-class Source:
+class StandardizedZoo:
     """A zoo with the statistics that baselines need; fitted once for all of them."""
 
     zoo: WeightZoo
@@ -58,20 +58,21 @@ def _deviations(count: int, strength: float, draw: torch.Generator) -> torch.Ten
     return 1 / count + strength * (normal - normal.mean()) / count**0.5
 
 
-# Name: how the training networks are weighted, whether noise of `strength` is added, the first strength.
-KINDS: dict[str, tuple[Callable, bool, float]] = {
-    "noise": (_copies, True, 1 / 16),
-    "soup": (_soup, False, 2),
-    "interpolation": (_pair, False, 0.1),
-    "gaussian": (_mean, True, 1 / 4),
-    "low-rank-gaussian": (_deviations, False, 1 / 4),
-}
-LABELS = {
-    "noise": "training network + noise",
-    "soup": "soup of k",
-    "interpolation": "interpolation of two",
-    "gaussian": "per-parameter Gaussian",
-    "low-rank-gaussian": "low-rank Gaussian",
+class Kind(NamedTuple):
+    """How a baseline weights the training networks, whether it adds noise, its first strength, and its name."""
+
+    weights: Callable[[int, float, torch.Generator], torch.Tensor]
+    noisy: bool
+    first: float
+    label: str
+
+
+KINDS = {
+    "noise": Kind(_copies, True, 1 / 16, "training network + noise"),
+    "soup": Kind(_soup, False, 2, "soup of k"),
+    "interpolation": Kind(_pair, False, 0.1, "interpolation of two"),
+    "gaussian": Kind(_mean, True, 1 / 4, "per-parameter Gaussian"),
+    "low-rank-gaussian": Kind(_deviations, False, 1 / 4, "low-rank Gaussian"),
 }
 
 
@@ -89,26 +90,27 @@ class Baseline:
     | `low-rank-gaussian` | a sample of the Gaussian with the zoo's mean and covariance | factor on the deviation |
 
     Args:
-        source (`Source` or `WeightZoo`): The training networks.
+        zoo (`StandardizedZoo` or `WeightZoo`): The training networks.
         kind (`str`): One of the above.
         strength (`float`): How much of it.
     """
 
-    def __init__(self, source: Source | WeightZoo, kind: str, strength: float):
+    def __init__(self, zoo: StandardizedZoo | WeightZoo, kind: str, strength: float):
         if kind not in KINDS:
             raise ValueError(f"There is no baseline {kind!r}: {', '.join(KINDS)}.")
-        self.source = Source(source) if isinstance(source, WeightZoo) else source
-        if kind == "soup" and (strength != int(strength) or not 1 <= strength <= len(self.source.zoo)):
-            raise ValueError(f"A soup is of 1 to {len(self.source.zoo)} training networks, and not of {strength}.")
+        self.standardized = StandardizedZoo(zoo) if isinstance(zoo, WeightZoo) else zoo
+        count = len(self.standardized.zoo)
+        if kind == "soup" and (strength != int(strength) or not 1 <= strength <= count):
+            raise ValueError(f"A soup is of 1 to {count} training networks, and not of {strength}.")
         self.kind, self.strength = kind, strength
-        self.layout = self.source.layout
+        self.layout = self.standardized.layout
 
     @torch.no_grad()
     def __call__(
         self,
         num_networks: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        batch_size: int = 100,
+        chunk_size: int = 100,
         output_type: str = "state_dict",
         return_dict: bool = True,
     ) -> NeuralNetworkDiffusionPipelineOutput | tuple:
@@ -119,7 +121,7 @@ class Baseline:
             num_networks (`int`, *optional*):
                 How many. Defaults to one for each of the `generator`s, and to 1 without a list of them.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One for all, or one for each.
-            batch_size (`int`, *optional*, defaults to 100): Networks made at a time.
+            chunk_size (`int`, *optional*, defaults to 100): Networks made at a time.
             output_type (`str`, *optional*, defaults to `"state_dict"`):
                 `"state_dict"`, or `"pt"` for vectors `[N, P]`.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a tuple.
@@ -129,7 +131,7 @@ class Baseline:
         several = list(generator) if isinstance(generator, (list, tuple)) else None
         if num_networks is None:
             num_networks = 1 if several is None else len(several)
-        for name, value in (("num_networks", num_networks), ("batch_size", batch_size)):
+        for name, value in (("num_networks", num_networks), ("chunk_size", chunk_size)):
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"`{name}` has to be a positive integer, and is {value!r}.")
         if several is not None and len(several) != num_networks:
@@ -137,17 +139,17 @@ class Baseline:
         # One for all draws the seeds of the networks one after the other.
         parents: list[Any] = [generator] * num_networks if several is None else several
         seeds = [int(torch.randint(2**63 - 1, (), generator=parent)) for parent in parents]
-        networks = torch.cat([self.vectors(seeds[i : i + batch_size]) for i in range(0, len(seeds), batch_size)])
+        networks = torch.cat([self.vectors(seeds[i : i + chunk_size]) for i in range(0, len(seeds), chunk_size)])
         states = self.layout.unflatten(networks) if output_type == "state_dict" else networks
         return NeuralNetworkDiffusionPipelineOutput(state_dicts=states) if return_dict else (states,)
 
     def vectors(self, seeds: list[int]) -> torch.Tensor:
         """Vectors `[n, P]`, a network a seed."""
-        weigh, noisy, _ = KINDS[self.kind]
+        kind = KINDS[self.kind]
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        weights = torch.stack([weigh(len(self.source.zoo), self.strength, draw) for draw in draws])
+        weights = torch.stack([kind.weights(len(self.standardized.zoo), self.strength, draw) for draw in draws])
         noise = None
-        if noisy:
-            size = self.source.zoo.vector_size
+        if kind.noisy:
+            size = self.standardized.zoo.vector_size
             noise = self.strength * torch.stack([torch.randn(size, generator=draw) for draw in draws])
-        return self.source.combine(weights, noise)
+        return self.standardized.combine(weights, noise)

@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 
 from ..errors import TaskError, ZooError
 from ..extras import require
+from ..files import whole
 from ..networks.predictor import Predictor
 from ..parallel import from_main, share
 from ..tasks import Task
 from ..zoo import BATCH_VALUES, WeightZoo, networks_per_batch
-from ..zoo.fill import part_of_a_run
 
 
 CONFIDENCE = 0.95
@@ -93,7 +93,7 @@ def _sha256(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def _source(task: Task) -> list[str]:
+def _code(task: Task) -> list[str]:
     """The code of a task, as far as it lies in files."""
     found = []
     for one in type(task).__mro__[:-1]:
@@ -144,7 +144,7 @@ class Scorer:
         correct = [self._correct(p, split) for p, split in zip(predictions, SPLITS, strict=True)]
         self._digest = _sha256(
             *(self.inputs, *self.targets.values(), self.layout.config["tensors"], len(zoo), ends),
-            *(*_source(task), *correct),
+            *(*_code(task), *correct),
         )
 
     def __call__(
@@ -168,7 +168,7 @@ class Scorer:
         Raises:
             `RuntimeError`: the networks do not fit the task.
         """
-        together = min(
+        batch_size = min(
             networks_per_batch(self.layout.vector_size, values=most_values), networks_per_batch(self._outputs_of_one)
         )
         sizes = sorted({*(2**power for power in range(count.bit_length())), count})
@@ -182,9 +182,9 @@ class Scorer:
             part = self.parts and self.parts / f"{_sha256(self._digest, name, key, count, group, calibrate)}.pt"
             if part is not None and part.exists():
                 return _read_part(part)
-            scored = self._score(vectors, indices, together, ranks, sizes if calibrate else [], name)
+            scored = self._score(vectors, indices, batch_size, ranks, sizes if calibrate else [], name)
             if part is not None:
-                with part_of_a_run(part) as temporary:
+                with whole(part) as temporary:
                     torch.save(scored, temporary)
             return scored
 
@@ -223,7 +223,7 @@ class Scorer:
         self,
         vectors: Callable[[range], torch.Tensor],
         indices: range,
-        together: int,
+        batch_size: int,
         ranks: torch.Tensor,
         sizes: list[int],
         name: str,
@@ -234,9 +234,9 @@ class Scorer:
         finite, calibration = [], []
         sums: dict[str, Any] = {}
         members = torch.zeros(len(sizes), dtype=torch.long)
-        starts = range(0, len(indices), together)
+        starts = range(0, len(indices), batch_size)
         for start in tqdm(starts, desc=f"score {name}", unit="batch", leave=False, disable=len(starts) == 1):
-            some = indices[start : start + together]
+            some = indices[start : start + batch_size]
             outputs = self.predict(vectors(some), self.inputs)
             predictions = dict(zip(SPLITS, outputs.split(counts, dim=1), strict=True))
             numbers = torch.stack([torch.isfinite(p).flatten(1).all(1) for p in predictions.values()]).all(0)
@@ -428,11 +428,9 @@ def parameter_statistics(trained: WeightZoo, generated: WeightZoo) -> list[dict[
 
 def tensor_values(*zoos: WeightZoo) -> dict[str, tuple[torch.Tensor, ...]]:
     """Values of each generated tensor in each zoo, evenly picked: at most `VALUES_PER_TENSOR` of each."""
-    values, start = {}, 0
-    for tensor in zoos[0].layout.tensors("generated"):
-        size = torch.Size(tensor["shape"]).numel()
-        parts = [zoo.columns(start, start + size, every=-(-len(zoo) // 50)).flatten() for zoo in zoos]
+    values = {}
+    for name, place in zoos[0].layout.slices.items():
+        parts = [zoo.columns(place.start, place.stop, every=-(-len(zoo) // 50)).flatten() for zoo in zoos]
         # Copies: a view of the few would keep all.
-        values[tensor["name"]] = tuple(part[:: -(-len(part) // VALUES_PER_TENSOR)].clone() for part in parts)
-        start += size
+        values[name] = tuple(part[:: -(-len(part) // VALUES_PER_TENSOR)].clone() for part in parts)
     return values

@@ -10,8 +10,9 @@ import torch
 
 from ..extras import require
 from ..zoo import WeightZoo
-from .baselines import LABELS as BASELINES
+from .baselines import KINDS
 from .measures import Scores, columns, similarity, tensor_values
+from .report import LABELS
 
 
 BLUE, ORANGE, GREEN, YELLOW, PURPLE, SKY, RED = (
@@ -25,7 +26,6 @@ CURVES = {
     "gaussian": (ORANGE, "-."),
     "low-rank-gaussian": (SKY, (0, (5, 1, 1, 1, 1, 1))),
 }
-NAMES = {"trained": "original", "generated": "generated", "fresh": "fresh", "soup": "soup", "ensemble": "ensemble"}
 MOST_TENSORS = 12
 MOST_ROWS = 60
 
@@ -55,7 +55,7 @@ def plane(
         points = [point for point in report["baselines"] if point["kind"] == kind]
         curve = [(point["maximum_similarity"]["mean"], 100 * point["accuracy"]["mean"]) for point in points]
         ax.plot(
-            *zip(*curve, strict=True), color=colour, linestyle=line, marker=".", markersize=4, label=BASELINES[kind]
+            *zip(*curve, strict=True), color=colour, linestyle=line, marker=".", markersize=4, label=KINDS[kind].label
         )
     shown = {}
     for name, marker in (("trained", "o"), ("generated", "^"), ("fresh", "D")):
@@ -66,7 +66,7 @@ def plane(
             x, y = similar.amax(1), 100 * scores[name].test
             ax.scatter(x, y, s=10, marker=marker, color=COLOURS[name], alpha=0.4, linewidths=0)
             shown[name] = (x.mean().item(), y.mean().item())
-            label = f"{NAMES[name]}: mean of {len(y)}"
+            label = f"{LABELS[name]}: mean of {len(y)}"
             ax.scatter(
                 *shown[name], s=90, marker=marker, color=COLOURS[name], edgecolor="black", zorder=4, label=label
             )
@@ -130,7 +130,7 @@ def calibration(report: dict[str, Any], folder: Path) -> list[Path]:
         for (name, rows), marker in zip(report["ensembles"].items(), "o^D", strict=False):
             y = [(100 if key == "accuracy" else 1) * row[key] for row in rows if row.get(key) is not None]
             x = [row["size"] for row in rows if row.get(key) is not None]
-            ax.plot(x, y, marker=marker, markersize=4, color=COLOURS[name], label=NAMES[name])
+            ax.plot(x, y, marker=marker, markersize=4, color=COLOURS[name], label=LABELS[name])
         ax.set_xscale("log", base=2)
         ax.set_xlabel("networks in the ensemble", fontsize=8)
         ax.set_ylabel(label, fontsize=8)
@@ -155,7 +155,7 @@ def weight_map(trained: WeightZoo, groups: dict[str, Iterator[torch.Tensor]], fo
         ("fresh", "D", 14),
         ("generated", "^", 20),
     )
-    names = NAMES | {"gaussian": "per-parameter Gaussian", "soup": "soups"}
+    names = LABELS | {"gaussian": "per-parameter Gaussian", "soup": "soups"}
     for name, marker, size in styles:
         if name in groups:
             x, y = torch.cat([(vectors - mean) @ axes_ for vectors in groups[name]]).T.numpy()
@@ -186,17 +186,18 @@ def training(
 ) -> list[Path]:
     """The spread of each latent over both zoos, and the losses where the pipeline is a folder that holds their log."""
     log = Path(str(pipeline.config.get("_name_or_path") or ""), "train.losses.jsonl")
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    losses = torch.tensor([row["loss"] for row in rows if row["objective"] != "autoencoder"])
     figure, axes = _figure(6.8, 3.2, ncols=2, squeeze=False)
     spread, loss = axes.flat
     for name, latents, marker in (("trained", trained, "o"), ("generated", generated, "^")):
         values = latents.flatten(1).std(0).numpy()
-        spread.plot(range(1, len(values) + 1), values, marker, markersize=3, color=COLOURS[name], label=NAMES[name])
+        spread.plot(range(1, len(values) + 1), values, marker, markersize=3, color=COLOURS[name], label=LABELS[name])
     spread.set_yscale("log")
     spread.set_xlabel("latent")
     spread.set_ylabel("standard deviation over networks", fontsize=9)
     spread.legend(fontsize=7)
-    if log.is_file():
-        losses = torch.tensor([json.loads(line)["loss"] for line in log.read_text(encoding="utf-8").splitlines()])
+    if len(losses):
         window = max(1, len(losses) // 50)
         smooth = losses[: len(losses) // window * window].view(-1, window).mean(1)
         loss.plot(losses.numpy(), color=SKY, linewidth=0.5, alpha=0.6, label="each step")

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from huggingface_hub import EvalResult
 from rich.table import Table
 
+from ..files import whole
 
+
+# Columns of the table of groups that stand everywhere; report.md has all of them.
+SHORT = ("networks", "count", "mean", "min", "best on validation", "similarity")
 LABELS = {
     "trained": "original",
     "soup": "soup",
@@ -29,45 +34,105 @@ CAPTIONS = {
 }
 
 
+CARD = """**{{ report.verdict.label }}**: {{ report.verdict.sentence }}
+
+| {{ columns | join(" | ") }} |
+|{{ " --- |" * columns | length }}
+{% for row in rows %}
+| {% for column in columns %}{{ row[column] }} | {% endfor %}
+
+{% endfor %}
+"""
+
+
+def group_table(report: dict[str, Any]) -> list[dict[str, str]]:
+    """The groups of a report, a row each: accuracies in percent, by the titles of their columns."""
+    rows = []
+    for group, figures in report["groups"].items():
+        accuracy = figures["accuracy"]
+        row = {
+            "networks": LABELS[group],
+            "count": str(figures["count"]),
+            "mean": percent(accuracy["mean"]),
+            "95 % over networks": " to ".join(map(percent, accuracy["interval_networks"])),
+            "95 % over examples": " to ".join(map(percent, accuracy["interval_examples"])),
+            "min": percent(accuracy["min"]),
+            "best on validation": percent(accuracy["best_on_validation"]),
+            "similarity": f"{figures['maximum_similarity']['mean']:.3f}",
+        }
+        measures = {"NLL": "nll", "Brier": "brier", "ECE": "ece", "ECE, scaled": "ece_scaled"}
+        rows.append(row | {title: number(figures.get(key)) for title, key in measures.items()})
+    return rows
+
+
+def percent(value: float | None) -> str:
+    """Of a share."""
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def number(value: float | None) -> str:
+    """In four digits."""
+    return "-" if value is None else f"{value:.4g}"
+
+
 def table(report: dict[str, Any]) -> Table:
-    """The groups of a report, accuracies in percent."""
+    """The table of groups for the terminal."""
     result = Table(title=f"{report['task']}: accuracy on the test split, %")
-    for column in ("networks", "count", "mean", "min", "best on validation", "similarity"):
+    for column in SHORT:
         result.add_column(column, justify="left" if column == "networks" else "right")
-    for row in rows(report):
-        result.add_row(*row)
+    for row in group_table(report):
+        result.add_row(*(row[column] for column in SHORT))
     return result
 
 
-def rows(report: dict[str, Any]) -> list[list[str]]:
-    """The cells of that table."""
-    cells = []
-    for group, figures in report["groups"].items():
-        accuracies = (figures["accuracy"][key] for key in ("mean", "min", "best_on_validation"))
-        cells.append(
-            [
-                LABELS[group],
-                str(figures["count"]),
-                *(f"{100 * accuracy:.2f}" for accuracy in accuracies),
-                f"{figures['maximum_similarity']['mean']:.3f}",
-            ]
+def card_section(report: dict[str, Any]) -> str:
+    """Verdict and groups, for the card of a pipeline."""
+    return _environment(escape=False).from_string(CARD).render(report=report, columns=SHORT, rows=group_table(report))
+
+
+def card_results(report: dict[str, Any]) -> list[EvalResult]:
+    """The figures of generated networks, as the Hub's evaluation results."""
+    generated = report["groups"]["generated"]
+    values = {
+        ("accuracy", "mean accuracy"): generated["accuracy"]["mean"],
+        ("accuracy", "minimum accuracy"): generated["accuracy"]["min"],
+        ("iou", "mean maximum similarity of errors to a training network"): generated["maximum_similarity"]["mean"],
+    }
+    return [
+        EvalResult(
+            task_type="weight-generation",
+            dataset_type=report["task"],
+            dataset_name=report["task"],
+            dataset_split="test",
+            metric_type=kind,
+            metric_name=f"{name} of {generated['count']} generated networks",
+            metric_value=round(value, 6),
         )
-    return cells
+        for (kind, name), value in values.items()
+    ]
+
+
+def _environment(escape: bool) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=escape
+    )
+    environment.filters |= {"percent": percent, "number": number}
+    return environment
 
 
 def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> None:
     """Writes `report.json`, `report.md` and `report.html`; the latter holds the pictures itself."""
-    (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = lambda value: "-" if value is None else f"{100 * value:.2f}"
-    environment.filters["number"] = lambda value: "-" if value is None else f"{value:.4g}"
+    rows = group_table(report)
     captions = [(file, CAPTIONS[file.stem]) for file in shown]
-    for name, escape in (("report.md", False), ("report.html", True)):
-        environment.autoescape = escape
-        template = environment.from_string((files("pdiff_hf.evaluation") / name).read_text(encoding="utf-8"))
+    texts = {"report.json": json.dumps(report, indent=1, allow_nan=False) + "\n"}
+    for name, columns in (("report.md", tuple(rows[0])), ("report.html", SHORT)):
+        escape = name.endswith(".html")
         pictures = [
             (base64.b64encode(file.read_bytes()).decode() if escape else file.name, caption)
             for file, caption in captions
         ]
-        text = template.render(report=report, labels=LABELS, rows=rows(report), pictures=pictures)
-        (folder / name).write_text(text, encoding="utf-8")
+        template = _environment(escape).from_string((files(__package__) / name).read_text(encoding="utf-8"))
+        texts[name] = template.render(report=report, labels=LABELS, columns=columns, rows=rows, pictures=pictures)
+    for name, text in texts.items():
+        with whole(folder / name) as file:
+            file.write_text(text, encoding="utf-8")

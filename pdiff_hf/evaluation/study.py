@@ -1,8 +1,9 @@
 """All that is measured of one set of generated networks."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -11,11 +12,11 @@ from ..errors import ZooError
 from ..files import UNFINISHED
 from ..networks.symmetry import Alignment, aligned_distances
 from ..parallel import from_main, processes
-from ..tasks import Task
 from ..zoo import WeightZoo
 from . import pictures
-from .baselines import KINDS, Baseline, Source
+from .baselines import KINDS, Baseline, StandardizedZoo
 from .measures import Scorer, Scores, distances, mean, outside_span, parameter_statistics, similarity
+from .subjects import Subjects
 from .verdict import COPY_RATIO, Place, Plane, verdict
 
 
@@ -34,58 +35,36 @@ BASELINE_VALUES = 2**27
 PARTS = f"{UNFINISHED}scores"
 
 
+class Point(NamedTuple):
+    """A baseline of some strength: its scores, and its place in the plane."""
+
+    strength: float
+    scores: Scores
+    place: Place
+
+
 class Study:
     """The evaluation of one set of generated networks."""
 
-    def __init__(
-        self,
-        task: Task,
-        trained: WeightZoo,
-        generated: WeightZoo,
-        fresh: WeightZoo | None,
-        pipeline: Any,
-        networks_per_point: int,
-        parts: Path | None,
-    ):
-        self.trained, self.generated, self.fresh, self.pipeline = trained, generated, fresh, pipeline
-        self.networks_per_point = networks_per_point
+    def __init__(self, subjects: Subjects, networks_per_point: int, parts: Path | None):
+        self.trained, self.generated, self.fresh = subjects.trained, subjects.generated, subjects.fresh
+        self.pipeline, self.networks_per_point = subjects.pipeline, networks_per_point
         try:
-            self.scorer = Scorer(task, trained, processes().device, parts)
+            self.scorer = Scorer(subjects.task, self.trained, processes().device, parts)
         except RuntimeError as error:
-            raise ZooError(f"The networks of {trained.folder} do not fit the task: {error}") from error
+            raise ZooError(f"The networks of {self.trained.folder} do not fit the task: {error}") from error
         self.targets = self.scorer.targets["test"]
-        self.source = Source(trained)
-        self.scores: dict[str, Scores] = {}
-        self.curves: dict[str, list[tuple[float, Scores, Place]]] = {}
+        self.standardized = StandardizedZoo(self.trained)
 
     def figures(self) -> dict[str, Any]:
         """All that the report says, but for its pictures."""
-        self._score_groups()
-        trained = self.scores["trained"]
-        self.similarity = {name: similarity(scores.wrong, trained.wrong) for name, scores in self.scores.items()}
-        largest = {name: values.amax(1) for name, values in self.similarity.items() if name != "trained"}
-        largest["trained"] = self.similarity["trained"].clone().fill_diagonal_(-1).amax(1)
-        groups = {name: scores.summary(largest[name]) for name, scores in self.scores.items()}
-
-        self.plane = Plane(trained.wrong)
-        self.place = self._place(self.scores["generated"], seed=2)
-        chance = self._chance()
-        self._sweep(self.place.point[0], (chance + groups["trained"]["accuracy"]["mean"]) / 2)
+        # All processes score these, before the main one goes on alone.
+        groups, curves = self.groups, self.curves
         nearest = from_main(self._nearest)
-        against = {
-            "curves": {kind: [place for _, _, place in points] for kind, points in self.curves.items()},
-            "trained_accuracy": groups["trained"]["accuracy"]["mean"],
-            "chance": chance,
-        }
-        found = verdict(self.place, copied=nearest["copied"], outside=nearest["outside_span"], **against)
-        if "fresh" in self.scores:
-            place = self._place(self.scores["fresh"], seed=3)
-            of_fresh = verdict(place, copied=0.0, outside=1.0, **against)
-            found["fresh_accuracy_gain"], found["fresh_interval"] = of_fresh["accuracy_gain"], of_fresh["interval"]
         return {
             "examples": len(self.targets),
-            "chance": chance,
-            "verdict": found,
+            "chance": self.chance,
+            "verdict": self._verdict(nearest),
             "groups": groups,
             "similarity": self._pairwise(),
             "nearest_l2": {key: nearest[key] for key in ("trained", "generated", "aligned")},
@@ -103,75 +82,126 @@ class Study:
                     "accuracy": {"mean": scores.test.mean().item(), "min": scores.test.min().item()},
                     "maximum_similarity": {"mean": place.point[0]},
                 }
-                for kind, points in self.curves.items()
+                for kind, points in curves.items()
                 for strength, scores, place in points
             ],
         }
 
-    def _score(self, zoo: WeightZoo, name: str) -> Scores:
-        return self.scorer(zoo.vectors, len(zoo), name, zoo.vectors([0, -1]), calibrate=True)
+    @cached_property
+    def latents(self) -> torch.Tensor:
+        """What the pipeline encodes the training networks to, `[N, C, L]`."""
+        return from_main(lambda: self._encode(self.trained))
 
-    def _score_groups(self) -> None:
-        self.scores["trained"] = trained = self._score(self.trained, "trained")
-        self.scores["soup"] = self.scorer(lambda _: mean(self.trained).float()[None], 1, "soup", calibrate=True)
+    @cached_property
+    def scores(self) -> dict[str, Scores]:
+        """How each group of networks does."""
+        trained = self._score(self.trained, "trained")
+        scores = {"trained": trained}
+        scores["soup"] = self.scorer(lambda _: mean(self.trained).float()[None], 1, "soup", calibrate=True)
         if trained.ensembles[-1]["predictions"] is not None:
-            self.scores["ensemble"] = self.scorer.single(trained.ensembles[-1]["predictions"])
-        self.scores["generated"] = self._score(self.generated, "generated")
+            scores["ensemble"] = self.scorer.single(trained.ensembles[-1]["predictions"])
+        scores["generated"] = self._score(self.generated, "generated")
         if self.fresh is not None:
-            self.scores["fresh"] = self._score(self.fresh, "fresh")
+            scores["fresh"] = self._score(self.fresh, "fresh")
         if self.pipeline is not None:
-            self.latents = from_main(lambda: self._encode(self.trained))
-            self.scores["reconstructed"] = self.scorer(
-                lambda some: self._decode(self.latents[some.start : some.stop]),
+            latents = self.latents
+            scores["reconstructed"] = self.scorer(
+                lambda some: self._decode(latents[some.start : some.stop]),
                 len(self.trained),
                 "reconstructed",
-                self.latents,
+                latents,
                 calibrate=True,
             )
+        return scores
 
-    @torch.no_grad()
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        vae = self.pipeline.vae
-        normalized = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
-        return self.pipeline.layout(normalized, return_dict=False)[0].cpu()
+    @cached_property
+    def similarity(self) -> dict[str, torch.Tensor]:
+        """Of each group to the training networks, `[n, N]`."""
+        wrong = self.scores["trained"].wrong
+        return {name: similarity(scores.wrong, wrong) for name, scores in self.scores.items()}
 
-    @torch.no_grad()
-    def _encode(self, zoo: WeightZoo) -> torch.Tensor:
-        vae, layout = self.pipeline.vae, self.pipeline.layout
-        vectors = (layout.normalize(batch.to(layout.device)) for batch in zoo.batches())
-        return torch.cat([vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mode().cpu() for batch in vectors])
+    @cached_property
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """The figures of each group."""
+        largest = {name: values.amax(1) for name, values in self.similarity.items() if name != "trained"}
+        largest["trained"] = self.similarity["trained"].clone().fill_diagonal_(-1).amax(1)
+        return {name: scores.summary(largest[name]) for name, scores in self.scores.items()}
 
-    def _chance(self) -> float:
+    @cached_property
+    def chance(self) -> float:
         """Accuracy of always answering the most frequent class; 0 where targets are no classes."""
         if self.targets.ndim != 1 or self.targets.is_floating_point():
             return 0.0
         return self.targets.unique(return_counts=True)[1].max().item() / len(self.targets)
 
-    def _sweep(self, generated: float, broken: float) -> None:
-        """Fills the curves: each baseline over its strengths, finer near the generated networks' similarity."""
-        with tqdm(desc="baselines", unit="point", leave=False) as progress:
-            for kind, (_, _, first) in KINDS.items():
-                points = self.curves[kind] = []
-                for strength in _strengths(kind, first, len(self.trained)):
-                    points.append(self._point(kind, strength))
-                    progress.update()
-                    similar, accuracy = points[-1][2].point
-                    if accuracy < broken and similar < generated:
-                        break
-                for _ in range(REFINEMENTS if kind != "soup" else 0):
-                    places = [place.point[0] for _, _, place in points]
-                    crossing = [i for i in range(1, len(points)) if places[i] <= generated < places[i - 1]]
-                    if crossing:
-                        middle = (points[crossing[0] - 1][0] * points[crossing[0]][0]) ** 0.5
-                        points.insert(crossing[0], self._point(kind, middle))
-                        progress.update()
+    @cached_property
+    def plane(self) -> Plane:
+        """Of accuracy and similarity to the training networks."""
+        return Plane(self.scores["trained"].wrong)
 
-    def _point(self, kind: str, strength: float) -> tuple[float, Scores, Place]:
+    @cached_property
+    def place(self) -> Place:
+        """Of the generated networks in that plane."""
+        return self._place(self.scores["generated"], seed=2)
+
+    @cached_property
+    def curves(self) -> dict[str, list[Point]]:
+        """Each baseline over its strengths, finer near the generated networks' similarity."""
+        generated = self.place.point[0]
+        broken = (self.chance + self.groups["trained"]["accuracy"]["mean"]) / 2
+        with tqdm(desc="baselines", unit="point", leave=False) as progress:
+            return {kind: self._curve(kind, generated, broken, progress) for kind in KINDS}
+
+    def _curve(self, kind: str, generated: float, broken: float, progress: Any) -> list[Point]:
+        points: list[Point] = []
+
+        def add(place: int, strength: float) -> None:
+            points.insert(place, self._point(kind, strength, len(points)))
+            progress.update()
+
+        for strength in _strengths(kind, KINDS[kind].first, len(self.trained)):
+            add(len(points), strength)
+            similar, accuracy = points[-1].place.point
+            if accuracy < broken and similar < generated:
+                break
+        for _ in range(REFINEMENTS if kind != "soup" else 0):
+            similarities = [point.place.point[0] for point in points]
+            crossing = [i for i in range(1, len(points)) if similarities[i] <= generated < similarities[i - 1]]
+            if crossing:
+                last = crossing[0]
+                add(last, (points[last - 1].strength * points[last].strength) ** 0.5)
+        return points
+
+    def _verdict(self, nearest: dict[str, Any]) -> dict[str, Any]:
+        against = {
+            "curves": {kind: [point.place for point in points] for kind, points in self.curves.items()},
+            "trained_accuracy": self.groups["trained"]["accuracy"]["mean"],
+            "chance": self.chance,
+        }
+        found = verdict(self.place, copied=nearest["copied"], outside=nearest["outside_span"], **against)
+        if "fresh" in self.scores:
+            place = self._place(self.scores["fresh"], seed=3)
+            of_fresh = verdict(place, copied=0.0, outside=1.0, **against)
+            found["fresh_accuracy_gain"], found["fresh_interval"] = of_fresh["accuracy_gain"], of_fresh["interval"]
+        return found
+
+    def _score(self, zoo: WeightZoo, name: str) -> Scores:
+        return self.scorer(zoo.vectors, len(zoo), name, zoo.vectors([0, -1]), calibrate=True)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        assert self.pipeline is not None
+        return self.pipeline.decode(latents).cpu()
+
+    def _encode(self, zoo: WeightZoo) -> torch.Tensor:
+        assert self.pipeline is not None
+        return torch.cat([self.pipeline.encode(batch).cpu() for batch in zoo.batches()])
+
+    def _point(self, kind: str, strength: float, number: int) -> Point:
         # The average of all is one network however often it is made.
         count = 1 if kind == "soup" and strength == len(self.trained) else self.networks_per_point
-        seed = 1000 * (1 + list(KINDS).index(kind)) + len(self.curves[kind])
+        seed = 1000 * (1 + list(KINDS).index(kind)) + number
         seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-        baseline = Baseline(self.source, kind, strength)
+        baseline = Baseline(self.standardized, kind, strength)
         scores = self.scorer(
             lambda some: baseline.vectors(seeds[some.start : some.stop]),
             count,
@@ -179,7 +209,7 @@ class Study:
             torch.tensor(seeds),
             most_values=BASELINE_VALUES,
         )
-        return strength, scores, self._place(scores, seed)
+        return Point(strength, scores, self._place(scores, seed))
 
     def _place(self, scores: Scores, seed: int) -> Place:
         """That of the main process: what is scored next follows from it, on whatever kinds of machines."""
@@ -257,12 +287,12 @@ class Study:
 
     def _mapped(self) -> dict[str, Iterator[torch.Tensor]]:
         """Networks for the map, as vectors `[n, P]` at a time."""
-        together = max(1, min(MAPPED_NETWORKS, BASELINE_VALUES // self.trained.vector_size))
+        size = max(1, min(MAPPED_NETWORKS, BASELINE_VALUES // self.trained.vector_size))
 
         def made(kind: str, strength: float) -> Iterator[torch.Tensor]:
-            baseline = Baseline(self.source, kind, strength)
-            for start in range(0, MAPPED_NETWORKS, together):
-                yield baseline.vectors(list(range(start, min(start + together, MAPPED_NETWORKS))))
+            baseline = Baseline(self.standardized, kind, strength)
+            for start in range(0, MAPPED_NETWORKS, size):
+                yield baseline.vectors(list(range(start, min(start + size, MAPPED_NETWORKS))))
 
         return {
             "trained": self.trained.batches(),

@@ -11,10 +11,6 @@ from .measures import Scores, interval, resample, similarity
 
 # Higher than that of the other intervals, since a verdict compares with many baselines.
 CONFIDENCE = 0.99
-LABELS = (
-    *("not-working", "memorized", "no-better-than-noise", "no-better-than-averaging", "on-the-front"),
-    "above-the-front",
-)
 # A network whose distance to the nearest training network is less than this share of the latter's distance to its own
 # neighbour is that network, for our purpose (the test of Yoon et al. 2023 for memorized images).
 COPY_RATIO = 1 / 3

@@ -1,20 +1,17 @@
 """The cards of zoos and pipelines: what is generated anew, and what a person wrote around it."""
 
-import os
 import shutil
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
 from ..errors import HubError, PipelineError
-from .client import is_repository
+from ..files import whole
 
-
-if TYPE_CHECKING:
-    from ..zoo import WeightZoo
 
 EVALUATION = ("<!-- pdiff-hf: evaluation -->", "<!-- pdiff-hf: evaluation end -->")
 # Stands in cards where the name of the repository will be.
@@ -55,8 +52,9 @@ def _tags(data: dict[str, Any]) -> list[str]:
     return [str(tag) for tag in (tags if isinstance(tags, list) else [tags]) if tag is not None]
 
 
-def write_zoo_card(zoo: "WeightZoo", description: str) -> None:
-    """Writes the dataset card of a zoo, keeping what a person wrote into it."""
+def write_zoo_card(folder: Path, description: str, task: str | None, count: int, parameters: int) -> None:
+    """Writes the dataset card of a zoo of so many networks of so many parameters, keeping what a person wrote into
+    it."""
     card_data = DatasetCardData(
         tags=["neural-network-diffusion", "model-zoo", "weights"],
         configs=[{"config_name": "default", "data_files": "metadata.jsonl"}],
@@ -64,31 +62,39 @@ def write_zoo_card(zoo: "WeightZoo", description: str) -> None:
     card = DatasetCard.from_template(
         card_data,
         template_str=_template("zoo.md"),
-        title=f"Weight zoo: {zoo.task or 'networks'}",
+        title=f"Weight zoo: {task or 'networks'}",
         description=description,
-        count=len(zoo),
-        parameters=zoo.vector_size,
+        count=count,
+        parameters=parameters,
         markers=GENERATED,
         placeholder=PLACEHOLDER,
     )
-    _write_card(zoo.folder, str(card))
+    _write_card(folder, str(card))
 
 
 def write_pipeline_card(
-    folder: str | os.PathLike, zoo: "WeightZoo", facts: dict[str, Any], dataset: str | None = None
+    folder: Path,
+    recipe: dict[str, Any],
+    task: str | None,
+    count: int,
+    parameters: int,
+    sources: Iterable[str] = (),
+    dataset: str | None = None,
 ) -> None:
     r"""
-    Writes the model card of a pipeline that was trained on a zoo, keeping what a person wrote into it.
+    Writes the model card of a pipeline, keeping what a person wrote into it.
 
     Args:
-        folder (`str` or `os.PathLike`): The pipeline.
-        zoo (`WeightZoo`): What it was trained on.
-        facts (`dict[str, Any]`): Of the training.
+        folder (`Path`): The pipeline.
+        recipe (`dict[str, Any]`): Of the training.
+        task (`str`, *optional*): What the networks do.
+        count (`int`): Networks that it was trained on.
+        parameters (`int`): Of each.
+        sources (`Iterable[str]`, *optional*): The repositories that the networks came from.
         dataset (`str`, *optional*): The zoo's repository, where it came from the Hub.
     """
-    sources = {str(row.get("pipeline", row.get("source"))) for row in zoo.rows() if "revision" in row}
     card_data = ModelCardData(
-        base_model=sorted(name for name in sources if is_repository(name)) or None,
+        base_model=sorted(sources) or None,
         datasets=None if dataset is None else [dataset],
         library_name="diffusers",
         tags=["neural-network-diffusion", "weight-generation", "diffusers:NeuralNetworkDiffusionPipeline"],
@@ -96,67 +102,47 @@ def write_pipeline_card(
     card = ModelCard.from_template(
         card_data,
         template_str=_template("pipeline.md"),
-        title=f"Neural network diffusion: {zoo.task or 'networks'}",
-        task=zoo.task,
-        count=len(zoo),
-        parameters=zoo.vector_size,
-        facts=facts,
+        title=f"Neural network diffusion: {task or 'networks'}",
+        task=task,
+        count=count,
+        parameters=parameters,
+        facts=recipe,
         markers=GENERATED,
         placeholder=PLACEHOLDER,
         evaluation=EVALUATION,
     )
-    _write_card(Path(folder), str(card))
+    _write_card(folder, str(card))
 
 
-def write_evaluation(folder: str | os.PathLike, report: dict[str, Any], pictures: list[Path]) -> None:
+def write_evaluation(folder: Path, section: str, results: list[EvalResult], pictures: list[Path]) -> None:
     r"""
-    Puts verdict and figures of a report into the card of a pipeline, as text and as the Hub's evaluation results, and
-    the pictures beside it.
+    Puts an evaluation into the card of a pipeline.
+
+    Args:
+        folder (`Path`): The pipeline.
+        section (`str`): What the card says, in Markdown.
+        results (`list[EvalResult]`): The same for the Hub.
+        pictures (`list[Path]`): Put beside it and shown.
+
+    Raises:
+        [`PipelineError`]: the card has no place for it.
     """
-    file = Path(folder) / "README.md"
+    file = folder / "README.md"
     start, end = EVALUATION
     card = ModelCard(card_text(file), ignore_metadata_errors=True)
     before, marker, rest = card.text.partition(start)
     if not marker:
         raise PipelineError(f"{file} has no place for figures: it lacks the line {start!r}.")
-    verdict = report["verdict"]
-    lines = [
-        f"**{verdict['label']}**: {verdict['sentence']}",
-        "",
-        "| networks | count | mean | min | best on validation | similarity |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for group, figures in report["groups"].items():
-        accuracy = figures["accuracy"]
-        cells = [f"{100 * accuracy[key]:.2f}" for key in ("mean", "min", "best_on_validation")]
-        similarity = f"{figures['maximum_similarity']['mean']:.3f}"
-        lines.append(f"| {group} | {figures['count']} | {' | '.join(cells)} | {similarity} |")
+    lines = [section.strip()]
     for picture in pictures:
-        target = Path(folder) / "evaluation" / picture.name
+        target = folder / "evaluation" / picture.name
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(picture, target)
         lines += ["", f"![{picture.stem}](evaluation/{picture.name})"]
     text = before + "\n".join([start, "", *lines, "", end]) + rest.partition(end)[2]
-    generated = report["groups"]["generated"]
-    values = {
-        ("accuracy", "mean accuracy"): generated["accuracy"]["mean"],
-        ("accuracy", "minimum accuracy"): generated["accuracy"]["min"],
-        ("iou", "mean maximum similarity of errors to a training network"): generated["maximum_similarity"]["mean"],
-    }
-    results = [
-        EvalResult(
-            task_type="weight-generation",
-            dataset_type=report["task"],
-            dataset_name=report["task"],
-            dataset_split="test",
-            metric_type=kind,
-            metric_name=f"{name} of {generated['count']} generated networks",
-            metric_value=round(value, 6),
-        )
-        for (kind, name), value in values.items()
-    ]
     data = card.data.to_dict() | ModelCardData(model_name="pdiff", eval_results=results).to_dict()
-    file.write_text(_card(data, text), encoding="utf-8")
+    with whole(file) as temporary:
+        temporary.write_text(_card(data, text), encoding="utf-8")
 
 
 def _card(data: dict[str, Any], text: str) -> str:
@@ -166,7 +152,8 @@ def _card(data: dict[str, Any], text: str) -> str:
 def _write_card(folder: Path, card: str) -> None:
     file = folder / "README.md"
     old = card_text(file) if file.exists() else None
-    file.write_text(merge_cards(card, old), encoding="utf-8")
+    with whole(file) as temporary:
+        temporary.write_text(merge_cards(card, old), encoding="utf-8")
 
 
 def card_text(file: Path) -> str:

@@ -7,21 +7,19 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
 from ..errors import PipelineError
-from ..pipelines.neural_network_diffusion import (
-    NeuralNetworkDiffusionPipeline,
-    ParameterAutoencoderKL,
-    ParameterLayout,
-    ParameterUNet1DModel,
-)
+from ..files import is_pipeline
+from ..pipelines import neural_network_diffusion
+from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from .client import download, is_repository
 
 
 # Far above any schedule; a scheduler allocates several numbers a timestep.
 MOST_TIMESTEPS = 10**6
+COMPONENTS = ("layout", "vae", "unet", "transformer", "condition_encoder")
+OWN = {name: getattr(neural_network_diffusion, name) for name in neural_network_diffusion.__all__}
 
 
 def load_pipeline(
@@ -42,18 +40,16 @@ def load_pipeline(
         [`HubError`]: the repository cannot be read.
     """
     folder = pipeline_folder(name_or_path, revision, token)
-    if not (folder / DiffusionPipeline.config_name).is_file():
-        raise PipelineError(f"{name_or_path} holds no pipeline: there is no {DiffusionPipeline.config_name}.")
+    if not is_pipeline(folder):
+        raise PipelineError(f"{name_or_path} holds no pipeline: there is no model_index.json.")
     try:
         index = NeuralNetworkDiffusionPipeline.load_config(str(folder))
         _check_schedule(folder / "scheduler")
-        for component, model_class in (
-            ("layout", ParameterLayout),
-            ("unet", ParameterUNet1DModel),
-            ("vae", ParameterAutoencoderKL),
-        ):
+        for component in COMPONENTS:
+            class_name = (index.get(component) or [None, None])[1]
             # The class that the loader takes is the one of the index, whatever the config says.
-            _check_weights(folder / component, _described(folder / component, index[component][1], model_class))
+            if class_name is not None and component not in kwargs:
+                _check_weights(folder / component, _described(folder / component, class_name))
         pipe = NeuralNetworkDiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **kwargs)
         statistics = torch.stack([pipe.layout.mean, pipe.layout.std])
         if not torch.isfinite(statistics).all() or (pipe.layout.std < 0).any():
@@ -79,12 +75,13 @@ def _check_schedule(folder: Path) -> None:
         raise ValueError(f"num_train_timesteps has to be between 1 and {MOST_TIMESTEPS}, and is {timesteps!r:.200}")
 
 
-def _described(folder: Path, name: str, own_class: Any) -> torch.nn.Module:
+def _described(folder: Path, name: str) -> torch.nn.Module:
     """The component that a config describes, without memory for its weights: of our class or one of diffusers."""
-    model_class = own_class if name == own_class.__name__ else getattr(diffusers, name)
+    model_class = OWN.get(name) or getattr(diffusers, name)
     config = model_class.load_config(str(folder))
     with torch.device("meta"):
-        return model_class.from_config(config)
+        model: torch.nn.Module = model_class.from_config(config)
+    return model
 
 
 def _check_weights(folder: Path, model: torch.nn.Module) -> None:

@@ -2,14 +2,13 @@
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from diffusers import DiffusionPipeline
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, snapshot_download
 
 from ..errors import HubError
-from ..files import UNFINISHED
+from ..files import UNFINISHED, is_pipeline, is_zoo
 from .cards import PLACEHOLDER, card_text, merge_cards, write_evaluation
 from .client import explained
 
@@ -34,6 +33,7 @@ def push(
     commit_message: str | None = None,
     create_pr: bool = False,
     license: str | None = None,
+    contents: Mapping[str, bytes] | None = None,
 ) -> CommitInfo:
     r"""
     Makes a repository hold what a folder with a zoo or a pipeline holds, in one commit: all of it or nothing, and no
@@ -49,12 +49,11 @@ def push(
         create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
         license (`str`, *optional*):
             The Hub's name of a licence, such as `"apache-2.0"`, for the card; one that the card has already stays.
+        contents (`Mapping[str, bytes]`, *optional*): What goes up in the place of what files of these names hold.
 
     Raises:
         [`HubError`]: there is neither in the folder, or the repository cannot be written, or it changed meanwhile.
     """
-    from ..zoo import WeightZoo  # which imports this module
-
     folder = Path(folder)
     repo_type = _repo_type(folder)
     if any(folder.glob("*.part")) or any(folder.glob(f"{UNFINISHED}*")):
@@ -75,13 +74,11 @@ def push(
                     f"{path} is a link that leads out of {folder}: put the file itself there, or remove it."
                 )
             names.add(name.as_posix())
-            content: bytes | Path = path
+            content: bytes | Path = (contents or {}).get(name.as_posix(), path)
             if name.as_posix() == "README.md":
                 old = _read_text(api, repo_id, repo_type, info.sha) if "README.md" in present else None
                 card = card_text(path).replace(PLACEHOLDER, repo_id)
                 content = merge_cards(card, old, license).encode()
-            elif name.as_posix() == "metadata.jsonl" and repo_type == "dataset":
-                content = path.read_bytes()[: WeightZoo(folder).rows_end]
             operations.append(CommitOperationAdd(name.as_posix(), content))
         stale = sorted(name for name in present - names if name.endswith(".safetensors"))
         operations += [CommitOperationDelete(name) for name in stale]
@@ -96,25 +93,25 @@ def push(
 
 
 def push_evaluation(
-    name_or_path: str | os.PathLike, repo_id: str, report: dict[str, Any], pictures: list[Path]
+    name_or_path: str | os.PathLike[str], repo_id: str, section: str, results: list[EvalResult], pictures: list[Path]
 ) -> None:
-    """Pushes a pipeline, of a folder or of the Hub, with the figures of a report in its card."""
+    """Pushes a pipeline, of a folder or of the Hub, with an evaluation in its card."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(name_or_path)
         if not folder.is_dir():
             with explained(str(name_or_path), None):
                 snapshot_download(str(name_or_path), local_dir=scratch)
             folder = Path(scratch)
-            write_evaluation(folder, report, pictures)
+            write_evaluation(folder, section, results, pictures)
         push(folder, repo_id, commit_message="Evaluation")
 
 
 def _repo_type(folder: Path) -> str:
-    if (folder / "zoo.json").is_file():
+    if is_zoo(folder):
         return "dataset"
-    if (folder / DiffusionPipeline.config_name).is_file():
+    if is_pipeline(folder):
         return "model"
-    raise HubError(f"{folder} holds neither a zoo (zoo.json) nor a pipeline ({DiffusionPipeline.config_name}).")
+    raise HubError(f"{folder} holds neither a zoo (zoo.json) nor a pipeline (model_index.json).")
 
 
 def _read_text(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> str:

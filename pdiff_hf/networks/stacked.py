@@ -269,12 +269,11 @@ def stack(layout: ParameterLayout, vectors: torch.Tensor) -> dict[str, torch.Ten
     The state dict of N networks of their parameter vectors `[N, P]`: what is generated is `[N, ...]`, what is frozen
     `[1, ...]`.
     """
-    values, start = {}, 0
+    values = {}
     for tensor in layout.tensors("generated"):
-        size = torch.Size(tensor["shape"]).numel()
-        part = vectors[:, start : start + size].unflatten(1, tensor["shape"]) if tensor["shape"] else vectors[:, start]
+        part = vectors[:, layout.slices[tensor["name"]]]
+        part = part.unflatten(1, tensor["shape"]) if tensor["shape"] else part[:, 0]
         values[tensor["name"]] = part.to(getattr(torch, tensor["dtype"]))
-        start += size
     for name, tensor in layout.frozen_state_dict().items():
         values[name] = tensor.to(vectors.device)[None]
     return {t["name"]: values[t.get("tied_to", t["name"])] for t in layout.config.tensors}

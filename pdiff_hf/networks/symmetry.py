@@ -21,9 +21,8 @@ class Alignment:
 
     def __init__(self, layout: ParameterLayout):
         self.layers: list[list[tuple[int, tuple[int, ...]]]] = []  # of each layer: its weight, then what goes along
-        start = 0
         for tensor in layout.tensors("generated"):
-            shape = tuple(tensor["shape"])
+            start, shape = layout.slices[tensor["name"]].start, tuple(tensor["shape"])
             if len(shape) in (2, 4):
                 previous = self.layers[-1][0][1][0] if self.layers else None
                 if previous is not None and shape[1] % previous:
@@ -33,7 +32,6 @@ class Alignment:
                 self.layers[-1].append((start, shape))
             else:
                 raise ValueError(f"`{tensor['name']}` belongs to no layer of a chain.")
-            start += torch.Size(shape).numel()
         if len(self.layers) < 2 or any(len(tensor["shape"]) for tensor in layout.tensors("frozen")):
             raise ValueError("There are no hidden units, or some of them are frozen.")
 

@@ -7,8 +7,9 @@ from accelerate import PartialState
 from torch import nn
 from torch.nn import functional as F
 
-from ..errors import ZooError
+from ..files import whole
 from ..pipelines.neural_network_diffusion import ParameterLayout
+from ..runs import generator_at
 from ..tasks import Task
 from .predictor import Predictor
 from .stacked import NotStackableError, StackedNetwork
@@ -20,7 +21,7 @@ TRIED_STEPS = 3
 TRIED_TOLERANCE = 1e-2
 
 
-class Trainer:
+class NetworkTrainer:
     r"""
     One training run of a task's network, step by step. What happens in a step depends on the seed, the step and the
     state alone, so that a resumed run is the uninterrupted one.
@@ -54,11 +55,11 @@ class Trainer:
         epoch, batch = divmod(self.step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = torch.randperm(len(self.targets), generator=_generator(self.seed, epoch))
+            self._order = torch.randperm(len(self.targets), generator=generator_at(self.seed, epoch))
         start = batch * self.task.batch_size
         indices = self._order[start : start + self.task.batch_size].to(self.targets.device)
         with torch.random.fork_rng():
-            generator = _generator(self.seed, self.step)
+            generator = generator_at(self.seed, self.step)
             torch.manual_seed(generator.initial_seed())
             inputs = self.task.augment(self.inputs[indices], generator)
             loss = self.task.loss(self.network(inputs), self.targets[indices])
@@ -86,16 +87,9 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
         }
-        temporary = file.with_name(f"{file.name}.part")
-        try:
+        remedy = "The networks that were kept are safe; make room and run the same command again to go on."
+        with whole(file, remedy) as temporary:
             torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            raise ZooError(
-                f"Cannot write {file}: {error}. The networks that were kept are safe; make room and run the same "
-                "command again to go on."
-            ) from error
-        temporary.replace(file)
 
     def load(self, file: Path) -> None:
         """Goes on from a saved state."""
@@ -108,8 +102,8 @@ class Trainer:
 class StackedTrainer:
     r"""
     The training runs of several seeds at once, with their weights stacked, in a fraction of the time where networks
-    are small. They are those of a [`Trainer`] each up to rounding, which depends on how many are trained at once. Long
-    trainings amplify it, as they do that of another library of convolutions (`benchmarks/stacked.py`).
+    are small. They are those of a [`NetworkTrainer`] each up to rounding, which depends on how many are trained at
+    once. Long trainings amplify it, as they do that of another library of convolutions (`benchmarks/stacked.py`).
 
     Args:
         task (`Task`): Of the networks; its loss, optimizer and inputs are those of [`Task`].
@@ -159,7 +153,7 @@ class StackedTrainer:
         for step in range(steps):
             epoch, batch = divmod(step, -(-count // size))
             if batch == 0:
-                orders = [torch.randperm(count, generator=_generator(seed, epoch)) for seed in self.seeds]
+                orders = [torch.randperm(count, generator=generator_at(seed, epoch)) for seed in self.seeds]
                 order = torch.stack(orders).to(self.device)
             self.step(order[:, batch * size : (batch + 1) * size])
         state_dicts = [
@@ -187,7 +181,7 @@ def is_stackable(task: Task, layout: ParameterLayout) -> bool:
         together = StackedTrainer(task, seeds).train_steps(TRIED_STEPS, layout)
     except Exception:  # whatever a network of the user's own makes of the tracer and of stacked weights
         return False
-    trainers = [Trainer(task, seed) for seed in seeds]
+    trainers = [NetworkTrainer(task, seed) for seed in seeds]
 
     def vectors() -> torch.Tensor:
         return torch.stack([layout.flatten(trainer.network.state_dict()).cpu() for trainer in trainers])
@@ -198,7 +192,3 @@ def is_stackable(task: Task, layout: ParameterLayout) -> bool:
             trainer.train_step()
     alone = vectors()
     return bool((together - alone).norm() <= TRIED_TOLERANCE * (alone - before).norm())
-
-
-def _generator(seed: int, position: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63)

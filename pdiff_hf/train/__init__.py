@@ -1,18 +1,21 @@
-"""Stage 2: learn the distribution of the networks of a zoo. Runs alone or under `accelerate launch`."""
+"""Stage 2: learn the distribution of the networks of a zoo."""
 
 from ..errors import TrainingError
-from .latent_diffusion import denoising_scheduler
-from .loop import LOSSES, Training
-from .objectives import DenoiserObjective
-from .stage import TrainConfig, run_train
+from .latent_diffusion import TrainConfig, denoising_scheduler
+from .loop import LOSSES, LoopConfig, TrainingLoop
+from .objectives import AutoencoderObjective, Behaviour, DenoiserObjective
+from .stage import run_train
 
 
 __all__ = [
     "LOSSES",
+    "AutoencoderObjective",
+    "Behaviour",
     "DenoiserObjective",
+    "LoopConfig",
     "TrainConfig",
-    "Training",
     "TrainingError",
+    "TrainingLoop",
     "denoising_scheduler",
     "run_train",
 ]

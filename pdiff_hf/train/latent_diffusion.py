@@ -1,20 +1,157 @@
 """The published method: an autoencoder of the parameters, and a denoiser of its latents."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 from diffusers import DDPMScheduler
+from torch import nn
 
-from ..errors import ZooError
-from ..pipelines.neural_network_diffusion import ParameterAutoencoderKL, ParameterLayout
+from ..config import check_not_negative, check_positive
+from ..errors import ConfigError
+from ..networks.stacked import NotStackableError, StackedNetwork
+from ..parallel import from_main
+from ..pipelines.neural_network_diffusion import (
+    LinearParameterAutoencoder,
+    ParameterAutoencoderKL,
+    ParameterLayout,
+    ParameterUNet1DModel,
+)
+from ..tasks.task import load_task, trusted_name
 from ..zoo import BATCH_VALUES, WeightZoo
+from .loop import LoopConfig, TrainingLoop
+from .objectives import AutoencoderObjective, Behaviour, DenoiserObjective
 
 
-if TYPE_CHECKING:
-    from .stage import TrainConfig
-
-# Networks, evenly picked, that the autoencoder's directions are fitted to: the cost grows with their square.
+Model = TypeVar("Model", bound=nn.Module)
+Autoencoder = LinearParameterAutoencoder | ParameterAutoencoderKL
+# Networks, evenly picked, that the linear autoencoder's directions are fitted to: the cost grows with their square.
 MOST_FITTED = 2048
+# Parameters of all networks together that stay in memory while the autoencoder is trained.
+MOST_HELD = 2**28
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """Fits the parameter autoencoder, trains the denoiser of its latents, and saves a pipeline."""
+
+    checkpoint_averaging: int = 1
+    """Consecutive networks of a trajectory whose averages are learned instead of single ones, for better accuracy."""
+    autoencoder: Literal["linear", "kl"] = "linear"
+    """Principal components in closed form, or the published method's convolutional VAE, which is trained."""
+    latent_channels: int = 8
+    """Channels of the latents."""
+    latent_length: int = 8
+    """Length of the latents. Channels times length are the numbers that are kept of a network: memory, too."""
+    autoencoder_steps: int = 400
+    """Optimizer steps of a trained autoencoder."""
+    autoencoder_learning_rate: float = 2e-3
+    """Peak of the one-cycle learning rate of a trained autoencoder."""
+    input_noise: float = 0.05
+    """Noise on parameters in its training, in units of each one's standard deviation over the zoo."""
+    latent_noise: float = 0.1
+    """Noise on latents in its training."""
+    kl_weight: float = 1e-3
+    """Of the KL divergence of its latents from a normal distribution; more of it is smoother."""
+    behaviour_weight: float = 0.0
+    """Of the difference of reconstructed networks' outputs from the stored ones', on the task's training inputs."""
+    task: str | None = None
+    """What the networks do, where behaviour counts. The zoo's own by default, if it is a built-in one."""
+
+    block_out_channels: tuple[int, ...] = (64, 64)
+    """Channels of the denoiser, a level each."""
+    layers_per_block: int = 1
+    """Residual blocks of the denoiser a level."""
+    unet_steps: int = 1500
+    """Optimizer steps of the denoiser."""
+    unet_learning_rate: float = 1e-3
+    """Peak of the one-cycle learning rate of the denoiser."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "sample"
+    """What the denoiser predicts. With epsilon, as in the paper, few-step solvers leave outliers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "checkpoint_averaging", "latent_channels", "latent_length", "layers_per_block")
+        check_positive(self, "autoencoder_steps", "unet_steps")
+        check_not_negative(self, "input_noise", "latent_noise", "kl_weight", "behaviour_weight")
+        widths = self.block_out_channels
+        if not widths or any(width < 8 or width % 8 for width in widths):
+            raise ConfigError(f"block_out_channels have to be multiples of 8, and are {widths}.")
+        if self.behaviour_weight and self.autoencoder == "linear":
+            raise ConfigError("behaviour_weight is for a trained autoencoder: pass --autoencoder kl.")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all objectives."""
+        return self.unet_steps + (self.autoencoder_steps if self.autoencoder == "kl" else 0)
+
+
+class NormalizedNetworks:
+    r"""
+    The normalized vectors of a zoo's networks, or of averages of consecutive ones: `networks(indices)` is `[n, P]`.
+
+    Args:
+        zoo (`WeightZoo`): N networks.
+        layout (`ParameterLayout`): With the zoo's statistics.
+        window (`int`): Consecutive networks of an average.
+    """
+
+    def __init__(self, zoo: WeightZoo, layout: ParameterLayout, window: int):
+        self.zoo, self.layout, self.window = zoo, layout, window
+        self._held: torch.Tensor | None = None
+        if len(zoo) * zoo.vector_size <= MOST_HELD:
+            self._held = _averages(torch.cat([self._normalize(batch) for batch in zoo.batches()]), window)
+
+    def __len__(self) -> int:
+        return len(self.zoo) - self.window + 1
+
+    def __call__(self, indices: torch.Tensor) -> torch.Tensor:
+        if self._held is not None:
+            return self._held[indices.to(self._held.device)]
+        members = indices.cpu()[:, None] + torch.arange(self.window)
+        vectors = self._normalize(self.zoo.vectors(members.flatten().tolist()))
+        return vectors.unflatten(0, (-1, self.window)).mean(1)
+
+    def batches(self) -> Iterator[torch.Tensor]:
+        """All of them in order, `[n, P]` at a time."""
+        for start in range(0, len(self), self.zoo.batch_size):
+            yield self(torch.arange(start, min(start + self.zoo.batch_size, len(self))))
+
+    def _normalize(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.layout.normalize(vectors.to(self.layout.device))
+
+
+def encode(
+    config: TrainConfig, zoo: WeightZoo, layout: ParameterLayout, loop: TrainingLoop
+) -> tuple[Autoencoder | None, torch.Tensor]:
+    """The autoencoder (of the main process), and the latents `[N, C, L]` of the networks, at unit scale."""
+    device = loop.accelerator.device
+    if config.autoencoder == "kl":
+        networks = NormalizedNetworks(zoo, layout.to(device), config.checkpoint_averaging)
+        trained = _train_kl(config, zoo, networks, loop)
+        return trained, from_main(lambda: _latents(trained, networks.batches()))
+    if not loop.accelerator.is_main_process:
+        # The others need the latents alone, and no memory for the rest.
+        return None, from_main(lambda: torch.empty(0))
+    fitted = _fit_linear(config, zoo, layout).to(device)
+    latents = _latents(fitted, (layout.normalize(batch) for batch in zoo.batches()))
+    # Linear: latents of averages are averages of latents.
+    return fitted, from_main(lambda: _averages(latents, config.checkpoint_averaging))
+
+
+def objective(config: TrainConfig) -> DenoiserObjective:
+    """The denoiser with the noise of the published method."""
+    unet = _seeded(
+        config.seed,
+        lambda: ParameterUNet1DModel(
+            in_channels=config.latent_channels,
+            out_channels=config.latent_channels,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+        ),
+    )
+    return DenoiserObjective(unet, denoising_scheduler(config.prediction_type))
 
 
 def denoising_scheduler(prediction_type: str) -> DDPMScheduler:
@@ -28,36 +165,64 @@ def denoising_scheduler(prediction_type: str) -> DDPMScheduler:
     )
 
 
-def encode(
-    config: "TrainConfig", zoo: WeightZoo, device: torch.device
-) -> tuple[ParameterLayout, ParameterAutoencoderKL, torch.Tensor]:
-    """The first two components, and the latents `[N, C, L]` of the networks, on the CPU."""
-    # 1. Statistics of the parameters
-    layout = zoo.layout.fit(zoo.batches())
-    if not (layout.std > 0).any():
-        raise ZooError(f"The {len(zoo)} networks of {config.zoo} are identical: there is no distribution to learn.")
-
-    # 2. Autoencoder
-    vae = ParameterAutoencoderKL(layout.vector_size, config.latent_channels, config.latent_length)
-    together = config.checkpoint_averaging
+def _fit_linear(config: TrainConfig, zoo: WeightZoo, layout: ParameterLayout) -> LinearParameterAutoencoder:
+    vae = LinearParameterAutoencoder(layout.vector_size, config.latent_channels, config.latent_length)
+    window = config.checkpoint_averaging
     every = -(-len(zoo) // MOST_FITTED)
-    width = max(1, BATCH_VALUES // len(zoo)) * (every if together == 1 else 1)
+    width = max(1, BATCH_VALUES // len(zoo)) * (every if window == 1 else 1)
 
     def columns(start: int) -> torch.Tensor:
-        if together == 1:
+        if window == 1:
             return layout.normalize(zoo.columns(start, start + width, every), start)
-        return _averages(layout.normalize(zoo.columns(start, start + width), start), together)[::every]
+        return _averages(layout.normalize(zoo.columns(start, start + width), start), window)[::every]
 
     shares = vae.fit(lambda: (columns(start) for start in range(0, layout.vector_size, width)))
-    vae.to(device)
-    with torch.no_grad():
-        batches = (layout.normalize(batch).to(vae.device) for batch in zoo.batches())
-        # Linear: latents of averages are averages of latents.
-        latents = _averages(torch.cat([vae.encode(batch).latent_dist.mean.cpu() for batch in batches]), together)
-    print(f"{len(latents[0].flatten())} latents explain {100 * shares.sum():.4f} % of the variance.")
-    return layout, vae, latents
+    print(f"{len(shares)} latents explain {100 * shares.sum():.4f} % of the variance.")
+    return vae
 
 
-def _averages(rows: torch.Tensor, together: int) -> torch.Tensor:
-    """Means of so many consecutive rows, `[N, ...]` to `[N - together + 1, ...]`."""
-    return rows if together == 1 else rows.unfold(0, together, 1).mean(-1)
+def _train_kl(
+    config: TrainConfig, zoo: WeightZoo, networks: NormalizedNetworks, loop: TrainingLoop
+) -> ParameterAutoencoderKL:
+    layout = networks.layout
+    vae = _seeded(
+        config.seed,
+        lambda: ParameterAutoencoderKL(layout.vector_size, config.latent_channels, config.latent_length),
+    )
+    behaviour = None
+    if config.behaviour_weight:
+        task = load_task(trusted_name(config.task, zoo.task))
+        try:
+            network = StackedNetwork(task.build_network().eval())
+        except NotStackableError as error:
+            raise ConfigError(f"behaviour_weight needs networks that run side by side. {error}") from error
+        behaviour = Behaviour(network, layout, task.data("train")[0].to(layout.device))
+    trained = AutoencoderObjective(
+        vae, config.input_noise, config.latent_noise, config.kl_weight, behaviour, config.behaviour_weight
+    )
+    loop.fit(
+        "autoencoder",
+        trained,
+        networks,
+        len(networks),
+        config.autoencoder_steps,
+        config.autoencoder_learning_rate,
+    )
+    return vae.standardize(networks.batches())
+
+
+@torch.no_grad()
+def _latents(vae: Autoencoder, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Latents `[N, C, L]`, on the CPU, of normalized vectors, `[n, P]` at a time."""
+    return torch.cat([vae.encode(batch.to(vae.device)).latent_dist.mean.cpu() for batch in batches])
+
+
+def _averages(rows: torch.Tensor, window: int) -> torch.Tensor:
+    """Means of so many consecutive rows, `[N, ...]` to `[N - window + 1, ...]`."""
+    return rows if window == 1 else rows.unfold(0, window, 1).mean(-1)
+
+
+def _seeded(seed: int, build: Callable[[], Model]) -> Model:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build()

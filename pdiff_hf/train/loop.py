@@ -3,43 +3,102 @@
 import json
 import math
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from ..config import check_positive
 from ..errors import ConfigError, TrainingError
+from ..files import explained
 from ..parallel import processes
-from ..runs import check_same_run
-from .objectives import DenoiserObjective
+from ..runs import check_same_run, generator_at
 
-
-if TYPE_CHECKING:
-    from .stage import TrainConfig
 
 CHECKPOINT = "checkpoint-"
 LOSSES = "train.losses.jsonl"
+# In a checkpoint: the moving average of what is being trained, and what was trained before it.
+AVERAGE, FINISHED = "average.safetensors", "finished.safetensors"
 # They may change from a run to the one that resumes it, and say nothing of the result.
 RUN_SETTINGS = ("output_dir", "resume_from_checkpoint", "checkpoints_total_limit", "report_to", "push_to_hub")
 
 
-class Training:
+class Objective(Protocol):
+    """What the loop minimizes: a module whose `forward` is the loss of some data and of what was drawn for them."""
+
+    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Random tensors, a row for each of so many data of this shape."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What any training of a pipeline has in common."""
+
+    zoo: str = "runs/zoo"
+    """Folder of the zoo to learn from, or its name on the Hub."""
+    output_dir: str = "runs/pipeline"
+    """Folder of the pipeline; checkpoints of the training go there too."""
+    seed: int = 0
+    """Of initialization, batches and noise."""
+    batch_size: int = 64
+    """Networks drawn for each forward pass, by all processes together."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes an optimizer step."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the forward passes."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    ema_decay: float = 0.995
+    """Decay of the average of the trained weights that goes into the pipeline."""
+
+    checkpointing_steps: int = 500
+    """Optimizer steps from one checkpoint to the next."""
+    checkpoints_total_limit: int | None = None
+    """How many checkpoints are kept; the oldest go first."""
+    resume_from_checkpoint: str | None = None
+    """'latest', or the path of a checkpoint of this output_dir."""
+    push_to_hub: str | None = None
+    """Name of the model repository that the pipeline is pushed to in the end."""
+    report_to: str | None = None
+    """A tracker of accelerate: tensorboard, wandb, all, ..."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size", "gradient_accumulation_steps", "checkpointing_steps")
+        if self.checkpoints_total_limit is not None:
+            check_positive(self, "checkpoints_total_limit")
+
+
+class TrainingLoop:
     r"""
-    The training loop of the denoiser. The batch and the noise of a step depend on seed and step alone, and processes
-    share them: a resumed training has the losses of an uninterrupted one, and several processes, up to rounding,
-    those of one.
+    Trains one objective after the other. The batch and the noise of a step depend on seed and step alone, and
+    processes share them: a resumed training has the losses of an uninterrupted one, and several processes, up to
+    rounding, those of one.
+
+    Args:
+        config (`LoopConfig`): Of the training.
+        steps (`int`): Optimizer steps of all objectives together.
+
+    Raises:
+        [`TrainingError`]: there is no such checkpoint, or one and nobody asked to go on from it.
+        [`ConfigError`]: the processes cannot share a batch, or the checkpoint is of another configuration.
     """
 
-    def __init__(self, config: "TrainConfig"):
-        self.config = config
+    def __init__(self, config: LoopConfig, steps: int):
+        self.config, self.steps = config, steps
         self.folder = Path(config.output_dir)
         self.resume_from = _checkpoint_to_resume(config)
         self.step = _step_of(self.resume_from) if self.resume_from else 0
+        self.planned = 0  # steps of the objectives so far
+        self.finished: dict[str, torch.Tensor] = {}
         processes()
         self.accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -51,8 +110,11 @@ class Training:
             raise ConfigError(
                 f"{self.accelerator.num_processes} processes cannot share a batch_size of {config.batch_size} evenly."
             )
+        if self.resume_from is not None:
+            with _readable(self.resume_from):
+                self.finished = load_file(self.resume_from / FINISHED)
         self.progress = tqdm(
-            total=config.unet_steps,
+            total=steps,
             initial=self.step,
             desc="train",
             unit="step",
@@ -62,35 +124,62 @@ class Training:
             self.losses = _open_losses(self.folder / LOSSES, self.step)
         self.accelerator.init_trackers("pdiff-hf")
 
-    def fit(self, objective: DenoiserObjective, data: torch.Tensor) -> None:
+    def fit(
+        self,
+        name: str,
+        objective: Any,
+        data: Callable[[torch.Tensor], torch.Tensor],
+        count: int,
+        steps: int,
+        learning_rate: float,
+    ) -> None:
         r"""
-        Trains, from the beginning or from the checkpoint to resume, and leaves the moving average of the weights in
-        the objective.
+        Trains an objective, from the beginning or from the checkpoint to resume, and leaves the moving average of its
+        weights in it.
 
         Args:
-            objective (`DenoiserObjective`): What is trained.
-            data (`torch.Tensor`): Latents, `[N, C, L]`.
+            name (`str`): What is trained, as in the names of its settings: `<name>_learning_rate`.
+            objective (`Objective`): A module.
+            data (`Callable[[torch.Tensor], torch.Tensor]`): Gives the data `[n, ...]` of indices `[n]`.
+            count (`int`): How many data there are.
+            steps (`int`): Optimizer steps.
+            learning_rate (`float`): The peak of a one-cycle schedule (Smith and Topin 2017, arXiv 1708.07120).
+
+        Raises:
+            [`TrainingError`]: it diverged, or the checkpoint is damaged.
         """
         accelerator, config = self.accelerator, self.config
-        steps, learning_rate = config.unet_steps, config.unet_learning_rate
+        first = self.planned
+        last = self.planned = first + steps
+        objective.to(accelerator.device)
+        if self.step >= last:  # before the checkpoint that was resumed
+            with _readable(self.resume_from):
+                objective.load_state_dict(
+                    {key: self.finished[f"{name}.{key}"].to(accelerator.device) for key in objective.state_dict()}
+                )
+            objective.eval()
+            return
+        self.progress.set_description(f"train {name}")
         optimizer = torch.optim.AdamW(objective.parameters(), lr=learning_rate, fused=True)
-        # Not prepared: accelerate would take a step of the schedule for every process.
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
         model, optimizer = accelerator.prepare(objective, optimizer)
         ema = EMAModel(objective.parameters(), decay=config.ema_decay, foreach=True)
-        accelerator.register_for_checkpointing(schedule, ema)
-        if self.resume_from is not None:
-            accelerator.load_state(str(self.resume_from))
+        if self.step > first:
+            assert self.resume_from is not None
+            with _readable(self.resume_from):
+                accelerator.load_state(str(self.resume_from))
+                _load_average(ema, self.resume_from / AVERAGE)
             ema.to(accelerator.device)
-            self.resume_from = None
+        # Not prepared: accelerate would take a step of the schedule for every process.
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer.optimizer, learning_rate, total_steps=steps, last_epoch=self.step - first - 1
+        )
 
         model.train()
-        data = data.to(accelerator.device)
-        while self.step < steps:
+        while self.step < last:
             losses = []
             for accumulation in range(config.gradient_accumulation_steps):
                 with accelerator.accumulate(model):
-                    loss = model(*self._draw(objective, data, accumulation))
+                    loss = model(*self._draw(objective, data, count, accumulation))
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -100,35 +189,43 @@ class Training:
             schedule.step()
             ema.step(objective.parameters())
             self.step += 1
-            self._log(accelerator.reduce(torch.stack(losses).mean(), "mean").item())
-            if self.step % config.checkpointing_steps == 0 and self.step < steps:
-                self._save_checkpoint()
+            self._log(name, accelerator.reduce(torch.stack(losses).mean(), "mean").item())
+            if self._is_due() and self.step < last:
+                self._save_checkpoint(ema)
         ema.copy_to(objective.parameters())
         objective.eval()
+        self.finished |= {f"{name}.{key}": value.cpu() for key, value in objective.state_dict().items()}
         accelerator.free_memory()
-        accelerator._custom_objects.clear()
+        if self._is_due() and self.step < self.steps:
+            self._save_checkpoint(None)
 
-    def _draw(self, objective: DenoiserObjective, data: torch.Tensor, accumulation: int) -> list[torch.Tensor]:
+    def _draw(
+        self, objective: Objective, data: Callable[[torch.Tensor], torch.Tensor], count: int, accumulation: int
+    ) -> list[torch.Tensor]:
         """This process's share of what the objective takes in this step."""
         accelerator, config = self.accelerator, self.config
         position = self.step * config.gradient_accumulation_steps + accumulation
-        generator = torch.Generator(accelerator.device).manual_seed((config.seed * 1_000_003 + position) % 2**63)
-        indices = torch.randint(len(data), (config.batch_size,), generator=generator, device=accelerator.device)
-        batch = (data[indices], *objective.draw(len(indices), data.shape[1:], generator))
-        return [values[accelerator.process_index :: accelerator.num_processes] for values in batch]
+        generator = generator_at(config.seed, position, accelerator.device)
+        indices = torch.randint(count, (config.batch_size,), generator=generator, device=accelerator.device)
+        share = slice(accelerator.process_index, None, accelerator.num_processes)
+        batch = data(indices[share]).to(accelerator.device)
+        return [batch, *(values[share] for values in objective.draw(len(indices), batch.shape[1:], generator))]
 
-    def _log(self, loss: float) -> None:
+    def _is_due(self) -> bool:
+        return self.step % self.config.checkpointing_steps == 0
+
+    def _log(self, name: str, loss: float) -> None:
         if not math.isfinite(loss):
             raise TrainingError(
-                f"The denoiser diverged: its loss is {loss} at step {self.step}. Lower --unet-learning-rate."
+                f"The {name} diverged: its loss is {loss} at step {self.step}. Lower --{name}-learning-rate."
             )
         self.progress.update()
         self.progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        self.accelerator.log({"loss": loss}, step=self.step)
+        self.accelerator.log({f"{name}/loss": loss}, step=self.step)
         if self.accelerator.is_main_process:
-            self.losses.write(json.dumps({"step": self.step, "loss": loss}) + "\n")
+            self.losses.write(json.dumps({"step": self.step, "objective": name, "loss": loss}) + "\n")
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, ema: EMAModel | None) -> None:
         target = self.folder / f"{CHECKPOINT}{self.step}"
         temporary = target.with_name(f"{target.name}.part")
         if self.accelerator.is_main_process:
@@ -136,13 +233,15 @@ class Training:
             self.losses.flush()
         self.accelerator.wait_for_everyone()
         try:
-            self.accelerator.save_state(str(temporary))
-        except (OSError, RuntimeError, SafetensorError) as error:
+            with explained(target, "The checkpoints before are whole; make room and resume from the latest."):
+                self.accelerator.save_state(str(temporary))
+                if self.accelerator.is_main_process:
+                    save_file(self.finished, temporary / FINISHED)
+                    if ema is not None:
+                        _save_average(ema, temporary / AVERAGE)
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise TrainingError(
-                f"Cannot write {target}: {error}. The checkpoints before are whole; make room and resume from the "
-                "latest."
-            ) from error
+            raise
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             # Those of a training that went on from here before are of another future.
@@ -154,7 +253,7 @@ class Training:
             for old in _checkpoints(self.folder)[: -limit if limit else 0]:
                 shutil.rmtree(old)
 
-    def __enter__(self) -> "Training":
+    def __enter__(self) -> "TrainingLoop":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -164,6 +263,27 @@ class Training:
         self.accelerator.end_training()
         # So that the next training of this process may have another precision.
         AcceleratorState._reset_state()
+
+
+@contextmanager
+def _readable(checkpoint: Path | None) -> Iterator[None]:
+    """Turns whatever a damaged or hostile checkpoint makes of its readers into a [`TrainingError`]."""
+    try:
+        yield
+    except Exception as error:
+        raise TrainingError(f"{checkpoint} cannot be resumed: {error!r:.500}") from error
+
+
+def _save_average(ema: EMAModel, file: Path) -> None:
+    """As tensors: what can arrive by download must not hold code."""
+    tensors = {str(index): value.contiguous() for index, value in enumerate(ema.shadow_params)}
+    save_file(tensors, file, {"optimization_step": str(ema.optimization_step)})
+
+
+def _load_average(ema: EMAModel, file: Path) -> None:
+    with safe_open(file, "pt") as tensors:
+        ema.shadow_params = [tensors.get_tensor(str(index)) for index in range(len(ema.shadow_params))]
+        ema.optimization_step = int(tensors.metadata()["optimization_step"])
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -176,7 +296,7 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(CHECKPOINT))
 
 
-def _checkpoint_to_resume(config: "TrainConfig") -> Path | None:
+def _checkpoint_to_resume(config: LoopConfig) -> Path | None:
     folder = Path(config.output_dir)
     present = _checkpoints(folder)
     if config.resume_from_checkpoint is None:

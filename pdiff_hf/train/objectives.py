@@ -5,27 +5,115 @@ from diffusers import DDPMScheduler
 from torch import nn
 from torch.nn import functional as F
 
-from ..pipelines.neural_network_diffusion import ParameterUNet1DModel
+from ..networks.stacked import StackedNetwork, stack
+from ..pipelines.neural_network_diffusion import ParameterAutoencoderKL, ParameterLayout
 
 
 class DenoiserObjective(nn.Module):
     """The loss of the denoiser: squared error of what the scheduler's prediction type asks for."""
 
-    def __init__(self, unet: ParameterUNet1DModel, scheduler: DDPMScheduler):
+    def __init__(self, denoiser: nn.Module, scheduler: DDPMScheduler):
         super().__init__()
-        self.unet, self.scheduler = unet, scheduler
+        self.denoiser, self.scheduler = denoiser, scheduler
 
-    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Noise `[count, *shape]` and timesteps `[count]`."""
         noise = torch.randn((count, *shape), generator=generator, device=generator.device)
         steps = self.scheduler.config.num_train_timesteps
         return noise, torch.randint(steps, (count,), generator=generator, device=generator.device)
 
     def forward(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        prediction = self.unet(self.scheduler.add_noise(latents, noise, timesteps), timesteps).sample
+        prediction = self.denoiser(self.scheduler.add_noise(latents, noise, timesteps), timesteps).sample
         target = {
             "epsilon": lambda: noise,
             "sample": lambda: latents,
             "v_prediction": lambda: self.scheduler.get_velocity(latents, noise, timesteps),
         }[self.scheduler.config.prediction_type]()
         return F.mse_loss(prediction.float(), target)
+
+
+class Behaviour:
+    r"""
+    How differently networks behave: the mean squared difference of their outputs, relative to the variance of the
+    outputs over examples.
+
+    Args:
+        network (`StackedNetwork`): The architecture.
+        layout (`ParameterLayout`): With its statistics.
+        inputs (`torch.Tensor`): Training inputs, `[E, ...]`; their targets are not needed.
+        count (`int`, *optional*, defaults to 64): Inputs a step.
+    """
+
+    def __init__(self, network: StackedNetwork, layout: ParameterLayout, inputs: torch.Tensor, count: int = 64):
+        self.network, self.layout, self.inputs, self.count = network, layout, inputs, count
+
+    def outputs(self, normalized: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """Of networks `[N, P]` for examples `[E, ...]`: `[N, E, ...]`."""
+        return self.network(stack(self.layout, self.layout(normalized.float()).vectors), inputs[None])
+
+    def __call__(self, ours: torch.Tensor, stored: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Of normalized vectors, both `[N, P]`, on these inputs, `[E]`."""
+        inputs = self.inputs[indices]
+        with torch.no_grad():
+            expected = self.outputs(stored, inputs)
+            variance = expected.var(dim=1).mean()
+        return F.mse_loss(self.outputs(ours, inputs), expected) / variance
+
+
+class AutoencoderObjective(nn.Module):
+    r"""
+    The loss of the parameter autoencoder: squared error of the reconstruction, KL divergence of the posterior from a
+    standard normal distribution (Kingma and Welling 2013, arXiv 1312.6114), with noise on parameters and latents as
+    in Neural Network Diffusion, and, optionally, the squared error of the reconstructed networks' outputs.
+
+    Args:
+        vae (`ParameterAutoencoderKL`): What is trained.
+        parameter_noise (`float`): Standard deviation of the noise on normalized parameters.
+        latent_noise (`float`): Of the noise on latents, beyond the posterior's own, in units of the prior.
+        kl_weight (`float`): Of the KL divergence, a mean over latents.
+        behaviour (`Behaviour`, *optional*): Compares the outputs.
+        behaviour_weight (`float`, *optional*, defaults to 1.0): Of that difference.
+    """
+
+    def __init__(
+        self,
+        vae: ParameterAutoencoderKL,
+        parameter_noise: float,
+        latent_noise: float,
+        kl_weight: float,
+        behaviour: Behaviour | None = None,
+        behaviour_weight: float = 1.0,
+    ):
+        super().__init__()
+        self.vae = vae
+        self.parameter_noise, self.latent_noise, self.kl_weight = parameter_noise, latent_noise, kl_weight
+        self.behaviour, self.behaviour_weight = behaviour, behaviour_weight
+
+    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Noise on parameters `[count, P]`, on latents `[count, C, L]`, and inputs `[count, E]`, the same in all."""
+        sizes = ((count, *shape), (count, *self.vae.latent_shape))
+        noise = [torch.randn(size, generator=generator, device=generator.device) for size in sizes]
+        if self.behaviour is None:
+            return tuple(noise)
+        inputs = len(self.behaviour.inputs)
+        indices = torch.randint(inputs, (self.behaviour.count,), generator=generator, device=generator.device)
+        # A row a network, since processes share the rows.
+        return (*noise, indices.expand(count, -1))
+
+    def forward(
+        self,
+        vectors: torch.Tensor,
+        parameter_noise: torch.Tensor,
+        latent_noise: torch.Tensor,
+        inputs: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        posterior = self.vae.encode(vectors + self.parameter_noise * parameter_noise).latent_dist
+        # Two independent noises are one.
+        latents = posterior.mean + (posterior.var + self.latent_noise**2).sqrt() * latent_noise
+        decoded = self.vae.decode(latents).sample.float()
+        # diffusers' own `kl()` sums, and over images.
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        loss = F.mse_loss(decoded, vectors) + self.kl_weight * kl
+        if self.behaviour is not None and inputs is not None:
+            loss = loss + self.behaviour_weight * self.behaviour(decoded, vectors, inputs[0])
+        return loss

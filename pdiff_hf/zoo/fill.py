@@ -3,9 +3,9 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,27 +13,27 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..errors import ZooError
-from ..files import UNFINISHED
+from ..files import UNFINISHED, is_zoo, whole
 from ..parallel import Saving, processes
 from .store import WeightZoo
 
 
-Networks = Sequence[tuple[torch.Tensor, dict]]
+MadeNetworks = Sequence[tuple[torch.Tensor, dict[str, Any]]]
 # A network file system shows what another host wrote after a while.
 SECONDS_TO_SEE = 120.0
 PARTS = f"{UNFINISHED}networks"
 
 
-def complete(
+def fill(
     folder: Path,
     create: Callable[[], WeightZoo],
     num_networks: int,
-    together: int,
-    make: Callable[[range], Networks],
+    unit_size: int,
+    make: Callable[[range], MadeNetworks],
     description: str,
 ) -> WeightZoo:
     r"""
-    Fills a zoo up to a number of networks. Networks 0, ..., `together` - 1 are made at once, and so on: which process
+    Fills a zoo up to a number of networks. Networks 0, ..., `unit_size` - 1 are made at once, and so on: which process
     makes them, and how many processes there are, makes no difference. The main process appends to the zoo; the others
     leave what they made in files beside it, which a later run takes over if this one is killed.
 
@@ -41,23 +41,23 @@ def complete(
         folder (`Path`): Of the zoo; where there are several hosts, all of them see it.
         create (`Callable[[], WeightZoo]`): Makes the zoo where there is none.
         num_networks (`int`): How many it shall have.
-        together (`int`): How many are made at once.
+        unit_size (`int`): How many are made at once.
         make (`Callable[[range], Networks]`): Makes these networks: vectors `[P]` and rows of metadata.
         description (`str`): For the progress bar.
     """
     state = processes()
     if state.is_main_process:
-        zoo = WeightZoo(folder) if (folder / "zoo.json").exists() else create()
+        zoo = WeightZoo(folder) if is_zoo(folder) else create()
     state.wait_for_everyone()
     if not state.is_main_process:
         _wait_for(folder / "zoo.json")
         zoo = WeightZoo(folder)
 
     def unit_of(index: int) -> range:
-        start = index // together * together
-        return range(start, min(start + together, num_networks))
+        start = index // unit_size * unit_size
+        return range(start, min(start + unit_size, num_networks))
 
-    units = [unit_of(index) for index in range(unit_of(len(zoo)).start, num_networks, together)]
+    units = [unit_of(index) for index in range(unit_of(len(zoo)).start, num_networks, unit_size)]
     mine = [unit for unit in units[state.process_index :: state.num_processes] if not _part(folder, unit).exists()]
     state.wait_for_everyone()  # from here on the main process moves parts
 
@@ -101,19 +101,6 @@ def complete(
     return zoo
 
 
-@contextmanager
-def part_of_a_run(file: Path) -> Iterator[Path]:
-    """A path to write to; what is there in the end becomes the file, which is there whole or not at all."""
-    temporary = file.with_suffix(".part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-    except (OSError, RuntimeError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ZooError(f"Cannot write {file}: {error}. Make room and run the same command again.") from error
-    temporary.replace(file)
-
-
 def _part(folder: Path, unit: range) -> Path:
     return folder / PARTS / f"networks-{unit.start}-to-{unit.stop}.safetensors"
 
@@ -127,19 +114,19 @@ def _wait_for(file: Path) -> None:
         time.sleep(0.05)
 
 
-def _append(zoo: WeightZoo, unit: range, networks: Networks) -> None:
+def _append(zoo: WeightZoo, unit: range, networks: MadeNetworks) -> None:
     # A killed run may have stored the first of them.
     for vector, row in networks[len(zoo) - unit.start :]:
         zoo.append(vector, **row)
 
 
-def _write_part(file: Path, networks: Networks) -> None:
+def _write_part(file: Path, networks: MadeNetworks) -> None:
     vectors, rows = torch.stack([vector for vector, _ in networks]), json.dumps([row for _, row in networks])
-    with part_of_a_run(file) as temporary:
+    with whole(file) as temporary:
         save_file({"networks": vectors}, temporary, {"rows": rows})
 
 
-def _read_part(file: Path) -> Networks:
+def _read_part(file: Path) -> MadeNetworks:
     try:
         with safe_open(file, "pt") as part:
             return list(zip(part.get_tensor("networks"), json.loads(part.metadata()["rows"]), strict=True))

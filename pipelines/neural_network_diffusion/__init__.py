@@ -3,10 +3,12 @@
 from .layout.parameter_layout import ParameterLayout
 from .pipeline import NeuralNetworkDiffusionPipeline, NeuralNetworkDiffusionPipelineOutput
 from .unet.parameter_unet import ParameterUNet1DModel
+from .vae.linear_autoencoder import LinearParameterAutoencoder
 from .vae.parameter_autoencoder import ParameterAutoencoderKL
 
 
 __all__ = [
+    "LinearParameterAutoencoder",
     "NeuralNetworkDiffusionPipeline",
     "NeuralNetworkDiffusionPipelineOutput",
     "ParameterAutoencoderKL",

@@ -5,24 +5,33 @@ import inspect
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar, overload
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
 
+StateDict = dict[str, torch.Tensor]
+Networks = TypeVar("Networks", list[StateDict], torch.Tensor, np.ndarray)
+Callback = Callable[["NeuralNetworkDiffusionPipeline", int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+# The files of custom classes as they were when they were loaded: others of the same name may have come since.
+CODE: WeakKeyDictionary[type, tuple[str, bytes]] = WeakKeyDictionary()
+
+
 @dataclass
-class NeuralNetworkDiffusionPipelineOutput(BaseOutput):
+class NeuralNetworkDiffusionPipelineOutput(BaseOutput, Generic[Networks]):
     """
     Args:
         state_dicts (`list[dict[str, torch.Tensor]]`, `torch.Tensor` or `np.ndarray`):
@@ -30,7 +39,7 @@ class NeuralNetworkDiffusionPipelineOutput(BaseOutput):
             or latents `[N, C, L]`.
     """
 
-    state_dicts: list[dict[str, torch.Tensor]] | torch.Tensor | np.ndarray
+    state_dicts: Networks
 
 
 class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
@@ -38,26 +47,109 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     Pipeline that generates trained networks of one architecture (Neural Network Diffusion, arXiv 2402.13144).
 
     Args:
-        unet (`ParameterUNet1DModel`): Denoises latents. Any 1-D model with the same `forward` serves.
-        vae (`ParameterAutoencoderKL`): Decodes latents to normalized parameter vectors.
         layout (`ParameterLayout`): Turns normalized vectors into state dicts.
-        scheduler (`SchedulerMixin`): `DDPMScheduler` in training; any discrete-time scheduler of diffusers can be
-            swapped in with `SchedulerClass.from_config(pipe.scheduler.config)` (see `pipe.scheduler.compatibles`).
+        scheduler (`SchedulerMixin`):
+            The noise of the training, such as `DDPMScheduler` or, for flow matching,
+            `FlowMatchEulerDiscreteScheduler`. Another one of its kind can be swapped in with
+            `SchedulerClass.from_config(pipe.scheduler.config)`.
+        vae (`ParameterAutoencoderKL` or `LinearParameterAutoencoder`, *optional*):
+            Decodes latents `[B, C, L]` to normalized parameter vectors. Without one, these vectors themselves are
+            denoised, as `[B, 1, P]`.
+        unet (`ParameterUNet1DModel`, *optional*): Denoises. Any 1-D model with the same `forward` serves.
+        transformer (`ModelMixin`, *optional*): Denoises in its place: exactly one of the two is there.
+        condition_encoder (`ModelMixin`, *optional*):
+            Turns what is asked for into embeddings `[B, E]`, which the denoiser gets as `condition`.
     """
 
-    model_cpu_offload_seq = "unet->vae"
+    model_cpu_offload_seq = "condition_encoder->unet->transformer->vae"
     # It has no parameters, which Accelerate's hooks look for, and is small.
     _exclude_from_cpu_offload = ["layout"]
+    _optional_components = ["vae", "unet", "transformer", "condition_encoder"]
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: ModelMixin, vae: ModelMixin, layout: ModelMixin, scheduler: SchedulerMixin):
+    def __init__(
+        self,
+        layout: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: ModelMixin | None = None,
+        unet: ModelMixin | None = None,
+        transformer: ModelMixin | None = None,
+        condition_encoder: ModelMixin | None = None,
+    ):
         super().__init__()
-        if vae.config.num_parameters != layout.vector_size:
+        for name, part in (("layout", layout), ("scheduler", scheduler)):
+            if part is None:
+                raise ValueError(f"The pipeline has no {name}, without which nothing can be generated.")
+        if (unet is None) == (transformer is None):
+            raise ValueError(
+                "The pipeline needs one denoiser, `unet` or `transformer`, and has "
+                f"{'none' if unet is None else 'both'}."
+            )
+        if vae is not None and vae.config.num_parameters != layout.vector_size:
             raise ValueError(
                 f"The autoencoder is made for vectors of {vae.config.num_parameters} parameters, and the layout has "
                 f"{layout.vector_size}: they belong to different networks."
             )
-        self.register_modules(unet=unet, vae=vae, layout=layout, scheduler=scheduler)
+        self.register_modules(
+            layout=layout,
+            scheduler=scheduler,
+            vae=vae,
+            unet=unet,
+            transformer=transformer,
+            condition_encoder=condition_encoder,
+        )
+        expected, channels = getattr(self.denoiser.config, "in_channels", None), self.latent_shape[0]
+        if expected not in (None, channels):
+            raise ValueError(
+                f"The denoiser takes {expected} channels, and what it denoises has {channels}: "
+                + ("the pipeline lacks the autoencoder." if vae is None else "it belongs to another autoencoder.")
+            )
+        self._interrupt = False
+
+    @property
+    def denoiser(self) -> ModelMixin:
+        """The model in the one filled of the two slots."""
+        return self.unet if self.unet is not None else self.transformer
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """C and L of what is denoised, `[B, C, L]`: the latents, or without an autoencoder 1 and P."""
+        return (1, self.layout.vector_size) if self.vae is None else self.vae.latent_shape
+
+    @torch.no_grad()
+    def encode(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The latents `[N, C, L]` of networks, the mode of their posterior, from their parameter vectors `[N, P]`."""
+        normalized = self.layout.normalize(vectors.to(self.layout.device))
+        if self.vae is None:
+            return normalized[:, None]
+        return self.vae.encode(normalized.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: torch.Tensor,
+        parameter_noise: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        r"""
+        The networks of latents.
+
+        Args:
+            latents (`torch.Tensor`): `[N, C, L]`.
+            parameter_noise (`float`, *optional*, defaults to 0.0): As in `__call__`.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Of that noise.
+
+        Returns:
+            `torch.Tensor`: Parameter vectors, float32 `[N, P]`.
+        """
+        if self.vae is None:
+            normalized = latents.flatten(1)
+        else:
+            normalized = self.vae.decode(latents.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
+        if parameter_noise:
+            noise = randn_tensor(normalized.shape, generator, normalized.device, torch.float32)
+            normalized = normalized + parameter_noise * noise.to(normalized.dtype)
+        return self.layout(normalized.to(self.layout.device), return_dict=False)[0]
 
     def check_inputs(
         self,
@@ -66,7 +158,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         generator,
         latents,
         parameter_noise,
-        batch_size,
+        chunk_size,
         output_type,
         tensor_inputs,
     ):
@@ -74,17 +166,26 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         for name, value in (
             ("num_networks", num_networks),
             ("num_inference_steps", num_inference_steps),
-            ("batch_size", batch_size),
+            ("chunk_size", chunk_size),
         ):
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"`{name}` has to be a positive integer, and is {value!r}.")
         if not 0 <= parameter_noise < math.inf:
             raise ValueError(f"`parameter_noise` has to be at least 0, and is {parameter_noise!r}.")
-        if isinstance(generator, (list, tuple)) and len(generator) != num_networks:
+        generators = generator if isinstance(generator, (list, tuple)) else [generator]
+        for one in generators:
+            if not isinstance(one, torch.Generator | None):
+                raise ValueError(
+                    f"`generator` has to be a torch.Generator or a list of them, and there is {one!r}: pass "
+                    "torch.Generator().manual_seed(0)."
+                )
+        if generators is generator and len(generators) != num_networks:
             raise ValueError(
-                f"{len(generator)} generators were passed for {num_networks} networks: pass one for each."
+                f"{len(generators)} generators were passed for {num_networks} networks: pass one for each."
             )
-        shape = (num_networks, self.vae.config.latent_channels, self.vae.config.latent_length)
+        shape = (num_networks, *self.latent_shape)
+        if latents is not None and not isinstance(latents, torch.Tensor):
+            raise ValueError(f"`latents` has to be a tensor of shape {shape}, and is a {type(latents).__name__}.")
         if latents is not None and latents.shape != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}; expected {shape} for these networks.")
         if output_type not in ("state_dict", "pt", "np", "latent"):
@@ -96,35 +197,87 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             )
         step = inspect.signature(getattr(self.scheduler, "step", lambda: None)).parameters
         needed = {name for name, parameter in step.items() if parameter.default is inspect.Parameter.empty}
-        if (
-            needed != {"model_output", "timestep", "sample"}
-            or not hasattr(self.scheduler, "scale_model_input")
-            or not hasattr(self.scheduler, "init_noise_sigma")
-        ):
+        if needed != {"model_output", "timestep", "sample"}:
             raise ValueError(
-                f"{type(self.scheduler).__name__} does not fit a denoiser that was trained on discrete timesteps. "
-                "Swap in one such as DDPMScheduler, DDIMScheduler or DPMSolverMultistepScheduler."
+                f"{type(self.scheduler).__name__} does not step from one timestep to the next. Swap in one that does, "
+                "of the kind that the denoiser was trained with: DDPMScheduler, DDIMScheduler or "
+                "DPMSolverMultistepScheduler, or for flow matching FlowMatchEulerDiscreteScheduler."
             )
 
-    def prepare_extra_step_kwargs(self, generator: list[torch.Generator]) -> dict:
-        """Schedulers differ in what their `step` takes; only the stochastic ones take generators."""
+    def prepare_extra_step_kwargs(self, generator: list[torch.Generator], eta: float) -> dict[str, Any]:
+        """Schedulers differ in what their `step` takes; only the stochastic ones take generators, and DDIM `eta`."""
         accepted = inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if "generator" in accepted else {}
+        offered = {"generator": generator, "eta": eta}
+        return {name: value for name, value in offered.items() if name in accepted}
+
+    def _set_timesteps(
+        self,
+        num_inference_steps: int,
+        timesteps: Sequence[float] | None,
+        sigmas: Sequence[float] | None,
+        device: torch.device,
+    ) -> torch.Tensor:
+        custom = {name: v for name, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
+        if len(custom) == 2:
+            raise ValueError("`timesteps` and `sigmas` both set the steps: pass one of them.")
+        for name in custom.keys() - inspect.signature(self.scheduler.set_timesteps).parameters.keys():
+            raise ValueError(f"{type(self.scheduler).__name__} takes no {name} of one's own.")
+        self.scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
+        return self.scheduler.timesteps
+
+    # A form and a wrapper of the result for each `output_type` and `return_dict`.
+    @overload
+    def __call__(
+        self, num_networks: int | None = ..., *, return_dict: Literal[False], **arguments: Any
+    ) -> tuple[Any]: ...
+
+    @overload
+    def __call__(
+        self,
+        num_networks: int | None = ...,
+        *,
+        output_type: Literal["pt", "latent"],
+        return_dict: Literal[True] = ...,
+        **arguments: Any,
+    ) -> NeuralNetworkDiffusionPipelineOutput[torch.Tensor]: ...
+
+    @overload
+    def __call__(
+        self,
+        num_networks: int | None = ...,
+        *,
+        output_type: Literal["np"],
+        return_dict: Literal[True] = ...,
+        **arguments: Any,
+    ) -> NeuralNetworkDiffusionPipelineOutput[np.ndarray]: ...
+
+    @overload
+    def __call__(
+        self,
+        num_networks: int | None = ...,
+        *,
+        output_type: Literal["state_dict"] = ...,
+        return_dict: Literal[True] = ...,
+        **arguments: Any,
+    ) -> NeuralNetworkDiffusionPipelineOutput[list[StateDict]]: ...
 
     @torch.no_grad()
     def __call__(
         self,
         num_networks: int | None = None,
         num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         parameter_noise: float = 0.0,
-        batch_size: int = 100,
+        chunk_size: int = 100,
         output_type: str = "state_dict",
         return_dict: bool = True,
-        callback_on_step_end: Callable[["NeuralNetworkDiffusionPipeline", int, int, dict], dict] | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
-    ) -> NeuralNetworkDiffusionPipelineOutput | tuple:
+        callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+    ) -> Any:
         r"""
         Generates networks.
 
@@ -134,33 +287,39 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*, defaults to 50):
                 Denoising steps. Of 1000, 50, 20 and 10, the default is the smallest whose networks are as good as
                 those of 1000 steps with the default scheduler (`benchmarks/samplers.py`).
+            timesteps (`list[int]`, *optional*): The timesteps themselves, where the scheduler takes them.
+            sigmas (`list[float]`, *optional*): The noise levels themselves, where the scheduler takes them.
+            eta (`float`, *optional*, defaults to 0.0):
+                Noise of the steps of a DDIM scheduler, from 0 to 1 (Song et al. 2020, arXiv 2010.02502); ignored by
+                the others.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One for all networks, or one for each. Every network draws its noise from a CPU generator of its own
                 that is seeded by the next draw of the generator passed here, so the same seed gives the same networks
-                (up to rounding) whatever `batch_size` and device are, and the first networks stay the same when
-                `num_networks` grows.
+                (up to rounding) whatever `chunk_size`, device and dtype are, and the first networks stay the same
+                when `num_networks` grows.
             latents (`torch.Tensor`, *optional*): Noise `[num_networks, C, L]` to start from instead of drawn noise.
             parameter_noise (`float`, *optional*, defaults to 0.0):
                 Standard deviation of Gaussian noise on each decoded parameter, in units of the parameter's own over
                 the training zoo: what a sample of the autoencoder's likelihood has over its mean. Networks become
                 more novel and less accurate, as with noise on training networks; constants stay.
-            batch_size (`int`, *optional*, defaults to 100): Networks denoised and decoded at a time.
+            chunk_size (`int`, *optional*, defaults to 100): Networks denoised and decoded at a time.
             output_type (`str`, *optional*, defaults to `"state_dict"`):
                 `"state_dict"` (on the CPU, complete, in the base network's dtypes; frozen tensors are shared among
                 them), `"pt"` or `"np"` (parameter vectors, float32 `[N, P]`) or `"latent"` (`[N, C, L]`).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`NeuralNetworkDiffusionPipelineOutput`] instead of a tuple.
-            callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipe, step, timestep, tensors)` after each denoising step of each batch; what it
-                returns may replace the tensors.
+            callback_on_step_end (`Callable`, `PipelineCallback` or `MultiPipelineCallbacks`, *optional*):
+                Called as `callback(pipe, step, timestep, tensors)` after each denoising step of each chunk; what it
+                returns may replace the tensors. Where it sets `pipe._interrupt = True`, denoising stops: the result
+                is that of the chunks that were begun.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
-                The tensors that the callback gets.
+                The tensors that the callback gets; a `PipelineCallback` names its own.
 
         Returns:
             [`NeuralNetworkDiffusionPipelineOutput`] or `tuple`: the networks in `state_dicts`.
 
         Raises:
-            `ValueError`: arguments that do not fit.
+            `ValueError`: arguments that do not fit, or results that are not finite.
 
         Example:
 
@@ -174,6 +333,9 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         ```
         """
         # 1. Check the arguments
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        tensor_inputs = callback_on_step_end_tensor_inputs or ()
         if num_networks is None:
             several = generator if isinstance(generator, (list, tuple)) else latents
             num_networks = 1 if several is None else len(several)
@@ -183,51 +345,52 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             generator,
             latents,
             parameter_noise,
-            batch_size,
+            chunk_size,
             output_type,
-            callback_on_step_end_tensor_inputs,
+            tensor_inputs,
         )
         device = self._execution_device
+        self._interrupt = False
 
         # 2. One seed a network
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * num_networks
         seeds = [_draw_seed(parent) for parent in generators]
 
-        batches = []
-        starts = range(0, num_networks, batch_size)
-        with self.progress_bar(total=num_inference_steps * len(starts)) as progress_bar:
+        chunks: list[torch.Tensor] = []
+        starts = range(0, num_networks, chunk_size)
+        self._num_timesteps = len(self._set_timesteps(num_inference_steps, timesteps, sigmas, device))
+        with self.progress_bar(total=self._num_timesteps * len(starts)) as progress_bar:
             for start in starts:
-                batch_generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+                if self.interrupt:
+                    break
+                chunk_generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + chunk_size]]
 
-                # 3. Noise
-                shape = (len(batch_generators), self.vae.config.latent_channels, self.vae.config.latent_length)
+                # 3. Noise, the same whatever the dtype of the denoiser
                 if latents is None:
-                    noise = randn_tensor(shape, generator=batch_generators, device=device, dtype=self.unet.dtype)
+                    shape = (len(chunk_generators), *self.latent_shape)
+                    noise = randn_tensor(shape, generator=chunk_generators, device=device, dtype=torch.float32)
                 else:
-                    noise = latents[start : start + batch_size].to(device, self.unet.dtype)
+                    noise = latents[start : start + chunk_size].to(device)
 
                 # 4. Denoise
-                batch = self._denoise(
-                    noise,
-                    num_inference_steps,
-                    batch_generators,
-                    progress_bar,
-                    callback_on_step_end,
-                    callback_on_step_end_tensor_inputs,
+                steps = self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
+                extra = self.prepare_extra_step_kwargs(chunk_generators, eta)
+                chunk = self._denoise(
+                    noise.to(self.denoiser.dtype), steps, extra, progress_bar, callback_on_step_end, tensor_inputs
                 )
 
                 # 5. Decode
                 if output_type != "latent":
-                    normalized = self.vae.decode(batch.to(self.vae.dtype), return_dict=False)[0]
-                    if parameter_noise:
-                        normalized = normalized + parameter_noise * randn_tensor(
-                            normalized.shape, batch_generators, normalized.device, normalized.dtype
-                        )
-                    batch = self.layout(normalized, return_dict=False)[0]
-                batches.append(batch if output_type in ("pt", "latent") else batch.cpu())
+                    chunk = self.decode(chunk, parameter_noise, chunk_generators)
+                if not torch.isfinite(chunk).all():
+                    raise ValueError(
+                        f"Some of the networks are not finite: {type(self.scheduler).__name__} does not fit this "
+                        "denoiser, or the steps are too few, or the pipeline was trained too briefly."
+                    )
+                chunks.append(chunk if output_type in ("pt", "latent") else chunk.cpu())
 
         # 6. Give them the form that was asked for
-        networks: Any = torch.cat(batches)
+        networks: Any = torch.cat(chunks)
         if output_type == "np":
             networks = networks.numpy()
         elif output_type == "state_dict":
@@ -238,27 +401,38 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         return NeuralNetworkDiffusionPipelineOutput(state_dicts=networks) if return_dict else (networks,)
 
     def _denoise(
-        self, latents, num_inference_steps, generators, progress_bar, callback, tensor_inputs
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        extra_step_kwargs: dict[str, Any],
+        progress_bar: Any,
+        callback: Callback | None,
+        tensor_inputs: Sequence[str],
     ) -> torch.Tensor:
-        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        extra_step_kwargs = self.prepare_extra_step_kwargs(generators)
-        latents = latents * self.scheduler.init_noise_sigma
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
+        # What flow-matching schedulers lack leaves the sample as it is.
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
+        condition = {}
+        if self.condition_encoder is not None:
+            condition = {"condition": self.condition_encoder([{}] * len(latents))}  # nothing is asked for
         for step, timestep in enumerate(timesteps):
+            if self.interrupt:
+                break
             # predict, then take one step back
-            model_input = self.scheduler.scale_model_input(latents, timestep)
-            prediction = self.unet(model_input, timestep, return_dict=False)[0]
+            model_input = scale_model_input(latents, timestep)
+            prediction = self.denoiser(model_input, timestep, **condition, return_dict=False)[0]
             latents = self.scheduler.step(prediction, timestep, latents, **extra_step_kwargs, return_dict=False)[0]
 
             if callback is not None:
                 tensors = {"latents": latents} if "latents" in tensor_inputs else {}
                 latents = (callback(self, step, timestep, tensors) or {}).get("latents", latents)
-
-            # Second-order schedulers visit a timestep twice.
-            if (step + 1) * num_inference_steps // len(timesteps) > step * num_inference_steps // len(timesteps):
-                progress_bar.update()
+            progress_bar.update()
         return latents
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback asked to stop, by `pipe._interrupt = True`."""
+        return self._interrupt
 
     @property
     def num_timesteps(self) -> int:
@@ -271,7 +445,12 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         models = {name: part for name, part in pipeline.components.items() if isinstance(part, ModelMixin)}
         return super().from_pipe(pipeline, **(models | kwargs))
 
-    def register_to_config(self, **kwargs):
+    def register_modules(self, **kwargs: Any) -> None:
+        for part in (self, *kwargs.values()):
+            _read_code(type(getattr(part, "_orig_mod", part)))
+        super().register_modules(**kwargs)
+
+    def register_to_config(self, **kwargs: Any) -> None:
         # Custom components are named by the file that travels with them, wherever their code was loaded from.
         for name, value in kwargs.items():
             if isinstance(value, tuple) and value[0] is not None and _is_custom(value[0]):
@@ -280,19 +459,22 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                 kwargs[name] = (value[0].rpartition(".")[2], value[1])
         super().register_to_config(**kwargs)
 
-    def save_config(self, save_directory, **kwargs):
+    def save_config(self, save_directory: str | Path, **kwargs: Any) -> None:
         # Makes the folder complete: the pipeline's code and that of each custom component stand beside the weights,
-        # and nothing in it tells where the parts were loaded from.
-        super().save_config(save_directory, **kwargs)
+        # nothing in it tells where the parts were loaded from, and nothing is left of a pipeline with other slots.
         folder = Path(save_directory)
+        before = json.loads(text.read_text("utf-8")) if (text := folder / self.config_name).is_file() else {}
+        for name in self._optional_components:
+            if getattr(self, name) is None and (before.get(name) or [None])[0] is not None:
+                shutil.rmtree(folder / name, ignore_errors=True)
+        super().save_config(save_directory, **kwargs)
         _rewrite_json(folder / self.config_name, _class_name=[Path(__file__).stem, type(self).__name__])
-        _copy_code(type(self), folder)
+        _write_code(type(self), folder)
         for name, component in self.components.items():
             component_class = type(getattr(component, "_orig_mod", component))
-            if (folder / name / component_class.config_name).exists():
+            if component is not None and (folder / name / component_class.config_name).exists():
                 _rewrite_json(folder / name / component_class.config_name)
-            if _is_custom(component_class.__module__):
-                _copy_code(component_class, folder / name)
+            _write_code(component_class, folder / name)
 
     def _upload_folder(
         self, working_dir, repo_id, token=None, commit_message=None, create_pr=False, subfolder=None
@@ -343,8 +525,15 @@ def _rewrite_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _copy_code(code_of: type, folder: Path) -> None:
-    source = Path(inspect.getfile(code_of))
-    if source.parent.resolve() != folder.resolve():
+def _read_code(code_of: type) -> tuple[str, bytes] | None:
+    """Name and bytes of the file of a custom class, as it was when it was first asked for."""
+    if code_of not in CODE and _is_custom(code_of.__module__) and code_of.__module__ not in ("builtins", "__main__"):
+        file = Path(inspect.getfile(code_of))
+        CODE[code_of] = (file.name, file.read_bytes())
+    return CODE.get(code_of)
+
+
+def _write_code(code_of: type, folder: Path) -> None:
+    if code := _read_code(code_of):
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / source.name)
+        (folder / code[0]).write_bytes(code[1])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pdiff_hf import Baseline, NeuralNetworkDiffusionPipeline, ParameterLayout, WeightZoo
-from pdiff_hf.evaluation.baselines import KINDS, Source
+from pdiff_hf.evaluation.baselines import KINDS, StandardizedZoo
 
 
 STRENGTHS = {"noise": 0.5, "soup": 4, "interpolation": 0.3, "gaussian": 1.0, "low-rank-gaussian": 1.0}
@@ -19,7 +19,7 @@ def build() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Source:
+def source(tmp_path_factory) -> StandardizedZoo:
     """Twelve networks with correlated parameters, of which one is the same everywhere, and positive variances."""
     generator = torch.Generator().manual_seed(0)
     layout = ParameterLayout.from_state_dict(build().state_dict())
@@ -32,7 +32,7 @@ def source(tmp_path_factory) -> Source:
     with WeightZoo.create(tmp_path_factory.mktemp("baselines") / "zoo", layout, networks_per_shard=5) as zoo:
         for vector in vectors:
             zoo.append(vector)
-    return Source(zoo)
+    return StandardizedZoo(zoo)
 
 
 def variances(layout: ParameterLayout) -> torch.Tensor:
@@ -49,13 +49,13 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def sample(source: Source, kind: str, strength: float, count: int, seed: int = 0, **arguments) -> torch.Tensor:
+def sample(source: StandardizedZoo, kind: str, strength: float, count: int, seed: int = 0, **arguments) -> torch.Tensor:
     (generator,) = seeded(seed)
     made = Baseline(source, kind, strength)(count, generator, output_type="pt", **arguments)
     return made.state_dicts
 
 
-def on_logarithms(source: Source, vectors: torch.Tensor) -> torch.Tensor:
+def on_logarithms(source: StandardizedZoo, vectors: torch.Tensor) -> torch.Tensor:
     """Vectors in double precision, running variances by their logarithms."""
     places = variances(source.layout)
     values = vectors.double()
@@ -254,7 +254,7 @@ def test_only_networks_that_are_combined_are_read(source, tmp_path):
     with WeightZoo.create(tmp_path / "zoo", source.zoo.layout, networks_per_shard=1) as zoo:
         for vector in source.zoo.vectors():
             zoo.append(vector)
-    other = Source(zoo)
+    other = StandardizedZoo(zoo)
     whole = sample(other, "interpolation", 0.3, 1)
     read: list[int] = []
     vectors = zoo.vectors

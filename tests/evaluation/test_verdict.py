@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pdiff_hf
-from pdiff_hf.networks.trainer import Trainer
+from pdiff_hf.networks.trainer import NetworkTrainer
 from pdiff_hf.tasks.digits import DigitsMLP
 
 
@@ -38,9 +38,9 @@ class HardDigits(DigitsMLP):
         return inputs + 0.7 * torch.randn(inputs.shape, generator=generator)
 
 
-def trainer(seed: int) -> Trainer:
+def trainer(seed: int) -> NetworkTrainer:
     """A training run that has come to its end."""
-    run = Trainer(HardDigits(), seed)
+    run = NetworkTrainer(HardDigits(), seed)
     for _ in range(run.task.epochs * run.steps_per_epoch):
         run.train_step()
     return run

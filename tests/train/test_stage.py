@@ -115,13 +115,13 @@ def test_a_full_disk_ends_in_one_line_and_leaves_whole_checkpoints(digits_zoo, t
     script = textwrap.dedent("""
         import resource, sys
         from pdiff_hf import cli
-        from pdiff_hf.train.loop import Training
-        save = Training._save_checkpoint
-        def save_with_less_and_less_room(training):
+        from pdiff_hf.train.loop import TrainingLoop
+        save = TrainingLoop._save_checkpoint
+        def save_with_less_and_less_room(training, ema):
             if training.step == 40:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-            save(training)
-        Training._save_checkpoint = save_with_less_and_less_room
+            save(training, ema)
+        TrainingLoop._save_checkpoint = save_with_less_and_less_room
         cli.main(["train", *sys.argv[1:]])
     """)
     done = run("-c", script, "--zoo", str(digits_zoo.folder), "--output-dir", str(tmp_path), *ARGUMENTS)

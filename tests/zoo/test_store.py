@@ -3,12 +3,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from pdiff_hf import WeightZoo, ZooError
+from pdiff_hf.errors import WriteError
+from pdiff_hf.files import whole
+from pdiff_hf.zoo import shards
 
 from ..conftest import ROOT, random_network, run, small_network
 
@@ -379,16 +383,17 @@ def test_a_write_that_fails_between_shards_leaves_the_rows_of_those_written(zoo,
     for seed in range(5):
         zoo._pending.append(zoo[0])
         zoo._pending_rows.append({"index": 10 + seed})
-    write = zoo._write
 
-    def fail_at_the_fourth(name, *arguments):
-        if name.startswith("networks-00004"):
-            raise ZooError("no room")
-        write(name, *arguments)
+    @contextmanager
+    def fail_at_the_fourth(file, remedy):
+        if file.name.startswith("networks-00004"):
+            raise WriteError("no room")
+        with whole(file, remedy) as temporary:
+            yield temporary
 
-    monkeypatch.setattr(zoo, "_write", fail_at_the_fourth)
+    monkeypatch.setattr(shards, "whole", fail_at_the_fourth)
     for _ in range(2):
-        with pytest.raises(ZooError, match="no room"):
+        with pytest.raises(WriteError, match="no room"):
             zoo.flush()
         assert len(WeightZoo(zoo.folder).metadata) == 12
     monkeypatch.undo()

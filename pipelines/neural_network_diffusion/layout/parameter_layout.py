@@ -45,6 +45,10 @@ class ParameterLayout(ModelMixin, ConfigMixin):
     The statistics and the frozen tensors keep their dtypes whatever the layout is cast to: `dtype` is the dtype of
     the *normalized* vectors that it takes and gives; parameter vectors are always float32.
 
+    Attributes:
+        slices (`dict[str, slice]`): Where each generated tensor lies in the parameter vector, in its order.
+        vector_size (`int`): P.
+
     Parameters:
         tensors (`list[dict]`):
             One entry a tensor of the state dict, in its order: `{"name": str, "shape": list[int], "dtype": str,
@@ -60,14 +64,17 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         check_tensors(tensors)
         # Follows casts, and so makes `dtype` answer for the normalized vectors. It has to be the first buffer.
         self.register_buffer("normalized_like", torch.zeros(()), persistent=False)
+        self.slices: dict[str, slice] = {}
         self.vector_size = 0
-        self._variances: list[tuple[int, int]] = []  # where running variances start and stop
         for tensor in tensors:
             if tensor["role"] == GENERATED:
-                start = self.vector_size
-                self.vector_size += _numel(tensor)
-                if tensor["name"].split(".")[-1] == "running_var":
-                    self._variances.append((start, self.vector_size))
+                start, self.vector_size = self.vector_size, self.vector_size + _numel(tensor)
+                self.slices[tensor["name"]] = slice(start, self.vector_size)
+        self._variances = [
+            (place.start, place.stop)
+            for name, place in self.slices.items()
+            if name.rpartition(".")[2] == "running_var"
+        ]
         self.register_buffer("mean", torch.zeros(self.vector_size))
         self.register_buffer("std", torch.ones(self.vector_size))
         self.register_buffer("log", torch.zeros(self.vector_size, dtype=torch.bool))
@@ -204,11 +211,12 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         generated = self.tensors(GENERATED)
         state_dicts = []
         for vector in vectors:
-            # A copy a network: saving one of them does not save them all.
-            parts = vector.clone().split([_numel(tensor) for tensor in generated])
+            own = vector.clone()  # a copy a network: saving one of them does not save them all
             values = {
-                tensor["name"]: part.view(tensor["shape"]).to(getattr(torch, tensor["dtype"]))
-                for tensor, part in zip(generated, parts, strict=True)
+                tensor["name"]: own[self.slices[tensor["name"]]]
+                .view(tensor["shape"])
+                .to(getattr(torch, tensor["dtype"]))
+                for tensor in generated
             } | frozen
             state_dicts.append({t["name"]: values[t.get("tied_to", t["name"])] for t in self.config.tensors})
         return state_dicts
@@ -225,7 +233,8 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         """
         count = 0
         for batch in batches:
-            raw = batch.to(self.device, torch.float32)
+            # On the CPU, where vectors are read and float64 is at hand; MPS lacks it.
+            raw = batch.to("cpu", torch.float32)
             values = raw.to(torch.float64)
             for start, stop in self._variances:
                 values[:, start:stop] = raw[:, start:stop].clamp_min(SMALLEST_VARIANCE).log()
@@ -310,7 +319,8 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
         loaded = super().from_pretrained(*args, **kwargs)
         if dtype is not None:
-            (loaded[0] if isinstance(loaded, tuple) else loaded).to(dtype=dtype)
+            layout = loaded[0] if isinstance(loaded, tuple) else loaded
+            layout.normalized_like = layout.normalized_like.to(dtype)
         return loaded
 
 

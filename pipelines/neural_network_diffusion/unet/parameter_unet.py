@@ -63,6 +63,7 @@ class ParameterUNet1DModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TimeResidualBlock1D"]
+    _repeated_blocks = ["TimeResidualBlock1D"]
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config

@@ -1,7 +1,6 @@
-"""A linear variational autoencoder of normalized parameter vectors, fitted in closed form."""
+"""A convolutional variational autoencoder of normalized parameter vectors."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -10,103 +9,114 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
+from torch.nn import functional as F
 
 
-class LinearBasis(nn.Module):
-    """R directions of parameter space, all orthogonal and of one length."""
+class PatchLinear(nn.Conv1d):
+    """A linear map of its own for each of N patches: `[B, N, I]` to `[B, N, O]`."""
 
-    def __init__(self, num_parameters: int, rank: int):
+    # A convolution of N groups, so that whatever knows convolutions knows it; products in a batch are faster.
+    def __init__(self, num_patches: int, in_features: int, out_features: int):
+        super().__init__(num_patches * in_features, num_patches * out_features, 1, groups=num_patches)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.view(self.groups, -1, self.in_channels // self.groups)
+        bias = self.bias.view(self.groups, 1, -1)
+        return torch.baddbmm(bias, patches.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+
+
+class ResidualBlock1D(nn.Module):
+    """Two convolutions over neighbouring patches, added to their input `[B, H, N]`; they start as nothing."""
+
+    def __init__(self, channels: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_parameters, rank).normal_(std=0.02))
-        # Length of a direction: what a latent of 1 moves a vector by.
-        self.scale: torch.Tensor
-        self.register_buffer("scale", torch.ones(()))
-        # Of the posterior: the variance that the basis leaves over in a direction, in units of the latents.
-        self.logvar: torch.Tensor
-        self.register_buffer("logvar", torch.zeros(()))
+        self.conv1 = nn.Conv1d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv1d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, inputs: torch.Tensor, encode: bool = False) -> torch.Tensor:
-        """Latents `[B, R]` to vectors `[B, P]`, or vectors to mean and log-variance of latents, `[B, 2 R]`."""
-        if not encode:
-            return inputs @ self.weight.T
-        mean = (inputs / self.scale.square()) @ self.weight
-        return torch.cat([mean, self.logvar.to(mean.dtype).expand_as(mean)], dim=1)
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.conv2(F.silu(self.conv1(F.silu(hidden_states))))
 
 
 class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
     r"""
-    A variational autoencoder that maps normalized parameter vectors `[B, P]` to latents `[B, C, L]`, by a linear
-    basis of C * L directions.
+    A variational autoencoder that maps normalized parameter vectors `[B, P]` to latents `[B, C, L]`.
 
-    A zoo of N networks spans N - 1 directions, however many parameters a network has, so that linear maps lose
-    nothing that a nonlinear autoencoder could keep. The optimum of a linear variational autoencoder is probabilistic
-    principal component analysis (Tipping and Bishop 1999; Lucas et al. 2019, arXiv 1911.02469), which
-    [`~ParameterAutoencoderKL.fit`] computes from the N x N inner products of the networks: the vectors are read twice,
-    some columns at a time, and memory is that of the basis, C * L numbers a parameter.
+    A vector is cut into patches, each of which has a linear map of its own (what a parameter means depends on its
+    place); residual 1-D convolutions mix neighbouring patches, and one linear map gives mean and log-variance of the
+    latents. The decoder is the mirror image. The convolutions start as nothing: training begins at a linear
+    autoencoder. Weights and memory grow linearly with P.
 
-    Latents have a standard deviation of 1 over the training zoo, all of them taken together: the first ones, which
-    explain most, are larger than the last.
+    Latents have mean 0 and standard deviation 1 over the training zoo after [`~ParameterAutoencoderKL.standardize`].
 
     Parameters:
         num_parameters (`int`): The length P of the vectors.
         latent_channels (`int`, *optional*, defaults to 8): C.
         latent_length (`int`, *optional*, defaults to 8): L.
+        patch_size (`int`, *optional*, defaults to 64): Parameters of a patch.
+        hidden_channels (`int`, *optional*, defaults to 32): Features of a patch.
+        num_blocks (`int`, *optional*, defaults to 2): Residual blocks of the encoder, and of the decoder.
     """
 
-    _no_split_modules = ["LinearBasis"]
-    _group_offload_block_modules = ["basis"]
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["PatchLinear", "ResidualBlock1D"]
+    _repeated_blocks = ["ResidualBlock1D"]
 
     @register_to_config
-    def __init__(self, num_parameters: int, latent_channels: int = 8, latent_length: int = 8):
+    def __init__(
+        self,
+        num_parameters: int,
+        latent_channels: int = 8,
+        latent_length: int = 8,
+        patch_size: int = 64,
+        hidden_channels: int = 32,
+        num_blocks: int = 2,
+    ):
         super().__init__()
-        self.basis = LinearBasis(num_parameters, latent_channels * latent_length)
+        self.num_patches = -(-num_parameters // patch_size)
+        features, latents = self.num_patches * hidden_channels, latent_channels * latent_length
+        self.patch_in = PatchLinear(self.num_patches, patch_size, hidden_channels)
+        self.encoder_blocks = nn.ModuleList(ResidualBlock1D(hidden_channels) for _ in range(num_blocks))
+        self.to_moments = nn.Linear(features, 2 * latents)
+        self.from_latents = nn.Linear(latents, features)
+        self.decoder_blocks = nn.ModuleList(ResidualBlock1D(hidden_channels) for _ in range(num_blocks))
+        self.patch_out = PatchLinear(self.num_patches, hidden_channels, patch_size)
+        # Latents begin almost free of noise: the reconstruction comes first, and the noise that it bears after that.
+        nn.init.zeros_(self.to_moments.weight[latents:])
+        nn.init.constant_(self.to_moments.bias[latents:], -4.0)
+        self.gradient_checkpointing = False
+
+    def _run(self, block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, hidden_states)
+        return block(hidden_states)
 
     @torch.no_grad()
-    def fit(self, columns: Callable[[], Iterable[torch.Tensor]]) -> torch.Tensor:
+    def standardize(self, batches: Iterable[torch.Tensor]) -> "ParameterAutoencoderKL":
         r"""
-        Finds the directions in which the networks of a zoo differ most.
+        Shifts and scales the latents, so that they have mean 0 and standard deviation 1 over a zoo. What is decoded
+        stays the same: the linear maps to and from the latents take it in.
 
         Args:
-            columns (`Callable[[], Iterable[torch.Tensor]]`):
-                Gives the normalized vectors of all N networks, `[N, p]` consecutive parameters at a time. Called
-                twice.
+            batches (`Iterable[torch.Tensor]`): Normalized vectors of the networks of the zoo, each `[n, P]`.
 
         Returns:
-            `torch.Tensor`: The share of the variance that each direction explains, `[C * L]`; those past the rank of
-            the zoo, N - 1 at most, are 0 and their latents empty.
-
-        Raises:
-            `ValueError`: the networks do not differ.
+            `ParameterAutoencoderKL`: itself.
         """
-        weight = self.basis.weight
-        size, rank = weight.shape
-        # In double precision, which MPS lacks: the products are few.
-        blocks = (block.cpu().double() for block in columns())
-        gram = sum((block @ block.T for block in blocks), start=torch.zeros(()))
-        count = len(gram)
-        values, vectors = torch.linalg.eigh(gram.double())
-        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        total = values.sum()
-        if total == 0:
-            raise ValueError("The networks do not differ: there is nothing to encode.")
-        kept = min(rank, count - 1, int((values > 1e-9 * total).sum()))
-        # The sign of an eigenvector is arbitrary: its largest entry shall be positive.
-        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-        vectors = (vectors * largest.sign())[:, :kept]
-        scale = (values[:kept].sum() / (count * kept)).sqrt()
-        combine = (vectors / values[:kept].sqrt() * scale).to(weight.device, torch.float32)
-        weight.zero_()
-        start = 0
-        for block in columns():
-            rows = block.to(weight.device, torch.float32).T @ combine
-            weight[start : start + len(rows), :kept] = rows.to(weight.dtype)
-            start += len(rows)
-        left = (total - values[:kept].sum()) / (count * max(size - kept, 1))
-        self.basis.scale.fill_(scale.item())
-        self.basis.logvar.fill_(max(math.log(max(left.item(), 1e-30) / scale.item() ** 2), -30.0))
-        shares = torch.zeros(rank)
-        shares[:kept] = values[:kept] / total
-        return shares
+        means = torch.cat([self.encode(batch).latent_dist.mean.flatten(1).float() for batch in batches])
+        mean = means.mean(0)
+        # One scale for all: latents that say nothing stay small, and are no noise for the denoiser to learn.
+        std = (means - mean).square().mean().sqrt().clamp_min(1e-6)
+        encode, decode = self.to_moments, self.from_latents
+        latents = len(mean)
+        decode.bias += decode.weight @ mean.to(decode.weight.dtype)
+        decode.weight *= std
+        encode.bias[:latents] -= mean
+        encode.bias[:latents] /= std
+        encode.weight[:latents] /= std
+        encode.bias[latents:] -= 2 * std.log()
+        return self
 
     @apply_forward_hook
     def encode(
@@ -122,13 +132,18 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
         Returns:
             `AutoencoderKLOutput` or `tuple`: its `latent_dist` is over `[B, C, L]`.
         """
-        if sample.ndim != 2 or sample.shape[1] != self.config.num_parameters:
+        config = self.config
+        if sample.ndim != 2 or sample.shape[1] != config.num_parameters:
             raise ValueError(
-                f"Expected normalized vectors of shape [B, {self.config.num_parameters}], found {list(sample.shape)}."
+                f"Expected normalized vectors of shape [B, {config.num_parameters}], found {list(sample.shape)}."
             )
-        moments = self.basis(sample, encode=True)
+        padded = F.pad(sample, (0, self.num_patches * config.patch_size - config.num_parameters))
+        hidden_states = self.patch_in(padded.unflatten(1, (self.num_patches, -1))).transpose(1, 2)
+        for block in self.encoder_blocks:
+            hidden_states = self._run(block, hidden_states)
+        moments = self.to_moments(hidden_states.flatten(1))
         posterior = DiagonalGaussianDistribution(
-            moments.unflatten(1, (2 * self.config.latent_channels, self.config.latent_length))
+            moments.unflatten(1, (2 * config.latent_channels, config.latent_length))
         )
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -144,7 +159,10 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
         Returns:
             `DecoderOutput` or `tuple`: its `sample` is `[B, P]`.
         """
-        sample = self.basis(latents.flatten(1))
+        hidden_states = self.from_latents(latents.flatten(1)).unflatten(1, (-1, self.num_patches))
+        for block in self.decoder_blocks:
+            hidden_states = self._run(block, hidden_states)
+        sample = self.patch_out(hidden_states.transpose(1, 2)).flatten(1)[:, : self.config.num_parameters]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(

@@ -1,0 +1,147 @@
+"""What is evaluated: zoos, made of whatever holds or generates networks."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import HubError, ZooError
+from ..files import is_pipeline
+from ..hub.client import is_repository
+from ..hub.pipelines import load_pipeline, pipeline_folder
+from ..parallel import processes
+from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
+from ..tasks import Task, load_task
+from ..tasks.task import trusted_name
+from ..zoo import WeightZoo, make_layout
+from .baselines import Baseline
+
+
+# Networks of a chunk: which are sampled together changes their rounding.
+SAMPLED_TOGETHER = 100
+
+# A zoo, its folder or its name on the Hub, or state dicts.
+NetworksLike = WeightZoo | str | Path | Sequence[Mapping[str, torch.Tensor]]
+# A pipeline, or what has its interface.
+Sampler = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Subjects:
+    r"""
+    What is evaluated.
+
+    Attributes:
+        task (`Task`): What the networks do.
+        name (`str`): Of the task.
+        trained (`WeightZoo`): What was learned from.
+        generated (`WeightZoo`): What came of it.
+        fresh (`WeightZoo`, *optional*): Networks of new seeds.
+        pipeline (`NeuralNetworkDiffusionPipeline`, *optional*): What generated.
+        origin (`str`, *optional*): Its folder, or its name on the Hub.
+    """
+
+    task: Task
+    name: str
+    trained: WeightZoo
+    generated: WeightZoo
+    fresh: WeightZoo | None
+    pipeline: NeuralNetworkDiffusionPipeline | None
+    origin: str | None
+
+    def __post_init__(self) -> None:
+        groups = {"trained": self.trained, "generated": self.generated, "fresh": self.fresh}
+        architecture = self.trained.layout.config["tensors"]
+        for group, zoo in groups.items():
+            least = 2 if group == "trained" else 1
+            if zoo is not None and len(zoo) < least:
+                raise ZooError(f"There are {len(zoo)} {group} networks; an evaluation needs at least {least}.")
+            if zoo is not None and zoo.layout.config["tensors"] != architecture:
+                raise ZooError(f"{self.trained.folder} and {zoo.folder} hold networks of different architectures.")
+        if self.pipeline is not None and self.pipeline.layout.config["tensors"] != architecture:
+            raise ZooError(f"The pipeline generates another architecture than that of {self.trained.folder}.")
+
+
+@contextmanager
+def opened(
+    task: str | Task | None,
+    trained: NetworksLike,
+    generated: NetworksLike | Sampler,
+    fresh: NetworksLike | None,
+    pipeline: NeuralNetworkDiffusionPipeline | str | Path | None,
+    num_networks: int,
+    seed: int,
+) -> Iterator[Subjects]:
+    """Opens, or makes in a temporary folder, what is evaluated; arguments are those of [`evaluate`]."""
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        zoo = _open(trained, scratch / "trained")
+        own = task is None or isinstance(task, str)
+        name = trusted_name(task, zoo.task) if own else type(task).__name__
+        loaded = load_task(name if own else task)
+        if isinstance(generated, str | Path) and holds_pipeline(generated):
+            pipeline, generated = generated, _load(generated)
+        origin = str(pipeline) if isinstance(pipeline, str | Path) else None
+        if callable(generated) and not isinstance(generated, Baseline):
+            pipeline = generated if pipeline is None or origin is not None else pipeline
+        elif origin is not None:
+            pipeline = _load(origin)
+        if callable(generated):
+            made = _sample(generated, zoo, scratch / "generated", num_networks, seed)
+        else:
+            made = _open(generated, scratch / "generated", like=zoo)
+        new = None if fresh is None else _open(fresh, scratch / "fresh", like=zoo)
+        yield Subjects(loaded, _shown(name), zoo, made, new, pipeline, origin)
+
+
+def holds_pipeline(name_or_path: str | Path) -> bool:
+    """Whether a folder or a repository holds a pipeline."""
+    if Path(name_or_path).is_dir() or not is_repository(name_or_path):
+        return is_pipeline(name_or_path)
+    try:
+        return is_pipeline(pipeline_folder(name_or_path))
+    except HubError:
+        return False  # it may be a data set
+
+
+def _load(name_or_path: str | Path) -> NeuralNetworkDiffusionPipeline:
+    return load_pipeline(name_or_path).to(processes().device)
+
+
+def _shown(name: str) -> str:
+    """The name of a task without the path of its file, which says nothing to anyone else."""
+    place, _, class_name = name.rpartition(":")
+    return f"{Path(place).name}:{class_name}" if place.endswith(".py") else name
+
+
+def _open(networks: NetworksLike, scratch: Path, like: WeightZoo | None = None) -> WeightZoo:
+    """A zoo of whatever holds networks."""
+    if isinstance(networks, WeightZoo):
+        return networks
+    if isinstance(networks, str | Path):
+        return WeightZoo.from_pretrained(networks)
+    networks = list(networks)
+    if not networks:
+        raise ZooError("There are no networks: an empty list was given.")
+    layout = make_layout(networks[0], ("*",)) if like is None else like.layout
+    with WeightZoo.create(scratch, layout) as zoo:
+        for network in networks:
+            zoo.append(network)
+    return zoo
+
+
+def _sample(sampler: Sampler, trained: WeightZoo, scratch: Path, count: int, seed: int) -> WeightZoo:
+    if hasattr(sampler, "set_progress_bar_config"):
+        sampler.set_progress_bar_config(disable=True)
+    seeds = range(seed, seed + count)
+    with WeightZoo.create(scratch, trained.layout) as zoo:
+        for start in range(0, count, SAMPLED_TOGETHER):
+            generators = [torch.Generator().manual_seed(one) for one in seeds[start : start + SAMPLED_TOGETHER]]
+            vectors = sampler(num_networks=len(generators), generator=generators, output_type="pt").state_dicts
+            for vector in vectors.cpu():
+                zoo.append(vector)
+    return zoo

@@ -1,0 +1,70 @@
+"""The rows of a zoo: `metadata.jsonl`, one JSON object a network."""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import ZooError
+from ..files import explained
+
+
+class Rows:
+    r"""
+    The file of the rows of a zoo, read line by line and appended to. What a killed process left in it beyond the rows
+    of stored networks was never written.
+
+    Args:
+        file (`Path`): `metadata.jsonl`.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def lines(self, count: int | None) -> Iterator[bytes]:
+        """The rows of so many networks, as they are written, or all rows."""
+        found = 0
+        try:
+            with self.file.open("rb") as lines:
+                for line in itertools.islice(lines, count):
+                    found += 1
+                    yield line
+        except OSError as error:
+            raise ZooError(f"{self.file} is damaged: {error}") from error
+        if count is not None and found < count:
+            raise ZooError(f"{self.file} has {found} rows for {count} networks.")
+
+    def read(self, count: int) -> Iterator[dict[str, Any]]:
+        """The rows of so many networks."""
+        return map(self._parse, self.lines(count))
+
+    def end(self, count: int) -> int:
+        """Bytes that the rows of so many networks take."""
+        end, line = 0, b"{}"
+        for line in self.lines(count):
+            end += len(line)
+        self._parse(line)  # where the file was cut off, it shows here
+        return end
+
+    def append(self, lines: bytes, end: int, remedy: str) -> int:
+        """Puts lines behind the first bytes of the file, and returns where the bytes before them end."""
+        with explained(self.file, remedy), self.file.open("r+b") as rows:
+            rows.truncate(end)
+            rows.seek(max(end - 1, 0))
+            # The last of them may lack its end.
+            before = b"\n" if end and rows.read(1) != b"\n" else b""
+            rows.write(before + lines)
+            rows.flush()
+            os.fsync(rows.fileno())
+        return end + len(before)
+
+    def _parse(self, line: bytes) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("each row has to be a JSON object")
+        except (ValueError, RecursionError) as error:
+            raise ZooError(f"{self.file} is damaged: {error}") from error
+        return row
