@@ -152,7 +152,7 @@ def pipeline(tmp_path_factory) -> Path:
         latent_length=4,
     )
     unet = ParameterUNet1DModel(2, 2, block_out_channels=(4,), norm_num_groups=2)
-    NeuralNetworkDiffusionPipeline(unet, vae, layout, DDPMScheduler()).save_pretrained(folder)
+    NeuralNetworkDiffusionPipeline(layout, DDPMScheduler(), vae, unet).save_pretrained(folder)
     canary = f"open({str(trace_beside(folder))!r}, 'w').close()\n"
     for file in [*folder.rglob("*.py"), *(folder / part / "canary.py" for part in ("", *COMPONENTS))]:
         file.write_text(canary)

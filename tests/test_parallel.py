@@ -22,7 +22,8 @@ GENERATE = ["--num-networks", "45", "--batch-size", "4", "--num-inference-steps"
 
 def assert_same_zoo(folder: Path, expected: Path) -> None:
     zoo, other = WeightZoo(folder), WeightZoo(expected)
-    assert torch.equal(zoo.vectors(), other.vectors())
+    # Equal but for rounding, which on some processors depends on where memory lies.
+    torch.testing.assert_close(zoo.vectors(), other.vectors(), rtol=0, atol=1e-6)
     assert zoo.metadata == other.metadata
     assert not (folder / PARTS).exists()
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from ..errors import ConfigError, ZooError
 from ..files import is_zoo
 from ..hub.cards import write_pipeline_card
-from ..hub.client import is_repository
 from ..hub.pipelines import load_pipeline
 from ..hub.push import push
 from ..parallel import from_main
@@ -87,13 +86,12 @@ def _statistics(zoo: WeightZoo) -> ParameterLayout:
 
 def _write_card(config: TrainConfig, zoo: WeightZoo, folder: Path) -> None:
     recipe = {name: value for name, value in asdict(config).items() if name not in (*RUN_SETTINGS, "zoo")}
-    sources = {str(row.get("pipeline", row.get("source"))) for row in zoo.rows() if "revision" in row}
     write_pipeline_card(
         folder,
         recipe,
         zoo.task,
         len(zoo),
         zoo.vector_size,
-        sources=filter(is_repository, sources),
+        sources=zoo.repositories(),
         dataset=None if Path(config.zoo).is_dir() else config.zoo,
     )

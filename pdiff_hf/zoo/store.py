@@ -173,6 +173,11 @@ class WeightZoo:
         rows = self._rows.file.read_bytes()[: self.rows_end]
         return push(self.folder, repo_id, contents={self._rows.file.name: rows}, **kwargs)
 
+    def repositories(self) -> set[str]:
+        """The repositories on the Hub that the networks come from, as far as their rows name them."""
+        named = {str(row.get("pipeline", row.get("source"))) for row in self.rows() if "revision" in row}
+        return {name for name in named if is_repository(name)}
+
     def write_card(self, description: str) -> None:
         """Writes the dataset card, keeping what a person wrote into it."""
         write_zoo_card(self.folder, description, self.task, len(self), self.vector_size)

@@ -49,7 +49,9 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def sample(source: StandardizedZoo, kind: str, strength: float, count: int, seed: int = 0, **arguments) -> torch.Tensor:
+def sample(
+    source: StandardizedZoo, kind: str, strength: float, count: int, seed: int = 0, **arguments
+) -> torch.Tensor:
     (generator,) = seeded(seed)
     made = Baseline(source, kind, strength)(count, generator, output_type="pt", **arguments)
     return made.state_dicts
@@ -83,8 +85,8 @@ def test_numbers_that_do_not_fit_are_refused_as_the_pipeline_refuses_them(source
         baseline(3, seeded(0, 1))
     with pytest.raises(ValueError, match="`num_networks` has to be a positive integer, and is 0"):
         baseline(0)
-    with pytest.raises(ValueError, match="`batch_size` has to be a positive integer, and is 0"):
-        baseline(2, batch_size=0)
+    with pytest.raises(ValueError, match="`chunk_size` has to be a positive integer, and is 0"):
+        baseline(2, chunk_size=0)
 
 
 @pytest.mark.parametrize("strength", [0.5, 0, -1, 13, 2.5])
@@ -107,11 +109,11 @@ def test_state_dicts_load_into_the_base_network(source, kind):
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_networks_do_not_depend_on_the_batch_size(source, kind, batch_size):
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+def test_networks_do_not_depend_on_the_chunk_size(source, kind, chunk_size):
     # Matrix products of another size round otherwise.
     torch.testing.assert_close(
-        sample(source, kind, STRENGTHS[kind], 7, batch_size=batch_size), sample(source, kind, STRENGTHS[kind], 7)
+        sample(source, kind, STRENGTHS[kind], 7, chunk_size=chunk_size), sample(source, kind, STRENGTHS[kind], 7)
     )
 
 

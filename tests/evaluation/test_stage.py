@@ -12,7 +12,7 @@ from torch import nn
 
 import pdiff_hf
 from pdiff_hf import Baseline, EvaluateConfig, ParameterLayout, Task, WeightZoo, ZooError, load_task, run_evaluate
-from pdiff_hf.errors import MissingExtraError
+from pdiff_hf.errors import MissingExtraError, TaskError
 from pdiff_hf.evaluation.measures import Scorer
 
 
@@ -527,7 +527,7 @@ def test_a_zoo_does_not_choose_the_code_that_runs(digits_zoo, tmp_path):
     digits_zoo.save_pretrained(tmp_path / "zoo")
     description = json.loads((tmp_path / "zoo" / "zoo.json").read_text()) | {"task": f"{tmp_path}/evil.py:Evil"}
     (tmp_path / "zoo" / "zoo.json").write_text(json.dumps(description))
-    with pytest.raises(ZooError, match=r"which is code of its own: pass --task .*evil\.py:Evil to run it"):
+    with pytest.raises(TaskError, match=r"which is code of its own: pass --task .*evil\.py:Evil to run it"):
         run_evaluate(config(WeightZoo(tmp_path / "zoo"), digits_zoo, tmp_path / "report"))
 
 
@@ -546,7 +546,7 @@ def test_too_few_networks_are_refused(digits_zoo, tmp_path):
 def test_networks_of_an_unknown_task_need_one(zoo, layout, tmp_path):
     with WeightZoo.create(tmp_path / "zoo2", ParameterLayout(tensors=layout.config["tensors"])) as unnamed:
         unnamed.append(zoo[0])
-    with pytest.raises(ZooError, match="pass --task"):
+    with pytest.raises(TaskError, match="pass --task"):
         run_evaluate(config(unnamed, zoo, tmp_path))
 
 

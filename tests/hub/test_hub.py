@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from pdiff_hf import ParameterLayout, PdiffError, WeightZoo, ZooError, load_pipeline
 from pdiff_hf.cli import main as cli
-from pdiff_hf.hub import HubError, merge_cards, push, write_pipeline_card, write_zoo_card
+from pdiff_hf.hub import HubError, merge_cards, push, write_pipeline_card
 from pdiff_hf.hub.cards import GENERATED
 
 from ..conftest import SMALL_TRAINING, random_network, site_without_this_package
@@ -298,7 +298,7 @@ def test_a_killed_push_changes_nothing(server, alice, big_zoo, tmp_path):
         big_zoo.append(torch.zeros(50))
     server.clear_log()
     server.faults("delay", path="/preupload/", seconds=30)
-    program = f"from pdiff_hf.hub import push; push({str(big_zoo.folder)!r}, 'alice/killed')"
+    program = f"from pdiff_hf import WeightZoo; WeightZoo({str(big_zoo.folder)!r}).push_to_hub('alice/killed')"
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         env={**os.environ, **client_environment(server.url, tmp_path / "home", xet=server.xet)},
@@ -402,7 +402,7 @@ def run_card(repo: str, repo_type: str) -> int:
 
 
 def test_what_a_card_shows_runs_as_pasted(alice, digits_pipeline, zoo):
-    write_zoo_card(zoo, "A zoo.")
+    zoo.write_card("A zoo.")
     alice(push_folder, zoo.folder, "alice/shown-zoo")
     alice(push_folder, digits_pipeline, "alice/shown-pipeline")
     assert alice(run_card, "alice/shown-zoo", "dataset") == 10
@@ -601,7 +601,7 @@ def test_a_card_names_the_models_that_the_networks_come_from(layout, tmp_path):
         for seed in (1, 0):
             zoo.append(random_network(seed).state_dict(), source=f"org/net-{seed}", revision="0" * 40)
         zoo.append(random_network(2).state_dict(), source="net.safetensors")
-    write_pipeline_card(tmp_path, zoo, {}, dataset="org/zoo")
+    write_pipeline_card(tmp_path, {}, None, 3, zoo.vector_size, zoo.repositories(), dataset="org/zoo")
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.base_model == ["org/net-0", "org/net-1"]
     assert data.datasets == ["org/zoo"]
@@ -739,7 +739,7 @@ def test_a_killed_upload_is_repeated_for_what_had_not_arrived(server, alice, big
     missing = sha256(big_zoo.folder / SHARD)
     large = sorted(sha256(file) for file in big_zoo.folder.iterdir() if file.stat().st_size >= 10_000)
     server.clear_log()
-    program = f"from pdiff_hf.hub import push; push({str(big_zoo.folder)!r}, 'alice/killed-upload')"
+    program = f"from pdiff_hf import WeightZoo; WeightZoo({str(big_zoo.folder)!r}).push_to_hub('alice/killed-upload')"
     environment = client_environment(server.url, tmp_path / "home")
     with faulty(server, "delay", method="PUT", path=missing, seconds=60):
         kill_when(lambda: len(uploads(server)) == len(large) - 1, program, environment)
@@ -882,7 +882,7 @@ def test_a_tag_that_is_no_list_is_one_tag():
 def test_a_card_that_is_no_text_is_refused(zoo):
     (zoo.folder / "README.md").write_bytes(b"\xff\xfe")
     with pytest.raises(PdiffError, match=r"README\.md"):
-        write_zoo_card(zoo, "A zoo.")
+        zoo.write_card("A zoo.")
 
 
 def test_neither_zoo_nor_pipeline_is_not_pushed(tmp_path, zoo):

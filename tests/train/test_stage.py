@@ -259,7 +259,7 @@ def test_a_zoo_of_one_network_is_refused(tmp_path):
 
 
 def test_a_diverged_training_says_which_rate_to_lower(digits_zoo, tmp_path):
-    with pytest.raises(TrainingError, match=r"The denoiser diverged.*Lower --unet-learning-rate"):
+    with pytest.raises(TrainingError, match=r"The unet diverged.*Lower --unet-learning-rate"):
         run_train(small_config(digits_zoo, tmp_path, unet_learning_rate=1e30))
 
 

@@ -196,7 +196,7 @@ def test_metadata_of_networks_that_were_never_written_is_forgotten(zoo):
 def test_a_full_disk_loses_nothing_that_was_flushed(tmp_path):
     script = textwrap.dedent("""
         import resource, sys, torch
-        from pdiff_hf import ParameterLayout, WeightZoo, ZooError
+        from pdiff_hf import ParameterLayout, PdiffError, WeightZoo
         network = torch.nn.Linear(100, 100)
         zoo = WeightZoo.create(sys.argv[1], ParameterLayout.from_state_dict(network.state_dict()))
         zoo.append(network.state_dict())
@@ -205,7 +205,7 @@ def test_a_full_disk_loses_nothing_that_was_flushed(tmp_path):
         zoo.append(network.state_dict())
         try:
             zoo.flush()
-        except ZooError as error:
+        except PdiffError as error:
             print(error)
     """)
     done = run("-c", script, str(tmp_path / "zoo"))

@@ -87,6 +87,11 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
         nn.init.constant_(self.to_moments.bias[latents:], -4.0)
         self.gradient_checkpointing = False
 
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """C and L of the latents, `[B, C, L]`."""
+        return self.config.latent_channels, self.config.latent_length
+
     def _run(self, block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, hidden_states)
