@@ -10,7 +10,10 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pdiff_hf.runs import versions
+from pdiff_hf.train import DenoiserObjective, TrainConfig, TrainingLoop
 
 
 # Folders of one machine say nothing to anyone else.
@@ -44,6 +47,19 @@ def write(config: Any, **figures: Any) -> None:
     if config.output:
         file = Path(config.output).with_suffix(".json")
         file.write_text(json.dumps({"facts": facts(config), **figures}, indent=1) + "\n", encoding="utf-8")
+
+
+def fit_denoiser(objective: DenoiserObjective, latents: torch.Tensor, config: TrainConfig) -> None:
+    """Trains a denoiser on latents `[N, C, L]` as `pdiff-hf train` does."""
+    with TrainingLoop(config, config.unet_steps) as loop:
+        loop.fit(
+            "unet",
+            objective,
+            lambda indices: latents[indices],
+            len(latents),
+            config.unet_steps,
+            config.unet_learning_rate,
+        )
 
 
 def peak_memory_gb() -> float:

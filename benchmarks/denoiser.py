@@ -15,7 +15,7 @@ import torch
 import tyro
 from diffusers import DPMSolverMultistepScheduler, UNet1DModel
 
-from benchmarks import write
+from benchmarks import fit_denoiser, write
 from pdiff_hf import (
     NeuralNetworkDiffusionPipeline,
     ParameterUNet1DModel,
@@ -25,7 +25,7 @@ from pdiff_hf import (
     load_task,
 )
 from pdiff_hf.networks.predictor import Predictor
-from pdiff_hf.train import DenoiserObjective, Training
+from pdiff_hf.train import DenoiserObjective
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def main(config: Config) -> None:
     pipe.set_progress_bar_config(disable=True)
     zoo = WeightZoo(config.zoo)
     with torch.no_grad():
-        latents = pipe.vae.encode(pipe.layout.normalize(zoo.vectors())).latent_dist.mean
+        latents = pipe.encode(zoo.vectors())
     channels = latents.shape[1]
     # Residual blocks, as diffusers' own value-guided planning uses them.
     residual = {
@@ -84,11 +84,10 @@ def main(config: Config) -> None:
             train_config = TrainConfig(
                 output_dir=folder, seed=config.seed, unet_steps=config.steps, checkpointing_steps=10**9
             )
-            with Training(train_config) as training:
-                start = time.perf_counter()
-                training.fit(DenoiserObjective(unet, pipe.scheduler), latents)
-                seconds = time.perf_counter() - start
-                loss = _final_loss(f"{folder}/train.losses.jsonl")
+            start = time.perf_counter()
+            fit_denoiser(DenoiserObjective(unet, pipe.scheduler), latents, train_config)
+            seconds = time.perf_counter() - start
+            loss = _final_loss(f"{folder}/train.losses.jsonl")
         row = {
             "denoiser": name,
             "parameters": sum(parameter.numel() for parameter in unet.parameters()),

@@ -20,11 +20,11 @@ import diffusers
 import torch
 import tyro
 
-from benchmarks import facts, write
+from benchmarks import facts, fit_denoiser, write
 from pdiff_hf import (
     CollectConfig,
+    LinearParameterAutoencoder,
     NeuralNetworkDiffusionPipeline,
-    ParameterAutoencoderKL,
     ParameterUNet1DModel,
     TrainConfig,
     WeightZoo,
@@ -35,7 +35,7 @@ from pdiff_hf import (
     run_train,
 )
 from pdiff_hf.evaluation.measures import Scorer, similarity
-from pdiff_hf.train import DenoiserObjective, Training, denoising_scheduler
+from pdiff_hf.train import DenoiserObjective, denoising_scheduler
 
 
 IMAGES = "benchmarks.images:"
@@ -140,7 +140,9 @@ def main_cell(config: Config, name: str) -> dict[str, Any]:
     }
 
 
-def generated_cell(config: Config, zoo: WeightZoo, pipe: NeuralNetworkDiffusionPipeline, **sampling: Any) -> dict:
+def generated_cell(
+    config: Config, zoo: WeightZoo, pipe: NeuralNetworkDiffusionPipeline, **sampling: Any
+) -> dict[str, Any]:
     """Accuracy of networks that a pipeline generates, and their similarity to a zoo."""
     pipe.set_progress_bar_config(disable=True)
     scorer = Scorer(load_task(MAIN[ABLATED][0]), zoo, torch.device("cpu"))
@@ -191,7 +193,7 @@ def pipeline_of(
         return run_train(settings)
     layout, vectors = zoo.layout, zoo.vectors()
     normalized = layout.fit([vectors]).normalize(vectors)
-    vae = ParameterAutoencoderKL(layout.vector_size, settings.latent_channels, settings.latent_length)
+    vae = LinearParameterAutoencoder(layout.vector_size, settings.latent_channels, settings.latent_length)
     vae.fit(lambda: [normalized])
     with torch.no_grad():
         latents = vae.encode(normalized).latent_dist.mean.repeat(10, 1, 1)
@@ -199,8 +201,7 @@ def pipeline_of(
     scheduler = denoising_scheduler("epsilon")
     torch.manual_seed(0)
     unet = ParameterUNet1DModel(settings.latent_channels, settings.latent_channels, settings.block_out_channels)
-    with Training(settings) as training:
-        training.fit(DenoiserObjective(unet, scheduler), latents)
+    fit_denoiser(DenoiserObjective(unet, scheduler), latents, settings)
     return NeuralNetworkDiffusionPipeline(unet=unet, vae=vae, layout=layout, scheduler=scheduler)
 
 
@@ -215,7 +216,7 @@ def ablations(config: Config, cells: Cells) -> dict[str, dict[str, Any]]:
                 continue  # one network alone is no distribution
             name = f"K={count}, noise on {noise}"
 
-            def compute(part: WeightZoo = part, noise: str = noise, count: int = count) -> dict:
+            def compute(part: WeightZoo = part, noise: str = noise, count: int = count) -> dict[str, Any]:
                 noisy = noise in ("parameters", "both")
                 source = with_noise(part, work / "zoos" / f"{ABLATED}-K{count}-noise") if noisy else part
                 latent = LATENT_NOISE if noise in ("latent", "both") else 0.0
@@ -224,14 +225,14 @@ def ablations(config: Config, cells: Cells) -> dict[str, dict[str, Any]]:
             rows[name] = cells.get(f"K{count}-{noise}", compute)
     for name, pattern in LAYERS.items():
 
-        def compute_layers(name: str = name, pattern: str = pattern) -> dict:
+        def compute_layers(name: str = name, pattern: str = pattern) -> dict[str, Any]:
             part = zoo if pattern == "*" else zoo_of(config, ABLATED, patterns=(pattern,))
             return generated_cell(config, part, pipeline_of(config, part, f"layers-{name.partition(' ')[0]}"))
 
         rows[name] = cells.get(f"layers-{name.partition(' ')[0]}", compute_layers)
     for scheduler, steps in SAMPLERS:
 
-        def compute_sampler(scheduler: str = scheduler, steps: int = steps) -> dict:
+        def compute_sampler(scheduler: str = scheduler, steps: int = steps) -> dict[str, Any]:
             pipe = load_pipeline(work / "pipelines" / ABLATED)
             pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
             return generated_cell(config, zoo, pipe, num_inference_steps=steps)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from benchmarks import write
 from pdiff_hf import ParameterLayout, TrainConfig, WeightZoo, load_task, run_train
-from pdiff_hf.evaluation.baselines import Baseline, Source
+from pdiff_hf.evaluation.baselines import Baseline, StandardizedZoo
 from pdiff_hf.evaluation.measures import Scorer, similarity
 from pdiff_hf.tasks.digits import DigitsConvNet
 
@@ -113,12 +113,12 @@ def main(config: Config) -> None:
             train_s=PUBLISHED_SECONDS["train"],
             generate_s=PUBLISHED_SECONDS["generate"],
         )
-        source = Source(zoo)
+        standardized = StandardizedZoo(zoo)
         for kind, strengths in (("soup", (16,)), ("gaussian", (1, 2)), ("noise", (1, 2)), ("low-rank-gaussian", (1,))):
             compare(
                 kind,
                 [
-                    row(f"{kind} {strength}", Baseline(source, kind, strength).vectors(list(range(300))))
+                    row(f"{kind} {strength}", Baseline(standardized, kind, strength).vectors(list(range(300))))
                     for strength in strengths
                 ],
             )

@@ -8,6 +8,7 @@ tasks their mean is within 0.3 points.
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -67,13 +68,13 @@ def main(config: Config) -> None:
         raise SystemExit(f"Missed: {missed}")
 
 
-def _baseline(report: dict, kind: str) -> float:
+def _baseline(report: dict[str, Any], kind: str) -> float:
     """Mean accuracy of a Gaussian that is fitted to the zoo, as it is."""
     (point,) = (point for point in report["baselines"] if (point["kind"], point["strength"]) == (kind, 1.0))
     return point["accuracy"]["mean"]
 
 
-def _passes(task: str, rows: list[dict]) -> bool:
+def _passes(task: str, rows: list[dict[str, Any]]) -> bool:
     gained = statistics.mean(row["generated_mean"] - row["original_mean"] for row in rows)
     lost = max(row["original_min"] - row["generated_min"] for row in rows)
     return gained >= 0 and lost <= 0.01 if task == "digits-convnet" else gained >= -0.003

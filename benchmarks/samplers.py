@@ -18,7 +18,6 @@ Data for Fashion-MNIST: see `benchmarks/images.py`. Zoos and denoisers are kept 
 interrupted goes on.
 """
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -29,9 +28,10 @@ from typing import Any, Literal
 import diffusers
 import torch
 import tyro
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from torch.nn import functional as F
 
-from benchmarks import write
+from benchmarks import fit_denoiser, write
 from pdiff_hf import (
     CollectConfig,
     NeuralNetworkDiffusionPipeline,
@@ -44,7 +44,7 @@ from pdiff_hf import (
     run_train,
 )
 from pdiff_hf.networks.predictor import Predictor
-from pdiff_hf.train import DenoiserObjective, Training
+from pdiff_hf.train import DenoiserObjective
 
 
 TASKS = {"digits-convnet": "digits-convnet", "fashion-mlp3": "benchmarks.images:FashionMLP3"}
@@ -83,25 +83,14 @@ class Config:
 class FlowObjective(DenoiserObjective):
     """Squared error of the velocity `noise - x` at a random time between data (0) and noise (1)."""
 
-    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Noise `[count, *shape]` and times `[count]`."""
         noise = torch.randn((count, *shape), generator=generator)
         return noise, torch.randn(count, generator=generator).sigmoid()
 
     def forward(self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         noisy = torch.lerp(latents, noise, times[:, None, None])
-        return F.mse_loss(self.unet(noisy, 1000 * times).sample, noise - latents)
-
-
-@torch.no_grad()
-def integrate(unet: ParameterUNet1DModel, latents: torch.Tensor, steps: int, heun: bool) -> torch.Tensor:
-    """From noise to data along the velocities, in equal steps; Heun's last step, to time 0, is one of Euler's."""
-    for now, then in itertools.pairwise(torch.linspace(1, 0, steps + 1)):
-        velocity = unet(latents, 1000 * now).sample
-        if heun and then > 0:
-            velocity = (velocity + unet(latents + (then - now) * velocity, 1000 * then).sample) / 2
-        latents = latents + (then - now) * velocity
-    return latents
+        return F.mse_loss(self.denoiser(noisy, 1000 * times).sample, noise - latents)
 
 
 def samplers(
@@ -131,37 +120,36 @@ def samplers(
                 ) -> torch.Tensor:
                     pipe.scheduler = scheduler
                     generator = torch.Generator().manual_seed(0)
-                    return pipe(config.num_networks, steps, generator=generator, output_type="pt").state_dicts
+                    return pipe(
+                        config.num_networks, num_inference_steps=steps, generator=generator, output_type="pt"
+                    ).state_dicts
 
                 found[prediction, name, steps] = sample
     unet = flow_denoiser(pipe, zoo, TrainConfig(output_dir=str(folder / "flow"), **settings))
     denoisers.append(unet)
-    shape = (config.num_networks, pipe.vae.config.latent_channels, pipe.vae.config.latent_length)
-    for name, steps in (("Euler", 10), ("Heun", 5)):
+    for name, scheduler_class, steps in (
+        ("Euler", FlowMatchEulerDiscreteScheduler, 10),
+        ("Heun", FlowMatchHeunDiscreteScheduler, 5),
+    ):
+        flow_pipe = NeuralNetworkDiffusionPipeline(pipe.layout, scheduler_class(), pipe.vae, unet)
+        flow_pipe.set_progress_bar_config(disable=True)
 
-        def flow(name: str = name, steps: int = steps) -> torch.Tensor:
-            noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            return decode(pipe, integrate(unet, noise, steps, name == "Heun"))
+        def flow(flow_pipe: NeuralNetworkDiffusionPipeline = flow_pipe, steps: int = steps) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(0)
+            return flow_pipe(
+                config.num_networks, num_inference_steps=steps, generator=generator, output_type="pt"
+            ).state_dicts
 
         found[FLOW, name, steps] = flow
-    return zoo, found, denoisers, lambda: decode(pipe, torch.randn(shape))
-
-
-@torch.no_grad()
-def decode(pipe: NeuralNetworkDiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
-    """Parameter vectors of latents."""
-    return pipe.layout(pipe.vae.decode(latents).sample).vectors
+    return zoo, found, denoisers, lambda: pipe.decode(torch.randn(config.num_networks, *pipe.latent_shape))
 
 
 def flow_denoiser(pipe: NeuralNetworkDiffusionPipeline, zoo: WeightZoo, config: TrainConfig) -> ParameterUNet1DModel:
     """A U-Net like the pipeline's, trained on the same latents to predict velocities."""
     if not Path(config.output_dir, "config.json").exists():
-        with torch.no_grad():
-            latents = pipe.vae.encode(pipe.layout.normalize(zoo.vectors())).latent_dist.mean
         torch.manual_seed(config.seed)
         unet = ParameterUNet1DModel.from_config(pipe.unet.config)
-        with Training(config) as training:
-            training.fit(FlowObjective(unet, pipe.scheduler), latents)
+        fit_denoiser(FlowObjective(unet, pipe.scheduler), pipe.encode(zoo.vectors()), config)
         unet.save_pretrained(config.output_dir)
     return ParameterUNet1DModel.from_pretrained(config.output_dir)
 

@@ -17,7 +17,7 @@ import tyro
 from benchmarks import write
 from pdiff_hf import ParameterLayout, Task, load_task
 from pdiff_hf.networks.predictor import Predictor
-from pdiff_hf.networks.trainer import StackedTrainer, Trainer
+from pdiff_hf.networks.trainer import NetworkTrainer, StackedTrainer
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def training(config: Config, name: str, task: Task, epochs: int) -> dict[str, An
     fewer = config.num_trained // 4
 
     def one_by_one() -> torch.Tensor:
-        return torch.stack([Trainer(task, seed).train(epochs, layout)[0][0] for seed in range(fewer)])
+        return torch.stack([NetworkTrainer(task, seed).train(epochs, layout)[0][0] for seed in range(fewer)])
 
     def at_once() -> torch.Tensor:
         trained = StackedTrainer(task, list(range(config.num_trained))).train(epochs, layout)

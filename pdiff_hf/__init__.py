@@ -7,22 +7,28 @@ from typing import TYPE_CHECKING
 
 __version__ = version("pdiff-hf")
 
-if TYPE_CHECKING:
-    from .collect import CollectConfig, run_collect
-    from .errors import PdiffError
-    from .evaluation import Baseline, EvaluateConfig, evaluate, run_evaluate
-    from .generate import GenerateConfig, run_generate
-    from .hub import load_pipeline
-    from .pipelines.neural_network_diffusion import (
-        LinearParameterAutoencoder,
-        NeuralNetworkDiffusionPipeline,
-        ParameterAutoencoderKL,
-        ParameterLayout,
-        ParameterUNet1DModel,
-    )
-    from .tasks import Task, load_task
-    from .train import TrainConfig, run_train
-    from .zoo import WeightZoo, ZooError
+if TYPE_CHECKING:  # `as`: exported, for type checkers too
+    from .collect import CollectConfig as CollectConfig
+    from .collect import run_collect as run_collect
+    from .errors import PdiffError as PdiffError
+    from .evaluation import Baseline as Baseline
+    from .evaluation import EvaluateConfig as EvaluateConfig
+    from .evaluation import evaluate as evaluate
+    from .evaluation import run_evaluate as run_evaluate
+    from .generate import GenerateConfig as GenerateConfig
+    from .generate import run_generate as run_generate
+    from .hub import load_pipeline as load_pipeline
+    from .pipelines.neural_network_diffusion import LinearParameterAutoencoder as LinearParameterAutoencoder
+    from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline as NeuralNetworkDiffusionPipeline
+    from .pipelines.neural_network_diffusion import ParameterAutoencoderKL as ParameterAutoencoderKL
+    from .pipelines.neural_network_diffusion import ParameterLayout as ParameterLayout
+    from .pipelines.neural_network_diffusion import ParameterUNet1DModel as ParameterUNet1DModel
+    from .tasks import Task as Task
+    from .tasks import load_task as load_task
+    from .train import TrainConfig as TrainConfig
+    from .train import run_train as run_train
+    from .zoo import WeightZoo as WeightZoo
+    from .zoo import ZooError as ZooError
 
 
 _HOMES = {
@@ -46,7 +52,7 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 __all__ = sorted([*_MODULE_OF, "__version__"])
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
@@ -143,7 +143,7 @@ def _collect_independent(config: CollectConfig, task: Task, folder: Path) -> Wei
     epochs = task.epochs if config.epochs is None else config.epochs
     stackable = from_main(lambda: is_stackable(task, layout))
 
-    def train(indices: range) -> list[tuple[torch.Tensor, dict]]:
+    def train(indices: range) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         seeds = [config.seed + index for index in indices]
         trained = (
             StackedTrainer(task, seeds).train(epochs, layout)

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -102,7 +103,7 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
         "parameter_noise": config.parameter_noise,
     }
 
-    def sample(indices: range) -> list[tuple[torch.Tensor, dict]]:
+    def sample(indices: range) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         seeds = [config.seed + index for index in indices]
         vectors = pipe(
             num_networks=len(seeds),

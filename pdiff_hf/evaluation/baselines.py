@@ -113,7 +113,7 @@ class Baseline:
         chunk_size: int = 100,
         output_type: str = "state_dict",
         return_dict: bool = True,
-    ) -> NeuralNetworkDiffusionPipelineOutput | tuple:
+    ) -> Any:
         r"""
         Makes networks. Arguments and result are those of the pipeline.
 

@@ -308,7 +308,7 @@ class Study:
             return None
         kept: list[tuple[int, torch.Tensor]] = []
 
-        def keep(pipe: Any, step: int, timestep: int, tensors: dict) -> dict:
+        def keep(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
             kept.append((step + 1, tensors["latents"].cpu()))
             return {}
 

@@ -80,22 +80,24 @@ def opened(
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         zoo = _open(trained, scratch / "trained")
-        own = task is None or isinstance(task, str)
-        name = trusted_name(task, zoo.task) if own else type(task).__name__
-        loaded = load_task(name if own else task)
-        if isinstance(generated, str | Path) and holds_pipeline(generated):
-            pipeline, generated = generated, _load(generated)
+        if isinstance(task, str | None):
+            name = trusted_name(task, zoo.task)
+            loaded = load_task(name)
+        else:
+            name, loaded = type(task).__name__, task
         origin = str(pipeline) if isinstance(pipeline, str | Path) else None
-        if callable(generated) and not isinstance(generated, Baseline):
-            pipeline = generated if pipeline is None or origin is not None else pipeline
-        elif origin is not None:
-            pipeline = _load(origin)
+        used: Any = _load(pipeline) if isinstance(pipeline, str | Path) else pipeline
+        if isinstance(generated, str | Path) and holds_pipeline(generated):
+            origin, generated = str(generated), _load(generated)
+            used = generated
         if callable(generated):
+            if used is None and not isinstance(generated, Baseline):
+                used = generated
             made = _sample(generated, zoo, scratch / "generated", num_networks, seed)
         else:
             made = _open(generated, scratch / "generated", like=zoo)
         new = None if fresh is None else _open(fresh, scratch / "fresh", like=zoo)
-        yield Subjects(loaded, _shown(name), zoo, made, new, pipeline, origin)
+        yield Subjects(loaded, _shown(name), zoo, made, new, used, origin)
 
 
 def holds_pipeline(name_or_path: str | Path) -> bool:

@@ -16,12 +16,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the one that the client was built with
 
 from ..errors import HubError
 
 
-def is_repository(name_or_path: str | os.PathLike) -> bool:
+def is_repository(name_or_path: str | os.PathLike[str]) -> bool:
     """Whether this can be the name of a repository: `namespace/name`."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) is not None
 

@@ -23,7 +23,7 @@ OWN = {name: getattr(neural_network_diffusion, name) for name in neural_network_
 
 
 def load_pipeline(
-    name_or_path: str | os.PathLike, revision: str | None = None, token: str | None = None, **kwargs: Any
+    name_or_path: str | os.PathLike[str], revision: str | None = None, token: str | None = None, **kwargs: Any
 ) -> NeuralNetworkDiffusionPipeline:
     r"""
     A pipeline from a folder or a model repository, run by the code of this package: none of the repository's own code
@@ -59,7 +59,9 @@ def load_pipeline(
     return pipe
 
 
-def pipeline_folder(name_or_path: str | os.PathLike, revision: str | None = None, token: str | None = None) -> Path:
+def pipeline_folder(
+    name_or_path: str | os.PathLike[str], revision: str | None = None, token: str | None = None
+) -> Path:
     """The folder itself, or that of the repository's commit in the cache, which is named by the commit."""
     if Path(name_or_path).is_dir() or not is_repository(name_or_path):
         return Path(name_or_path)

@@ -26,7 +26,7 @@ LOCAL_FILES = (
 
 
 def push(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     repo_id: str,
     private: bool | None = None,
     token: str | None = None,

@@ -133,7 +133,7 @@ class Predictor:
         largest = 1
 
         class Watch(torch.overrides.TorchFunctionMode):
-            def __torch_function__(self, func, types, args=(), kwargs=None):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 nonlocal largest
                 result = func(*args, **(kwargs or {}))
                 if isinstance(result, torch.Tensor) and result.shape[-2:-1] == (2,) and result.ndim in (3, 5):

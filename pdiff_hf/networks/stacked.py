@@ -184,7 +184,7 @@ def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return outputs.unflatten(1, weight.shape[:2])
 
 
-def _conv2d(module: nn.Conv2d, own: Weights, hidden: torch.Tensor, kept: dict | None = None) -> torch.Tensor:
+def _conv2d(module: nn.Conv2d, own: Weights, hidden: torch.Tensor, kept: dict[str, Any] | None = None) -> torch.Tensor:
     """`kept` keeps the patches of the inputs for other networks."""
     if module.padding_mode != "zeros":
         raise NotStackableError("A convolution with an unusual padding.")
@@ -250,7 +250,7 @@ def _mean(hidden: torch.Tensor, dim: Any, keepdim: bool = False) -> torch.Tensor
     return hidden.mean((1, 2), keepdim=keepdim)
 
 
-RULES: dict[type, Callable] = {
+RULES: dict[type, Callable[..., torch.Tensor]] = {
     nn.Linear: _linear,
     nn.Conv2d: _conv2d,
     nn.MaxPool2d: _max_pool,
@@ -274,6 +274,6 @@ def stack(layout: ParameterLayout, vectors: torch.Tensor) -> dict[str, torch.Ten
         part = vectors[:, layout.slices[tensor["name"]]]
         part = part.unflatten(1, tensor["shape"]) if tensor["shape"] else part[:, 0]
         values[tensor["name"]] = part.to(getattr(torch, tensor["dtype"]))
-    for name, tensor in layout.frozen_state_dict().items():
-        values[name] = tensor.to(vectors.device)[None]
+    for name, frozen in layout.frozen_state_dict().items():
+        values[name] = frozen.to(vectors.device)[None]
     return {t["name"]: values[t.get("tied_to", t["name"])] for t in layout.config.tensors}

@@ -1,6 +1,7 @@
 """Training runs of a task's networks: one of them, resumable at every step, or those of many seeds at once."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -68,13 +69,13 @@ class NetworkTrainer:
             self.optimizer.step()
         self.step += 1
 
-    def metadata(self, validation: tuple[torch.Tensor, torch.Tensor]) -> dict:
+    def metadata(self, validation: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
         """What is to be remembered of the network as it is now."""
         inputs, targets = (tensor.to(self.targets.device) for tensor in validation)
         correct = self.task.correct(self.task.predict(self.network, inputs), targets)
         return {"seed": self.seed, "step": self.step, "validation_accuracy": correct.float().mean().item()}
 
-    def train(self, epochs: int, layout: ParameterLayout) -> list[tuple[torch.Tensor, dict]]:
+    def train(self, epochs: int, layout: ParameterLayout) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         """Trains from the beginning; the parameter vector and what is to be remembered of it."""
         while self.step < epochs * self.steps_per_epoch:
             self.train_step()
@@ -134,7 +135,7 @@ class StackedTrainer:
         self.optimizer = task.optimizer([weight for weight in self.weights.values() if weight.requires_grad])
         self.inputs, self.targets = (tensor.to(self.device) for tensor in task.data("train"))
 
-    def train(self, epochs: int, layout: ParameterLayout) -> list[tuple[torch.Tensor, dict]]:
+    def train(self, epochs: int, layout: ParameterLayout) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         """Trains from the beginning; the parameter vector of each network and what is to be remembered of it."""
         steps = epochs * -(-len(self.targets) // self.task.batch_size)
         vectors = self.train_steps(steps, layout)

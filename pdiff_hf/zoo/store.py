@@ -73,7 +73,7 @@ class WeightZoo:
     ```
     """
 
-    def __init__(self, folder: str | os.PathLike, fetch: Callable[[str], Path] | None = None):
+    def __init__(self, folder: str | os.PathLike[str], fetch: Callable[[str], Path] | None = None):
         self.folder = Path(folder)
         self._fetch = fetch
         self._description = read_description(self.folder)
@@ -96,7 +96,7 @@ class WeightZoo:
     @classmethod
     def create(
         cls,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         layout: ParameterLayout,
         task: str | None = None,
         networks_per_shard: int | None = None,
@@ -138,7 +138,7 @@ class WeightZoo:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike, revision: str | None = None, token: str | None = None
+        cls, name_or_path: str | os.PathLike[str], revision: str | None = None, token: str | None = None
     ) -> "WeightZoo":
         r"""
         Opens a zoo of a folder, or of a dataset repository on the Hub. Of a repository, a shard is downloaded when a
@@ -185,8 +185,8 @@ class WeightZoo:
     @classmethod
     def from_checkpoints(
         cls,
-        folder: str | os.PathLike,
-        checkpoints: Iterable[str | os.PathLike],
+        folder: str | os.PathLike[str],
+        checkpoints: Iterable[str | os.PathLike[str]],
         patterns: Sequence[str] = ("*",),
         task: str | None = None,
     ) -> "WeightZoo":
@@ -195,7 +195,7 @@ class WeightZoo:
 
         Args:
             folder (`str` or `os.PathLike`): Where the zoo goes.
-            checkpoints (`Iterable[str | os.PathLike]`):
+            checkpoints (`Iterable[str | os.PathLike[str]]`):
                 State dicts in `.safetensors`, `.pt` or `.pth` files (the latter two are read with
                 `weights_only=True`: tensors, never code). The first one gives names, shapes, dtypes, order (that of
                 a safetensors file is alphabetical) and the frozen tensors.
@@ -210,7 +210,7 @@ class WeightZoo:
     @classmethod
     def from_hub(
         cls,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         repositories: str,
         filename: str = "model.safetensors",
         patterns: Sequence[str] = ("*",),
@@ -439,7 +439,7 @@ class WeightZoo:
     def __exit__(self, *_: object) -> None:
         self.flush()
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Copies the zoo to another folder; what is still on the Hub is downloaded."""
         self.flush()
         for shard in range(len(self._shards)):

@@ -153,15 +153,15 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
 
     def check_inputs(
         self,
-        num_networks,
-        num_inference_steps,
-        generator,
-        latents,
-        parameter_noise,
-        chunk_size,
-        output_type,
-        tensor_inputs,
-    ):
+        num_networks: int,
+        num_inference_steps: int,
+        generator: Any,
+        latents: Any,
+        parameter_noise: float,
+        chunk_size: int,
+        output_type: str,
+        tensor_inputs: Sequence[str],
+    ) -> None:
         """Raises `ValueError` for arguments of `__call__` that do not fit together."""
         for name, value in (
             ("num_networks", num_networks),
@@ -217,7 +217,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         sigmas: Sequence[float] | None,
         device: torch.device,
     ) -> torch.Tensor:
-        custom = {name: v for name, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
+        given: dict[str, Any] = {"timesteps": timesteps, "sigmas": sigmas}
+        custom = {name: value for name, value in given.items() if value is not None}
         if len(custom) == 2:
             raise ValueError("`timesteps` and `sigmas` both set the steps: pass one of them.")
         for name in custom.keys() - inspect.signature(self.scheduler.set_timesteps).parameters.keys():
@@ -228,13 +229,19 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     # A form and a wrapper of the result for each `output_type` and `return_dict`.
     @overload
     def __call__(
-        self, num_networks: int | None = ..., *, return_dict: Literal[False], **arguments: Any
+        self,
+        num_networks: int | None = ...,
+        num_inference_steps: int = ...,
+        *,
+        return_dict: Literal[False],
+        **arguments: Any,
     ) -> tuple[Any]: ...
 
     @overload
     def __call__(
         self,
         num_networks: int | None = ...,
+        num_inference_steps: int = ...,
         *,
         output_type: Literal["pt", "latent"],
         return_dict: Literal[True] = ...,
@@ -245,6 +252,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     def __call__(
         self,
         num_networks: int | None = ...,
+        num_inference_steps: int = ...,
         *,
         output_type: Literal["np"],
         return_dict: Literal[True] = ...,
@@ -255,13 +263,14 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     def __call__(
         self,
         num_networks: int | None = ...,
+        num_inference_steps: int = ...,
         *,
         output_type: Literal["state_dict"] = ...,
         return_dict: Literal[True] = ...,
         **arguments: Any,
     ) -> NeuralNetworkDiffusionPipelineOutput[list[StateDict]]: ...
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[misc]
     def __call__(
         self,
         num_networks: int | None = None,
@@ -440,7 +449,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @classmethod
-    def from_pipe(cls, pipeline, **kwargs):
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
         # The models are taken over whatever their classes; annotations cannot name them (their code travels apart).
         models = {name: part for name, part in pipeline.components.items() if isinstance(part, ModelMixin)}
         return super().from_pipe(pipeline, **(models | kwargs))
@@ -477,7 +486,13 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             _write_code(component_class, folder / name)
 
     def _upload_folder(
-        self, working_dir, repo_id, token=None, commit_message=None, create_pr=False, subfolder=None
+        self,
+        working_dir: str | Path,
+        repo_id: str,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
     ) -> CommitInfo:
         # One commit, all or nothing: `upload_folder` may make several. Nothing changed, no commit.
         files = sorted(path for path in Path(working_dir).rglob("*") if path.is_file())
@@ -493,7 +508,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         )
 
     @classmethod
-    def load_config(cls, *args, **kwargs):
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         # Called on this class rather than on `DiffusionPipeline`: the code that is here serves, and none of the
         # folder's own is run.
         config = super().load_config(*args, **kwargs)

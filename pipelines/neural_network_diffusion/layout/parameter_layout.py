@@ -1,9 +1,10 @@
 """Where each generated number of a network lives: state dict <-> parameter vector <-> normalized vector."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -59,7 +60,7 @@ class ParameterLayout(ModelMixin, ConfigMixin):
     _no_split_modules = ["ParameterLayout"]
 
     @register_to_config
-    def __init__(self, tensors: list[dict]):
+    def __init__(self, tensors: list[dict[str, Any]]):
         super().__init__()
         check_tensors(tensors)
         # Follows casts, and so makes `dtype` answer for the normalized vectors. It has to be the first buffer.
@@ -110,10 +111,10 @@ class ParameterLayout(ModelMixin, ConfigMixin):
             `ValueError`: a pattern matches nothing that can be generated, or a float64 or complex tensor.
         """
         matched = dict.fromkeys(patterns, False)
-        tensors: list[dict] = []
-        owners: dict[tuple, dict] = {}
+        tensors: list[dict[str, Any]] = []
+        owners: dict[tuple[Any, ...], dict[str, Any]] = {}
         for name, value in state_dict.items():
-            tensor: dict = {
+            tensor: dict[str, Any] = {
                 "name": name,
                 "shape": list(value.shape),
                 "dtype": _dtype_name(value.dtype),
@@ -146,7 +147,7 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         layout.load_frozen(state_dict)
         return layout
 
-    def tensors(self, role: str) -> list[dict]:
+    def tensors(self, role: str) -> list[dict[str, Any]]:
         """The entries of the config with this role (`"generated"`, `"frozen"` or `"tied"`), in state-dict order."""
         return [tensor for tensor in self.config.tensors if tensor["role"] == role]
 
@@ -301,20 +302,20 @@ class ParameterLayout(ModelMixin, ConfigMixin):
             part.copy_(torch.where(self.log[start:stop], part.exp(), part))
         return ParameterLayoutOutput(vectors=vectors) if return_dict else (vectors,)
 
-    def enable_group_offload(self, onload_device: torch.device, *args, **kwargs) -> None:
+    def enable_group_offload(self, onload_device: torch.device, *args: Any, **kwargs: Any) -> None:
         """Moves the whole layout, which has no layers to offload one by one, and keeps its tensors readable."""
         self.to(onload_device)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Moves between devices, but never changes the dtype of anything except the marker.
-        def move(tensor):
+        def move(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype or tensor is self.normalized_like else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         # A requested dtype is that of the normalized vectors; the stored tensors are read as they are.
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
         loaded = super().from_pretrained(*args, **kwargs)
@@ -324,14 +325,14 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         return loaded
 
 
-def check_tensors(tensors: list[dict]) -> None:
+def check_tensors(tensors: list[dict[str, Any]]) -> None:
     r"""
     Raises `ValueError` where the description of a layout, which may come from anywhere, is not one: names, shapes,
     dtypes, roles and ties of all tensors are checked, before anything is allocated.
     """
     if not isinstance(tensors, (list, tuple)):
         raise ValueError(f"The tensors of a layout are a list, not {type(tensors).__name__}.")
-    seen: dict[str, dict] = {}
+    seen: dict[str, dict[str, Any]] = {}
     size = 0
     for tensor in tensors:
         if not isinstance(tensor, Mapping) or not {"name", "shape", "dtype", "role"} <= set(tensor):
@@ -360,7 +361,7 @@ def check_tensors(tensors: list[dict]) -> None:
         raise ValueError("A layout needs at least one generated parameter, and this one has none.")
 
 
-def _numel(tensor: Mapping) -> int:
+def _numel(tensor: Mapping[str, Any]) -> int:
     return torch.Size(tensor["shape"]).numel()
 
 
@@ -368,7 +369,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _checked(tensor: Mapping, state_dict: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _checked(tensor: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The tensor of the state dict, after comparing it with its entry in the layout."""
     name = tensor["name"]
     if name not in state_dict:

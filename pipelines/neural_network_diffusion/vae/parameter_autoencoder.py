@@ -21,6 +21,7 @@ class PatchLinear(nn.Conv1d):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         weight = self.weight.view(self.groups, -1, self.in_channels // self.groups)
+        assert self.bias is not None
         bias = self.bias.view(self.groups, 1, -1)
         return torch.baddbmm(bias, patches.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
@@ -33,6 +34,7 @@ class ResidualBlock1D(nn.Module):
         self.conv1 = nn.Conv1d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv1d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
+        assert self.conv2.bias is not None
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
