@@ -48,10 +48,11 @@ def random_network(seed: int) -> nn.Module:
     return network
 
 
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+def run(*command: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
     """Runs a Python module or script in a process of its own."""
     return subprocess.run(
         [sys.executable, *command],
+        cwd=cwd,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

@@ -46,13 +46,13 @@ class TrainConfig(LoopConfig):
     """Length of the latents. Channels times length are the numbers that are kept of a network: memory, too."""
     autoencoder_steps: int = 400
     """Optimizer steps of a trained autoencoder."""
-    autoencoder_learning_rate: float = 2e-3
+    autoencoder_learning_rate: float = 4e-3
     """Peak of the one-cycle learning rate of a trained autoencoder."""
     input_noise: float = 0.05
     """Noise on parameters in its training, in units of each one's standard deviation over the zoo."""
     latent_noise: float = 0.1
     """Noise on latents in its training."""
-    kl_weight: float = 1e-3
+    kl_weight: float = 1e-2
     """Of the KL divergence of its latents from a normal distribution; more of it is smoother."""
     behaviour_weight: float = 0.0
     """Of the difference of reconstructed networks' outputs from the stored ones', on the task's training inputs."""

@@ -1,5 +1,6 @@
 """A convolutional variational autoencoder of normalized parameter vectors."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +11,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.nn import functional as F
+
+
+# Sums over more inputs than these are scaled down, and their weights up, so that one learning rate of Adam fits
+# vectors of any length (maximal update parametrization; Yang et al. 2022, arXiv 2203.03466).
+FEW_PARAMETERS, FEW_FEATURES = 64, 1024
 
 
 class PatchLinear(nn.Conv1d):
@@ -56,7 +62,9 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
         num_parameters (`int`): The length P of the vectors.
         latent_channels (`int`, *optional*, defaults to 8): C.
         latent_length (`int`, *optional*, defaults to 8): L.
-        patch_size (`int`, *optional*, defaults to 64): Parameters of a patch.
+        patch_size (`int`, *optional*):
+            Parameters of a patch. Defaults to the square root of P, and to 64 at least: a vector four times as long
+            has twice as many patches, each twice as long.
         hidden_channels (`int`, *optional*, defaults to 32): Features of a patch.
         num_blocks (`int`, *optional*, defaults to 2): Residual blocks of the encoder, and of the decoder.
     """
@@ -71,11 +79,13 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
         num_parameters: int,
         latent_channels: int = 8,
         latent_length: int = 8,
-        patch_size: int = 64,
+        patch_size: int | None = None,
         hidden_channels: int = 32,
         num_blocks: int = 2,
     ):
         super().__init__()
+        patch_size = patch_size or max(64, math.isqrt(num_parameters))
+        self.patch_size = patch_size
         self.num_patches = -(-num_parameters // patch_size)
         features, latents = self.num_patches * hidden_channels, latent_channels * latent_length
         self.patch_in = PatchLinear(self.num_patches, patch_size, hidden_channels)
@@ -84,6 +94,11 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
         self.from_latents = nn.Linear(latents, features)
         self.decoder_blocks = nn.ModuleList(ResidualBlock1D(hidden_channels) for _ in range(num_blocks))
         self.patch_out = PatchLinear(self.num_patches, hidden_channels, patch_size)
+        self.patch_scale = min(1.0, FEW_PARAMETERS / patch_size)
+        self.feature_scale = min(1.0, FEW_FEATURES / features)
+        with torch.no_grad():
+            self.patch_in.weight /= self.patch_scale
+            self.to_moments.weight /= self.feature_scale
         # Latents begin almost free of noise: the reconstruction comes first, and the noise that it bears after that.
         nn.init.zeros_(self.to_moments.weight[latents:])
         nn.init.constant_(self.to_moments.bias[latents:], -4.0)
@@ -117,7 +132,7 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
         std = (means - mean).square().mean().sqrt().clamp_min(1e-6)
         encode, decode = self.to_moments, self.from_latents
         latents = len(mean)
-        decode.bias += decode.weight @ mean.to(decode.weight.dtype)
+        decode.bias.add_(decode.weight @ mean.to(decode.weight.dtype))
         decode.weight *= std
         encode.bias[:latents] -= mean
         encode.bias[:latents] /= std
@@ -144,11 +159,12 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"Expected normalized vectors of shape [B, {config.num_parameters}], found {list(sample.shape)}."
             )
-        padded = F.pad(sample, (0, self.num_patches * config.patch_size - config.num_parameters))
-        hidden_states = self.patch_in(padded.unflatten(1, (self.num_patches, -1))).transpose(1, 2)
+        padded = F.pad(sample, (0, -config.num_parameters % self.patch_size))
+        patches = padded.unflatten(1, (self.num_patches, -1))
+        hidden_states = self.patch_in(self.patch_scale * patches).transpose(1, 2)
         for block in self.encoder_blocks:
             hidden_states = self._run(block, hidden_states)
-        moments = self.to_moments(hidden_states.flatten(1))
+        moments = self.to_moments(self.feature_scale * hidden_states.flatten(1))
         posterior = DiagonalGaussianDistribution(
             moments.unflatten(1, (2 * config.latent_channels, config.latent_length))
         )
