@@ -29,7 +29,7 @@ from pdiff_hf import CollectConfig, ParameterLayout, TrainConfig, WeightZoo, run
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
-SMALL_TRAINING = {"unet_steps": 120, "block_out_channels": (16, 16)}
+SMALL_TRAINING = {"autoencoder": "linear", "unet_steps": 120, "block_out_channels": (16, 16)}
 
 
 def small_network() -> nn.Module:

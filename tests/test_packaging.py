@@ -85,7 +85,7 @@ def test_the_wheel_runs_the_stages_outside_of_a_clone(installed, tmp_path):
         assert pdiff_hf.__file__.startswith(sys.argv[1]), pdiff_hf.__file__
         from pdiff_hf.cli import main
         main(["collect", "--num-networks", "20", "--epochs", "1"])
-        main(["train", "--unet-steps", "30"])
+        main(["train", "--autoencoder-steps", "20", "--unet-steps", "30"])
         main(["generate", "--num-networks", "5", "--num-inference-steps", "5"])
         main(["evaluate", "--pipeline", "runs/pipeline", "--networks-per-point", "5"])
     """)
@@ -102,9 +102,7 @@ def test_a_checkout_without_links_says_in_one_line_what_is_missing(checkout, tmp
     link.write_text("../pipelines")  # what git leaves on such a system
     done = run("setup.py", "--version", cwd=tmp_path / "source")
     assert done.returncode == 1
-    assert done.stderr.startswith(
-        "pdiff_hf/pipelines should be a symbolic link to pipelines, and this checkout has none"
-    )
+    assert done.stderr.startswith("pdiff_hf/pipelines should be a symbolic link to pipelines, and this checkout")
     assert len(done.stderr.splitlines()) == 1
 
 

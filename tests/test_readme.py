@@ -14,7 +14,7 @@ from .conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {
     "collect": ["--num-networks", "20", "--epochs", "2"],
-    "train": ["--unet-steps", "30"],
+    "train": ["--autoencoder-steps", "20", "--unet-steps", "30"],
     "generate": ["--num-networks", "5", "--num-inference-steps", "5"],
     "evaluate": [],
 }

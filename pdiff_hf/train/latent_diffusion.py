@@ -38,8 +38,9 @@ class TrainConfig(LoopConfig):
 
     checkpoint_averaging: int = 1
     """Consecutive networks of a trajectory whose averages are learned instead of single ones, for better accuracy."""
-    autoencoder: Literal["linear", "kl"] = "linear"
-    """Principal components in closed form, or the published method's convolutional VAE, which is trained."""
+    autoencoder: Literal["kl", "linear"] = "kl"
+    """The published method's convolutional VAE, which is trained, or principal components in closed form: as good on
+    consecutive checkpoints, faster, and with less memory where networks have a million parameters or more."""
     latent_channels: int = 8
     """Channels of the latents."""
     latent_length: int = 8

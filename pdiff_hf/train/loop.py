@@ -194,7 +194,8 @@ class TrainingLoop:
                 self._save_checkpoint(ema)
         ema.copy_to(objective.parameters())
         objective.eval()
-        self.finished |= {f"{name}.{key}": value.cpu() for key, value in objective.state_dict().items()}
+        # Copies, since whoever gets the objective back may change it.
+        self.finished |= {f"{name}.{key}": value.to("cpu", copy=True) for key, value in objective.state_dict().items()}
         accelerator.free_memory()
         if self._is_due() and self.step < self.steps:
             self._save_checkpoint(None)

@@ -122,7 +122,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         normalized = self.layout.normalize(vectors.to(self.layout.device))
         if self.vae is None:
             return normalized[:, None]
-        return self.vae.encode(normalized.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
+        return self.vae.encode(normalized.to(self._execution_device, self.vae.dtype)).latent_dist.mode()
 
     @torch.no_grad()
     def decode(
@@ -145,7 +145,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         if self.vae is None:
             normalized = latents.flatten(1)
         else:
-            normalized = self.vae.decode(latents.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
+            normalized = self.vae.decode(latents.to(self._execution_device, self.vae.dtype), return_dict=False)[0]
         if parameter_noise:
             noise = randn_tensor(normalized.shape, generator, normalized.device, torch.float32)
             normalized = normalized + parameter_noise * noise.to(normalized.dtype)
@@ -314,7 +314,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             chunk_size (`int`, *optional*, defaults to 100): Networks denoised and decoded at a time.
             output_type (`str`, *optional*, defaults to `"state_dict"`):
                 `"state_dict"` (on the CPU, complete, in the base network's dtypes; frozen tensors are shared among
-                them), `"pt"` or `"np"` (parameter vectors, float32 `[N, P]`) or `"latent"` (`[N, C, L]`).
+                them), `"pt"` or `"np"` (parameter vectors, float32 `[N, P]`) or `"latent"` (float32 `[N, C, L]`).
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`NeuralNetworkDiffusionPipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, `PipelineCallback` or `MultiPipelineCallbacks`, *optional*):
@@ -374,19 +374,17 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                     break
                 chunk_generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + chunk_size]]
 
-                # 3. Noise, the same whatever the dtype of the denoiser
+                # 3. Noise
                 if latents is None:
                     shape = (len(chunk_generators), *self.latent_shape)
                     noise = randn_tensor(shape, generator=chunk_generators, device=device, dtype=torch.float32)
                 else:
-                    noise = latents[start : start + chunk_size].to(device)
+                    noise = latents[start : start + chunk_size].to(device, torch.float32)
 
                 # 4. Denoise
                 steps = self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
                 extra = self.prepare_extra_step_kwargs(chunk_generators, eta)
-                chunk = self._denoise(
-                    noise.to(self.denoiser.dtype), steps, extra, progress_bar, callback_on_step_end, tensor_inputs
-                )
+                chunk = self._denoise(noise, steps, extra, progress_bar, callback_on_step_end, tensor_inputs)
 
                 # 5. Decode
                 if output_type != "latent":
@@ -427,9 +425,9 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         for step, timestep in enumerate(timesteps):
             if self.interrupt:
                 break
-            # predict, then take one step back
-            model_input = scale_model_input(latents, timestep)
-            prediction = self.denoiser(model_input, timestep, **condition, return_dict=False)[0]
+            # predict, then take one step back, in float32: schedulers draw their noise in the dtype of the prediction
+            model_input = scale_model_input(latents, timestep).to(self.denoiser.dtype)
+            prediction = self.denoiser(model_input, timestep, **condition, return_dict=False)[0].to(torch.float32)
             latents = self.scheduler.step(prediction, timestep, latents, **extra_step_kwargs, return_dict=False)[0]
 
             if callback is not None:

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdiff_hf import ParameterLayout
 
@@ -170,3 +171,64 @@ def test_vectors_of_another_length_are_refused(layout):
 def test_statistics_of_one_network_are_refused(layout):
     with pytest.raises(ValueError, match="at least two networks, and this one has 1"):
         layout.fit([torch.zeros(1, layout.vector_size)])
+
+
+# ---- slices
+
+
+def test_slices_say_where_each_generated_tensor_lies_in_the_vector(layout):
+    state_dict = random_network(3).state_dict()
+    vector = layout.flatten(state_dict)
+    assert list(layout.slices) == [tensor["name"] for tensor in layout.tensors("generated")]
+    for name, place in layout.slices.items():
+        assert torch.equal(vector[place], state_dict[name].flatten())
+
+
+def test_slices_follow_each_other_and_fill_the_vector(layout):
+    ends = [0, *(place.stop for place in layout.slices.values())]
+    assert [place.start for place in layout.slices.values()] == ends[:-1]
+    assert ends[-1] == layout.vector_size
+
+
+def test_slices_leave_out_what_is_frozen_or_tied():
+    frozen = ParameterLayout.from_state_dict(small_network().state_dict(), ("2.*",))
+    assert frozen.slices == {"2.weight": slice(0, 8), "2.bias": slice(8, 10)}
+    tied = ParameterLayout.from_state_dict(TiedNetwork().state_dict())
+    assert tied.slices == {"embedding.weight": slice(0, 15)}
+
+
+# ---- where statistics are computed
+
+
+class DevicesOfFloat64(TorchDispatchMode):
+    """Notes where tensors of double precision, which some accelerators lack, come to be."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
+                self.devices.add(tensor.device.type)
+        return output
+
+
+def test_statistics_are_computed_on_the_cpu_wherever_the_layout_is(layout):
+    vectors = torch.stack([layout.flatten(random_network(seed).state_dict()) for seed in range(5)])
+    layout.to("meta")  # stands for an accelerator
+    with DevicesOfFloat64() as noted:
+        layout.fit([vectors])
+    assert noted.devices == {"cpu"}
+    assert layout.mean.device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+def test_statistics_of_vectors_on_an_accelerator_are_those_on_the_cpu(layout):
+    vectors = torch.stack([layout.flatten(random_network(seed).state_dict()) for seed in range(5)])
+    expected = copy.deepcopy(layout).fit([vectors])
+    layout.to("cuda").fit([vectors.cuda()])
+    assert layout.mean.device.type == "cuda"
+    assert torch.equal(layout.mean.cpu(), expected.mean)
+    assert torch.equal(layout.std.cpu(), expected.std)

@@ -57,7 +57,9 @@ def test_a_model_runs_partly_from_disk_on_a_small_memory_budget(name, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "start"), [("unet", "mid_block"), ("unet", "up_blocks"), ("kl", "to_moments"), ("kl", "patch_out")])
+@pytest.mark.parametrize(
+    ("name", "start"), [("unet", "mid_block"), ("unet", "up_blocks"), ("kl", "to_moments"), ("kl", "patch_out")]
+)
 def test_a_model_runs_on_two_devices(name, start):
     # The meta device stands for a second accelerator: it computes shapes and refuses tensors of other devices.
     model = CASES[name].model().eval()

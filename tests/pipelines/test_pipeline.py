@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
+    ScoreSdeVeScheduler,
     UNet1DModel,
     UniPCMultistepScheduler,
 )
@@ -29,7 +30,7 @@ COMPONENT_FILES = [
     "layout/parameter_layout.py",
     "pipeline.py",
     "unet/parameter_unet.py",
-    "vae/parameter_autoencoder.py",
+    "vae/linear_autoencoder.py",
 ]
 
 
@@ -53,12 +54,12 @@ def test_generated_state_dicts_load_strictly_into_the_base_network(pipe):
 
 
 @pytest.mark.parametrize("scheduler", [None, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
-def test_the_same_seed_gives_the_same_networks_whatever_the_batch_size(pipe, scheduler):
+def test_the_same_seed_gives_the_same_networks_whatever_the_chunk_size(pipe, scheduler):
     if scheduler is not None:
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     together = sample(pipe)
-    torch.testing.assert_close(sample(pipe, batch_size=1), together, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(sample(pipe, batch_size=3), together, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sample(pipe, chunk_size=1), together, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sample(pipe, chunk_size=3), together, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(sample(pipe, num_networks=2), together[:2], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(sample(pipe, seed=1), together, atol=1e-4)
 
@@ -80,7 +81,7 @@ def test_networks_differ_from_each_other(pipe):
     [
         ({"num_networks": 0}, "`num_networks` has to be a positive integer, and is 0"),
         ({"num_networks": 1.5}, r"`num_networks` has to be a positive integer, and is 1\.5"),
-        ({"batch_size": 0}, "`batch_size` has to be a positive integer"),
+        ({"chunk_size": 0}, "`chunk_size` has to be a positive integer"),
         ({"num_inference_steps": -1}, "`num_inference_steps` has to be a positive integer"),
         ({"output_type": "pil"}, "'pil'; expected 'state_dict', 'pt', 'np' or 'latent'"),
         ({"latents": torch.zeros(4, 3)}, r"shape \(4, 3\); expected \(4, 8, 8\)"),
@@ -98,9 +99,16 @@ def test_as_many_generators_as_networks_are_needed(pipe):
 
 
 def test_a_scheduler_of_another_kind_is_refused(pipe):
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler does not fit.*DDIMScheduler"):
+    pipe.scheduler = ScoreSdeVeScheduler()
+    with pytest.raises(ValueError, match=r"ScoreSdeVeScheduler does not step .*DDIMScheduler"):
         sample(pipe)
+
+
+@pytest.mark.parametrize("output_type", ["state_dict", "latent"])
+def test_a_scheduler_that_leads_away_from_networks_is_refused(pipe, output_type):
+    pipe.scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match=r"not finite: DDIMInverseScheduler does not fit this denoiser"):
+        sample(pipe, output_type=output_type)
 
 
 def test_components_of_different_networks_are_refused(pipe):
@@ -280,7 +288,7 @@ def test_noise_has_the_size_that_was_asked_for_and_is_each_networks_own(pipe):
     assert away.std().item() == pytest.approx(0.5, rel=0.05)
     assert torch.equal(noisy[:, std == 0], plain[:, std == 0])
     assert not torch.allclose(away[0], away[1])
-    torch.testing.assert_close(sample(pipe, parameter_noise=0.5, batch_size=1), noisy, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sample(pipe, parameter_noise=0.5, chunk_size=1), noisy, atol=1e-4, rtol=1e-4)
     for wrong in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="`parameter_noise` has to be at least 0"):
             sample(pipe, parameter_noise=wrong)

@@ -124,14 +124,18 @@ def test_networks_that_are_not_finite_are_refused(pipe, output_type):
 
 @pytest.mark.parametrize("generator", [3, "0", [3, 4]], ids=str)
 def test_a_seed_that_is_no_generator_is_refused_with_the_remedy(generator):
-    with pytest.raises(ValueError, match=r"`generator` has to be a torch\.Generator.*torch\.Generator\(\)\.manual_seed"):
+    with pytest.raises(
+        ValueError, match=r"`generator` has to be a torch\.Generator.*torch\.Generator\(\)\.manual_seed"
+    ):
         run(build_pipe(), generator=generator)
 
 
 @pytest.mark.parametrize("number", [2, None])
 @pytest.mark.parametrize("latents", [[[0.0], [1.0]], np.zeros((2, 2, 6))], ids=["list", "array"])
 def test_latents_that_are_no_tensor_are_refused(number, latents):
-    with pytest.raises(ValueError, match=r"`latents` has to be a tensor of shape \(2, 2, 6\), and is a (list|ndarray)"):
+    with pytest.raises(
+        ValueError, match=r"`latents` has to be a tensor of shape \(2, 2, 6\), and is a (list|ndarray)"
+    ):
         run(build_pipe(), num_networks=number, latents=latents)
 
 

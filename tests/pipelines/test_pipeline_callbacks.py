@@ -138,7 +138,10 @@ def test_interrupting_in_a_later_chunk_keeps_the_chunks_before_it_whole(pipe):
 
 
 def test_interrupting_gives_as_many_state_dicts_as_networks_were_begun():
-    assert len(run(build_pipe(), num_networks=5, chunk_size=2, output_type="state_dict", callback_on_step_end=Stop(1))) == 2
+    assert (
+        len(run(build_pipe(), num_networks=5, chunk_size=2, output_type="state_dict", callback_on_step_end=Stop(1)))
+        == 2
+    )
 
 
 def test_an_interrupt_lasts_for_one_call(pipe):

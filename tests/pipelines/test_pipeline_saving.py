@@ -85,6 +85,7 @@ def test_the_folder_loads_by_the_code_it_holds(pipe, tmp_path):
     assert_same(run(loaded), expected)
 
 
+@pytest.mark.parametrize("filling", ["unet-linear", "unet-kl", "unet"])
 def test_a_component_can_be_given_when_loading(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     slot = denoiser_slot(pipe)

@@ -60,9 +60,7 @@ class KnowingDenoiser(ModelMixin, ConfigMixin):
 
 def knowing_pipe(scheduler: type, vae: bool = True):
     denoiser = KnowingDenoiser(scheduler in FLOW_MATCHING, *(LATENT_SHAPE if vae else (1, 42)))
-    return build_pipe(
-        unet=None, transformer=denoiser, vae=build_linear() if vae else None, scheduler=scheduler()
-    )
+    return build_pipe(unet=None, transformer=denoiser, vae=build_linear() if vae else None, scheduler=scheduler())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10])

@@ -25,7 +25,8 @@ from ..conftest import ROOT, SMALL_TRAINING, kill_one_process, launch, run
 
 
 ARGUMENTS = [
-    *("--unet-steps", "120", "--block-out-channels", "16", "16", "--checkpointing-steps", "20"),
+    *("--autoencoder", "linear", "--unet-steps", "120", "--block-out-channels", "16", "16"),
+    *("--checkpointing-steps", "20"),
 ]
 
 

@@ -72,6 +72,8 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["PatchLinear", "ResidualBlock1D"]
     _repeated_blocks = ["ResidualBlock1D"]
+    # All but the lists of blocks: `encode` and `decode` do without `forward`, which would bring the rest.
+    _group_offload_block_modules = ["patch_in", "to_moments", "from_latents", "patch_out"]
 
     @register_to_config
     def __init__(
