@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -26,8 +25,6 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 StateDict = dict[str, torch.Tensor]
 Networks = TypeVar("Networks", list[StateDict], torch.Tensor, np.ndarray)
 Callback = Callable[["NeuralNetworkDiffusionPipeline", int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-# The files of custom classes as they were when they were loaded: others of the same name may have come since.
-CODE: WeakKeyDictionary[type, tuple[str, bytes]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -347,7 +344,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         tensor_inputs = callback_on_step_end_tensor_inputs or ()
         if num_networks is None:
             several = generator if isinstance(generator, (list, tuple)) else latents
-            num_networks = 1 if several is None else len(several)
+            num_networks = len(several) if hasattr(several, "__len__") else 1
         self.check_inputs(
             num_networks,
             num_inference_steps,
@@ -474,6 +471,10 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         for name in self._optional_components:
             if getattr(self, name) is None and (before.get(name) or [None])[0] is not None:
                 shutil.rmtree(folder / name, ignore_errors=True)
+        for name in self.components:
+            former = (before.get(name) or [None])[0]
+            if isinstance(former, str) and former.isidentifier() and former != self.config[name][0]:
+                (folder / name / f"{former}.py").unlink(missing_ok=True)
         super().save_config(save_directory, **kwargs)
         _rewrite_json(folder / self.config_name, _class_name=[Path(__file__).stem, type(self).__name__])
         _write_code(type(self), folder)
@@ -539,11 +540,15 @@ def _rewrite_json(file: Path, **changes: Any) -> None:
 
 
 def _read_code(code_of: type) -> tuple[str, bytes] | None:
-    """Name and bytes of the file of a custom class, as it was when it was first asked for."""
-    if code_of not in CODE and _is_custom(code_of.__module__) and code_of.__module__ not in ("builtins", "__main__"):
+    """
+    Name and bytes of the file of a custom class as it was when it was loaded: others of the same name come since,
+    and even into the same module. So they are kept on the class.
+    """
+    custom = _is_custom(code_of.__module__) and code_of.__module__ not in ("builtins", "__main__")
+    if custom and "_code" not in vars(code_of):
         file = Path(inspect.getfile(code_of))
-        CODE[code_of] = (file.name, file.read_bytes())
-    return CODE.get(code_of)
+        code_of._code = (file.name, file.read_bytes())  # type: ignore[attr-defined]
+    return vars(code_of).get("_code")
 
 
 def _write_code(code_of: type, folder: Path) -> None:

@@ -112,7 +112,7 @@ CASES = {
         lambda: {"sample": randn(2, NUM_PARAMETERS)},
         output_shape=(2, NUM_PARAMETERS),
         block="ResidualBlock1D",
-        graphs=3,
+        graphs=1,
     ),
     "layout": Case(build_layout, lambda: {"normalized": randn(2, 32)}, output_shape=(2, 32)),
 }

@@ -163,7 +163,7 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
             )
         padded = F.pad(sample, (0, -config.num_parameters % self.patch_size))
         patches = padded.unflatten(1, (self.num_patches, -1))
-        hidden_states = self.patch_in(self.patch_scale * patches).transpose(1, 2)
+        hidden_states = self.patch_in(self.patch_scale * patches).transpose(1, 2).contiguous()
         for block in self.encoder_blocks:
             hidden_states = self._run(block, hidden_states)
         moments = self.to_moments(self.feature_scale * hidden_states.flatten(1))
