@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from benchmarks import peak_memory_gb, write
 from benchmarks.peer import PeerTask
 from pdiff_hf import CollectConfig, Task, TrainConfig, WeightZoo, evaluate, load_task, run_collect, run_train
-from pdiff_hf.evaluation.measures import Scorer, similarity
+from pdiff_hf.evaluation.measures import similarity
+from pdiff_hf.evaluation.scoring import Scorer
 from pdiff_hf.train import LOSSES
 from pdiff_hf.zoo import make_layout
 

@@ -34,7 +34,8 @@ from pdiff_hf import (
     run_collect,
     run_train,
 )
-from pdiff_hf.evaluation.measures import Scorer, similarity
+from pdiff_hf.evaluation.measures import similarity
+from pdiff_hf.evaluation.scoring import Scorer
 from pdiff_hf.train import DenoiserObjective, denoising_scheduler
 
 
@@ -58,7 +59,7 @@ SAMPLERS = (
     *(("DDIMScheduler", 50), ("DDIMScheduler", 10), ("DPMSolverMultistepScheduler", 10)),
 )
 # The denoiser predicts noise, as in the paper.
-TRAINING: dict[str, Any] = {"prediction_type": "epsilon", "checkpointing_steps": 10**9}
+TRAINING: dict[str, Any] = {"autoencoder": "linear", "prediction_type": "epsilon", "checkpointing_steps": 10**9}
 # Of the noise ablation: in standard deviations of a tensor's values, and of a latent.
 PARAMETER_NOISE, LATENT_NOISE = 0.01, 0.1
 

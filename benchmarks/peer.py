@@ -10,6 +10,7 @@ similarity of the published generator, the accuracies can be compared.
 The seconds of the published implementation were measured on one thread with its published sizes, and are given.
 """
 
+import itertools
 import tempfile
 import time
 from dataclasses import dataclass
@@ -24,11 +25,21 @@ from safetensors.torch import load_file
 from benchmarks import write
 from pdiff_hf import ParameterLayout, TrainConfig, WeightZoo, load_task, run_train
 from pdiff_hf.evaluation.baselines import Baseline, StandardizedZoo
-from pdiff_hf.evaluation.measures import Scorer, similarity
+from pdiff_hf.evaluation.measures import similarity
+from pdiff_hf.evaluation.scoring import Scorer
 from pdiff_hf.tasks.digits import DigitsConvNet
 
 
 PUBLISHED_SECONDS = {"train": 1055 + 1801, "generate": 1270}
+
+
+# How the generator is trained: the default, with principal components, and with a tighter bottleneck.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "kl": {},
+    "linear": {"autoencoder": "linear"},
+    "kl, weight 3": {"kl_weight": 3.0},
+    "kl, 16 latents": {"latent_channels": 2, "kl_weight": 1.0},
+}
 
 
 @dataclass(frozen=True)
@@ -122,16 +133,17 @@ def main(config: Config) -> None:
                     for strength in strengths
                 ],
             )
-        for averaging in config.averaging:
+        for (variant, changes), averaging in itertools.product(VARIANTS.items(), config.averaging):
             pipes, train_seconds = [], 0.0
             for seed in config.seeds:
                 start = time.perf_counter()
                 settings = TrainConfig(
                     zoo=str(zoo.folder),
-                    output_dir=str(Path(folder, f"pipeline-{averaging}-{seed}")),
+                    output_dir=str(Path(folder, f"pipeline-{variant}-{averaging}-{seed}")),
                     seed=seed,
                     checkpoint_averaging=averaging,
                     checkpointing_steps=10**9,
+                    **changes,
                 )
                 pipes.append(run_train(settings))
                 pipes[-1].set_progress_bar_config(disable=True)
@@ -149,9 +161,9 @@ def main(config: Config) -> None:
                     for seed, pipe in zip(config.seeds, pipes, strict=True)
                 ]
                 seconds = (time.perf_counter() - start) / len(config.seeds)
-                name = f"ours, averages of {averaging}, noise {noise}"
+                name = f"ours ({variant}), averages of {averaging}, noise {noise}"
                 points.append(row(name, torch.cat(vectors), train_s=train_seconds, generate_s=seconds))
-            compare(f"ours, averages of {averaging}", points)
+            compare(f"ours ({variant}), averages of {averaging}", points)
     write(config, rows=rows, at_equal_similarity=at_equal_similarity)
 
 

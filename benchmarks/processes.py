@@ -47,7 +47,7 @@ def main(config: Config) -> None:
         folder = Path(scratch)
         zoo, pipeline, generated = (str(folder / name) for name in ("zoo", "pipeline", "generated"))
         run_collect(CollectConfig(output_dir=zoo))
-        run_train(TrainConfig(zoo=zoo, output_dir=pipeline, unet_steps=50))
+        run_train(TrainConfig(zoo=zoo, output_dir=pipeline, autoencoder="linear", unet_steps=50))
         run_generate(GenerateConfig(pipeline=pipeline, output_dir=generated, num_networks=config.num_evaluated))
 
         def networks(stage: str, count: int, *arguments: str) -> Any:
@@ -65,6 +65,7 @@ def main(config: Config) -> None:
             for steps in (1, config.unet_steps):
                 target = folder / f"train-{processes}-{steps}"
                 command = ["--zoo", zoo, "--output-dir", str(target), "--unet-steps", str(steps)]
+                command += ["--autoencoder", "linear"]
                 seconds.append(timed(processes, "train", *command))
             losses = [json.loads(line)["loss"] for line in (target / LOSSES).read_text().splitlines()]
             return seconds[1] - seconds[0], torch.tensor(losses)

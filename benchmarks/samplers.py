@@ -100,7 +100,12 @@ def samplers(
     decode as many latents."""
     folder = Path(config.work_dir, f"{task}-{seed}")
     zoo = run_collect(CollectConfig(task=TASKS[task], output_dir=str(folder / "zoo"), seed=seed))
-    settings: dict[str, Any] = {"seed": seed, "unet_steps": config.training_steps, "checkpointing_steps": 10**9}
+    settings: dict[str, Any] = {
+        "seed": seed,
+        "autoencoder": "linear",
+        "unet_steps": config.training_steps,
+        "checkpointing_steps": 10**9,
+    }
     found: dict[Row, Sampler] = {}
     denoisers = []
     for prediction in PREDICTIONS:

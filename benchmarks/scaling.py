@@ -93,7 +93,11 @@ def measure(config: Config, size: int, count: int) -> dict[str, float]:
         make_zoo(zoo_folder, size, count)
         made = time.perf_counter()
         steps = config.training_steps
-        run_train(TrainConfig(zoo=zoo_folder, output_dir=pipeline, unet_steps=steps, checkpointing_steps=10**9))
+        run_train(
+            TrainConfig(
+                zoo=zoo_folder, output_dir=pipeline, autoencoder="linear", unet_steps=steps, checkpointing_steps=10**9
+            )
+        )
         trained = time.perf_counter()
         zoo = run_generate(GenerateConfig(pipeline=pipeline, output_dir=generated, num_networks=config.num_networks))
         sampled = time.perf_counter()

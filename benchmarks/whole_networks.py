@@ -125,7 +125,7 @@ def run_stage(config: Config, name: str, stage: str) -> None:
     if stage == "collect":
         run_collect(CollectConfig(task=task, output_dir=zoo, num_networks=count, dtype=setting.dtype))
     elif stage == "train":
-        run_train(TrainConfig(zoo=zoo, output_dir=pipeline, resume_from_checkpoint="latest"))
+        run_train(TrainConfig(zoo=zoo, output_dir=pipeline, autoencoder="linear", resume_from_checkpoint="latest"))
     elif stage == "generate":
         run_generate(GenerateConfig(pipeline=pipeline, output_dir=generated, num_networks=count, task=task))
     else:

@@ -209,7 +209,9 @@ def make_pipeline(folder: Path, parameters: int) -> dict[str, float]:
         make_zoo(zoo, parameters, 50)
     else:
         run_collect(CollectConfig(output_dir=zoo, num_networks=50, epochs=1))
-    run_train(TrainConfig(zoo=zoo, output_dir=pipeline, unet_steps=50, checkpointing_steps=10**9))
+    run_train(
+        TrainConfig(zoo=zoo, output_dir=pipeline, autoencoder="linear", unet_steps=50, checkpointing_steps=10**9)
+    )
     return {}
 
 

@@ -1,3 +1,4 @@
+# Over 400 lines: all of it shares one running server and its clients.
 """The Hub server of the tests, driven by the unmodified clients in both of their upload modes.
 
 Checks run in a process whose clients are connected to the server, since clients freeze their endpoint on import.

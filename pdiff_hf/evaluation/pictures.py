@@ -11,8 +11,9 @@ import torch
 from ..extras import require
 from ..zoo import WeightZoo
 from .baselines import KINDS
-from .measures import Scores, columns, similarity, tensor_values
+from .measures import columns, similarity, tensor_values
 from .report import LABELS
+from .scoring import Scores
 
 
 BLUE, ORANGE, GREEN, YELLOW, PURPLE, SKY, RED = (

@@ -15,7 +15,8 @@ from ..parallel import from_main, processes
 from ..zoo import WeightZoo
 from . import pictures
 from .baselines import KINDS, Baseline, StandardizedZoo
-from .measures import Scorer, Scores, distances, mean, outside_span, parameter_statistics, similarity
+from .measures import distances, mean, outside_span, parameter_statistics, similarity
+from .scoring import Scorer, Scores
 from .subjects import Subjects
 from .verdict import COPY_RATIO, Place, Plane, verdict
 

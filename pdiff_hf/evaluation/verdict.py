@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .measures import Scores, interval, resample, similarity
+from .measures import interval, resample, similarity
+from .scoring import Scores
 
 
 # Higher than that of the other intervals, since a verdict compares with many baselines.

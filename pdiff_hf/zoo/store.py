@@ -1,4 +1,4 @@
-# Over 400 lines for its docstrings: one class, whose methods are the face of a zoo.
+# Over 400 lines: one class, whose documented methods are the face of a zoo.
 """A zoo: many networks of one architecture, read one by one and appended to."""
 
 import json

@@ -1,3 +1,4 @@
+# Over 400 lines: a repository on the Hub holds a pipeline in one file, and half of it documents arguments.
 """Samples neural networks: noise -> latents -> normalized vectors -> state dicts."""
 
 import importlib.util
@@ -343,7 +344,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         tensor_inputs = callback_on_step_end_tensor_inputs or ()
         if num_networks is None:
-            several = generator if isinstance(generator, (list, tuple)) else latents
+            several: Any = generator if isinstance(generator, (list, tuple)) else latents
             num_networks = len(several) if hasattr(several, "__len__") else 1
         self.check_inputs(
             num_networks,

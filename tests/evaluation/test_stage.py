@@ -1,3 +1,4 @@
+# Over 400 lines: all of it shares a few reports, which take long to make.
 import html.parser
 import json
 import re
@@ -13,7 +14,7 @@ from torch import nn
 import pdiff_hf
 from pdiff_hf import Baseline, EvaluateConfig, ParameterLayout, Task, WeightZoo, ZooError, load_task, run_evaluate
 from pdiff_hf.errors import MissingExtraError, TaskError
-from pdiff_hf.evaluation.measures import Scorer
+from pdiff_hf.evaluation.scoring import Scorer
 
 
 # Probabilities are computed in float32: a relative error of 1e-6 or so each, hence of their logarithms and squares.

@@ -1,3 +1,4 @@
+# Over 400 lines: all of it shares one running server and its clients.
 """Zoos and pipelines over a real server with the real clients. What talks to it runs in a process of its own."""
 
 import hashlib

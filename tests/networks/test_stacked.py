@@ -1,3 +1,4 @@
+# Over 400 lines: all of it shares one table of architectures.
 """Many networks at once predict what each of them predicts by itself."""
 
 import pytest

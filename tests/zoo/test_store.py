@@ -1,3 +1,4 @@
+# Over 400 lines: all of it shares one zoo, whole or damaged in many ways.
 import json
 import signal
 import subprocess
