@@ -277,6 +277,8 @@ def tensor(*shape: int) -> dict:
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}),
         ("unet/config.json", {"block_out_channels": [20_000]}),
         ("unet/config.json", {"_class_name": "Another", "block_out_channels": [20_000]}),
+        ("unet/config.json", {"layers_per_block": 10**6}),
+        ("vae/config.json", {"num_blocks": 10**6}),
         ("vae/config.json", {"latent_length": 10**7}),
         ("vae/config.json", {"_class_name": "Another", "latent_length": 10**7}),
     ],

@@ -32,7 +32,8 @@ def accuracies(quickstart) -> dict[str, dict[str, float]]:
 
 @pytest.mark.slow
 def test_generated_networks_are_as_good_as_the_originals_and_none_is_bad(accuracies):
-    assert accuracies["generated"]["mean"] >= accuracies["trained"]["mean"]
+    # As good means: by less than a third of a test example, which is more than the error of a mean of 100 networks.
+    assert accuracies["generated"]["mean"] >= accuracies["trained"]["mean"] - 0.0005
     assert accuracies["generated"]["min"] >= accuracies["trained"]["min"] - 0.01
 
 

@@ -17,6 +17,9 @@ from torch.nn import functional as F
 # vectors of any length (maximal update parametrization; Yang et al. 2022, arXiv 2203.03466).
 FEW_PARAMETERS, FEW_FEATURES = 64, 1024
 
+# A description that asks for more is refused before minutes are spent on building it.
+MOST_BLOCKS = 1000
+
 
 class PatchLinear(nn.Conv1d):
     """A linear map of its own for each of N patches: `[B, N, I]` to `[B, N, O]`."""
@@ -86,6 +89,8 @@ class ParameterAutoencoderKL(ModelMixin, ConfigMixin):
         num_blocks: int = 2,
     ):
         super().__init__()
+        if type(num_blocks) is not int or not 0 <= num_blocks <= MOST_BLOCKS:
+            raise ValueError(f"`num_blocks` has to be between 0 and {MOST_BLOCKS}, and is {num_blocks!r}.")
         patch_size = patch_size or max(64, math.isqrt(num_parameters))
         self.patch_size = patch_size
         self.num_patches = -(-num_parameters // patch_size)
