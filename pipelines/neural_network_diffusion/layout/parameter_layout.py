@@ -1,3 +1,4 @@
+# Over 400 lines: a repository on the Hub holds the layout in one file, and half of it documents.
 """Where each generated number of a network lives: state dict <-> parameter vector <-> normalized vector."""
 
 import math
@@ -11,12 +12,20 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 
 # The smallest variance whose logarithm is taken: far below the epsilon that batch norm adds.
 SMALLEST_VARIANCE = 1e-12
 GENERATED, FROZEN, TIED = "generated", "frozen", "tied"
+POSITIVE, NOT_NEGATIVE, WHOLE = "positive", "not negative", "whole"
+# Positive values whose mean is so many standard deviations above 0 are as good without a logarithm.
+FAR_FROM_ZERO = 10
+# Frozen tensors that count batches say nothing of a network's function.
+COUNTER = "num_batches_tracked"
 GENERATED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Above it, all numbers that float32 holds are whole.
+LARGEST = 2**24
 # Far above any network of today; more is an error or an attack.
 MOST_PARAMETERS = 10**11
 
@@ -39,9 +48,11 @@ class ParameterLayout(ModelMixin, ConfigMixin):
     else of the state dict is *frozen*: kept here with its own dtype, and part of every generated network. A tensor
     that the network uses under several names is stored once (the other names are *tied* to the first).
 
-    Normalizing standardizes each parameter over the training zoo: `(x - mean) / std`. Running variances of
-    normalization layers are positive, so their logarithm is standardized. A parameter that is constant over the zoo
-    normalizes to 0 and comes back exactly.
+    Normalizing standardizes each parameter over the training zoo: `(x - mean) / std`. A parameter that is constant
+    over the zoo normalizes to 0 and comes back exactly. What else a tensor holds, its values over the zoo tell: where
+    they are positive and come near 0 (variances, whatever their name), their logarithm is standardized; where they are
+    not negative, nothing below 0 comes back; where they are whole numbers (0/1 masks), the nearest ones in their range
+    come back.
 
     The statistics and the frozen tensors keep their dtypes whatever the layout is cast to: `dtype` is the dtype of
     the *normalized* vectors that it takes and gives; parameter vectors are always float32.
@@ -53,8 +64,9 @@ class ParameterLayout(ModelMixin, ConfigMixin):
     Parameters:
         tensors (`list[dict]`):
             One entry a tensor of the state dict, in its order: `{"name": str, "shape": list[int], "dtype": str,
-            "role": "generated" | "frozen" | "tied", "tied_to": str}` (`tied_to` only where tied). Usually made by
-            [`ParameterLayout.from_state_dict`].
+            "role": "generated" | "frozen" | "tied", "tied_to": str, "values": "positive" | "not negative" | "whole",
+            "range": [int, int]}` (`tied_to` only where tied, `values` where [`~ParameterLayout.fit`] found them, and
+            `range` with whole ones). Usually made by [`ParameterLayout.from_state_dict`].
     """
 
     _no_split_modules = ["ParameterLayout"]
@@ -71,31 +83,34 @@ class ParameterLayout(ModelMixin, ConfigMixin):
             if tensor["role"] == GENERATED:
                 start, self.vector_size = self.vector_size, self.vector_size + _numel(tensor)
                 self.slices[tensor["name"]] = slice(start, self.vector_size)
-        self._variances = [
-            (place.start, place.stop)
-            for name, place in self.slices.items()
-            if name.rpartition(".")[2] == "running_var"
-        ]
+        self._read_values()
         self.register_buffer("mean", torch.zeros(self.vector_size))
         self.register_buffer("std", torch.ones(self.vector_size))
         self.register_buffer("log", torch.zeros(self.vector_size, dtype=torch.bool))
+        # By their place in the list: any text is a name in a state dict, and not of a buffer.
         self.frozen = nn.Module()
-        for tensor in tensors:
+        for place, tensor in enumerate(tensors):
             if tensor["role"] == FROZEN:
-                *path, name = tensor["name"].split(".")
-                owner = self.frozen
-                try:
-                    for part in path:
-                        if part not in owner._modules:
-                            owner.add_module(part, nn.Module())
-                        owner = owner.get_submodule(part)
-                    owner.register_buffer(name, torch.zeros(tensor["shape"], dtype=getattr(torch, tensor["dtype"])))
-                except (AttributeError, KeyError) as error:
-                    raise ValueError(f"`{tensor['name']}` is no name of a tensor: {error}") from error
+                values = torch.zeros(tensor["shape"], dtype=getattr(torch, tensor["dtype"]))
+                self.frozen.register_buffer(str(place), values)
+
+    def _read_values(self) -> None:
+        """Where what values lie, from the config."""
+        self._positive: list[slice] = []
+        self._not_negative: list[slice] = []
+        self._whole: list[tuple[slice, int, int]] = []
+        for tensor in self.tensors(GENERATED):
+            place = self.slices[tensor["name"]]
+            if tensor.get("values") == POSITIVE:
+                self._positive.append(place)
+            elif tensor.get("values") == NOT_NEGATIVE:
+                self._not_negative.append(place)
+            elif tensor.get("values") == WHOLE:
+                self._whole.append((place, *tensor["range"]))
 
     @classmethod
     def from_state_dict(
-        cls, state_dict: Mapping[str, torch.Tensor], patterns: Sequence[str] = ("*",)
+        cls, state_dict: Mapping[str, torch.Tensor], patterns: str | Sequence[str] = ("*",)
     ) -> "ParameterLayout":
         r"""
         The layout of a base network, its frozen tensors included.
@@ -103,25 +118,34 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         Args:
             state_dict (`Mapping[str, torch.Tensor]`):
                 The base network's `state_dict()`. Tensors that share memory are recognized as tied.
-            patterns (`Sequence[str]`, *optional*, defaults to `("*",)`):
-                Shell-style patterns on the names: a tensor is generated where any of them matches. Integer tensors
-                (`num_batches_tracked`) are never generated.
+            patterns (`str` or `Sequence[str]`, *optional*, defaults to `("*",)`):
+                Shell-style patterns on the names: a tensor is generated where one of them matches and none that begins
+                with `!` does (`["*", "!*mask"]`). Integer tensors (`num_batches_tracked`) and masks with infinite
+                values are never generated.
 
         Raises:
-            `ValueError`: a pattern matches nothing that can be generated, or a float64 or complex tensor.
+            `ValueError`: a pattern matches nothing that can be generated, or a tensor that cannot be: float64,
+            complex, sparse, quantized, or without values yet.
         """
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        without = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+        wanted = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"][: len(without)]
         matched = dict.fromkeys(patterns, False)
         tensors: list[dict[str, Any]] = []
         owners: dict[tuple[Any, ...], dict[str, Any]] = {}
+        excluded = set()
         for name, value in state_dict.items():
+            _check_dense(name, value)
             tensor: dict[str, Any] = {
                 "name": name,
                 "shape": list(value.shape),
                 "dtype": _dtype_name(value.dtype),
                 "role": FROZEN,
             }
-            hits = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
-            if hits and (value.is_floating_point() or value.is_complex()):
+            misses = [f"!{pattern}" for pattern in without if fnmatchcase(name, pattern)]
+            matched.update(dict.fromkeys(misses, True))
+            hits = [pattern for pattern in wanted if fnmatchcase(name, pattern) and not misses]
+            if hits and (value.is_floating_point() or value.is_complex()) and not _is_infinite_mask(value):
                 if value.dtype not in GENERATED_DTYPES:
                     raise ValueError(
                         f"`{name}` is {tensor['dtype']}; parameter vectors are float32 and cannot hold it exactly. "
@@ -132,20 +156,30 @@ class ParameterLayout(ModelMixin, ConfigMixin):
                     matched.update(dict.fromkeys(hits, True))
             place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
             owner = owners.setdefault(place, tensor) if value.numel() > 0 else tensor
+            if misses:
+                excluded.add(owner["name"])
             if owner is not tensor:
                 # A pattern that names any of the tied tensors means all of them.
                 owner["role"] = GENERATED if GENERATED in (owner["role"], tensor["role"]) else FROZEN
                 tensor.update(role=TIED, tied_to=owner["name"])
+            if owner["name"] in excluded:
+                owner["role"] = FROZEN
             tensors.append(tensor)
         missed = [pattern for pattern, hit in matched.items() if not hit]
-        if missed or not patterns:
+        if missed or not any(tensor["role"] == GENERATED for tensor in tensors):
             raise ValueError(
-                f"The patterns {missed} match no floating-point tensor of the network. It has: "
+                f"The patterns {missed or patterns} match no floating-point tensor of the network. It has: "
                 f"{_shorten([t['name'] for t in tensors])}."
             )
         layout = cls(tensors=tensors)
         layout.load_frozen(state_dict)
         return layout
+
+    @property
+    def architecture(self) -> list[dict[str, Any]]:
+        """The entries of the config without what the values of a zoo told."""
+        told = ("values", "range")
+        return [{key: value for key, value in entry.items() if key not in told} for entry in self.config.tensors]
 
     def tensors(self, role: str) -> list[dict[str, Any]]:
         """The entries of the config with this role (`"generated"`, `"frozen"` or `"tied"`), in state-dict order."""
@@ -153,13 +187,43 @@ class ParameterLayout(ModelMixin, ConfigMixin):
 
     def frozen_state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors that are not generated, by their names in the network."""
-        return {tensor["name"]: self.frozen.get_buffer(tensor["name"]) for tensor in self.tensors(FROZEN)}
+        return {tensor["name"]: self.frozen.get_buffer(str(place)) for place, tensor in self._places(FROZEN)}
+
+    def _places(self, role: str) -> list[tuple[int, dict[str, Any]]]:
+        return [(place, tensor) for place, tensor in enumerate(self.config.tensors) if tensor["role"] == role]
 
     @torch.no_grad()
     def load_frozen(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Copies the frozen tensors out of a state dict of the network (extra names are ignored)."""
-        for tensor in self.tensors(FROZEN):
-            self.frozen.get_buffer(tensor["name"]).copy_(_checked(tensor, state_dict))
+        state_dict = self._with_owners(state_dict)
+        for place, tensor in self._places(FROZEN):
+            self.frozen.get_buffer(str(place)).copy_(_checked(tensor, state_dict))
+
+    def check_frozen(self, state_dict: Mapping[str, torch.Tensor], may_differ: str | Sequence[str] = ()) -> None:
+        r"""
+        Raises `ValueError` where a frozen tensor of a network is not that of the layout: its state dict could not be
+        made again. Counts of batches (`num_batches_tracked`) may differ.
+
+        Args:
+            state_dict (`Mapping[str, torch.Tensor]`): A state dict of the architecture.
+            may_differ (`str` or `Sequence[str]`, *optional*):
+                Shell-style patterns of frozen tensors that may differ.
+        """
+        state_dict = self._with_owners(state_dict)
+        may_differ = [may_differ] if isinstance(may_differ, str) else may_differ
+        for name, expected in self.frozen_state_dict().items():
+            free = name.rpartition(".")[2] == COUNTER or any(fnmatchcase(name, pattern) for pattern in may_differ)
+            if not free and not _same(state_dict[name].detach().to(expected.device), expected):
+                raise ValueError(f"`{name}` is not generated, and differs from that of the first network.")
+
+    def _with_owners(self, state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """The same, with the tensors that files hold under the name of one that is tied to them."""
+        lacking = {
+            tensor["tied_to"]: state_dict[tensor["name"]]
+            for tensor in self.tensors(TIED)
+            if tensor["tied_to"] not in state_dict and tensor["name"] in state_dict
+        }
+        return {**state_dict, **lacking} if lacking else state_dict
 
     def flatten(self, state_dict: Mapping[str, torch.Tensor]) -> torch.Tensor:
         r"""
@@ -175,10 +239,11 @@ class ParameterLayout(ModelMixin, ConfigMixin):
             `ValueError`: names, shapes or dtypes differ from the layout's, a value is NaN or infinite, or tied
             tensors differ. The message names the tensor, what was expected and what was found.
         """
-        names = [tensor["name"] for tensor in self.config.tensors]
-        unexpected = [name for name in state_dict if name not in set(names)]
+        names = {tensor["name"] for tensor in self.config.tensors}
+        unexpected = [name for name in state_dict if name not in names]
         if unexpected:
             raise ValueError(f"The network has tensors that the layout does not know: {_shorten(unexpected)}.")
+        state_dict = self._with_owners(state_dict)
         parts = []
         for tensor in self.config.tensors:
             if tensor["role"] == TIED:
@@ -224,7 +289,8 @@ class ParameterLayout(ModelMixin, ConfigMixin):
 
     def fit(self, batches: Iterable[torch.Tensor]) -> "ParameterLayout":
         r"""
-        Takes mean and standard deviation of each parameter from a zoo, in one pass with bounded memory.
+        Takes mean and standard deviation of each parameter from a zoo, and what kind of values each tensor holds, in
+        one pass with bounded memory.
 
         Args:
             batches (`Iterable[torch.Tensor]`): Parameter vectors, each `[n, P]`; together at least two rows.
@@ -232,32 +298,56 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         Returns:
             `ParameterLayout`: itself.
         """
-        count = 0
+        moments = _Moments()
+        variances = {name for name in self.slices if name.rpartition(".")[2] == "running_var"}
+        # What tensors may turn out to hold: their logarithms and smallest values, and the range of whole ones.
+        positive = {name: (_Moments(), torch.tensor(torch.inf)) for name in self.slices}
+        whole = dict.fromkeys(self.slices, (math.inf, -math.inf))
         for batch in batches:
             # On the CPU, where vectors are read and float64 is at hand; MPS lacks it.
             raw = batch.to("cpu", torch.float32)
-            values = raw.to(torch.float64)
-            for start, stop in self._variances:
-                values[:, start:stop] = raw[:, start:stop].clamp_min(SMALLEST_VARIANCE).log()
-            if count == 0:
+            if moments.count == 0:
                 first = raw[0].clone()
                 constant = torch.ones_like(first, dtype=torch.bool)
-                mean = torch.zeros_like(values[0])
-                squares = torch.zeros_like(values[0])
-            # Chan, Golub and LeVeque (1983): merging the moments of two samples.
-            batch_mean, total = values.mean(0), count + len(values)
-            shift = batch_mean - mean
-            mean.add_(shift, alpha=len(values) / total)
-            squares.add_(values.sub_(batch_mean).square_().sum(0))
-            squares.addcmul_(shift, shift, value=count * len(values) / total)
             constant &= (raw == first).all(0)
-            count = total
-        if count < 2:
-            raise ValueError(f"Statistics need a zoo of at least two networks, and this one has {count}.")
-        for start, stop in self._variances:
-            self.log[start:stop] = ~constant[start:stop]
-        self.mean.copy_(torch.where(constant, first, mean.to(torch.float32)))
-        self.std.copy_(torch.where(constant, 0.0, (squares / count).sqrt().to(torch.float32)))
+            for name, place in self.slices.items():
+                part = raw[:, place]
+                if name in positive and (name in variances or (part >= 0).all()):
+                    logs, least = positive[name]
+                    logs.add(part.to(torch.float64).clamp_min(SMALLEST_VARIANCE).log())
+                    positive[name] = logs, torch.minimum(least, part.amin(0))
+                else:
+                    positive.pop(name, None)
+                if name in whole and ((part == part.round()) & (part.abs() <= LARGEST)).all():
+                    whole[name] = min(whole[name][0], part.min().item()), max(whole[name][1], part.max().item())
+                else:
+                    whole.pop(name, None)
+            moments.add(raw.to(torch.float64))
+        if moments.count < 2:
+            raise ValueError(f"Statistics need a zoo of at least two networks, and this one has {moments.count}.")
+        tensors = self.architecture
+        self.log.zero_()
+        for tensor in tensors:
+            name = tensor["name"]
+            varying = None if tensor["role"] != GENERATED else ~constant[self.slices[name]]
+            if varying is None or not varying.any():
+                continue
+            if name in whole:
+                tensor.update(values=WHOLE, range=[int(limit) for limit in whole[name]])
+            elif name in positive:
+                (logs, least), place = positive[name], self.slices[name]
+                std = (moments.squares[place] / moments.count).sqrt()
+                near_zero = (moments.mean[place] < FAR_FROM_ZERO * std)[varying].any()
+                if name not in variances and not (near_zero and (least[varying] > 0).all()):
+                    tensor["values"] = NOT_NEGATIVE
+                    continue
+                tensor["values"] = POSITIVE
+                self.log[place] = varying.to(self.log.device)
+                moments.mean[place], moments.squares[place] = logs.mean, logs.squares
+        self.register_to_config(tensors=tensors)
+        self._read_values()
+        self.mean.copy_(torch.where(constant, first, moments.mean.to(torch.float32)))
+        self.std.copy_(torch.where(constant, 0.0, (moments.squares / moments.count).sqrt().to(torch.float32)))
         return self
 
     def normalize(self, vectors: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -273,8 +363,8 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         """
         stop = start + vectors.shape[1]
         values = vectors.to(torch.float32, copy=True)
-        for first, last in self._variances:
-            first, last = max(first, start), min(last, stop)
+        for place in self._positive:
+            first, last = max(place.start, start), min(place.stop, stop)
             if first < last:
                 part = values[:, first - start : last - start]
                 part.copy_(torch.where(self.log[first:last], part.clamp_min(SMALLEST_VARIANCE).log(), part))
@@ -297,9 +387,13 @@ class ParameterLayout(ModelMixin, ConfigMixin):
             `ParameterLayoutOutput` or `tuple`: its `vectors` are float32 `[N, P]`.
         """
         vectors = torch.addcmul(self.mean, normalized.to(torch.float32), self.std)
-        for start, stop in self._variances:
-            part = vectors[:, start:stop]
-            part.copy_(torch.where(self.log[start:stop], part.exp(), part))
+        for place in self._positive:
+            part = vectors[:, place]
+            part.copy_(torch.where(self.log[place], part.exp(), part))
+        for place in self._not_negative:
+            vectors[:, place].clamp_(min=0)
+        for place, least, most in self._whole:
+            vectors[:, place].round_().clamp_(least, most)
         return ParameterLayoutOutput(vectors=vectors) if return_dict else (vectors,)
 
     def enable_group_offload(self, onload_device: torch.device, *args: Any, **kwargs: Any) -> None:
@@ -338,7 +432,7 @@ def check_tensors(tensors: list[dict[str, Any]]) -> None:
         if not isinstance(tensor, Mapping) or not {"name", "shape", "dtype", "role"} <= set(tensor):
             raise ValueError(f"A tensor of a layout has a name, a shape, a dtype and a role; found {tensor!r:.200}.")
         name, shape, dtype, role = (tensor[key] for key in ("name", "shape", "dtype", "role"))
-        if not isinstance(name, str) or not all(name.split(".")) or name in seen:
+        if not isinstance(name, str) or not all(name.split(".")) or name in seen or not _is_text(name):
             raise ValueError(f"{name!r:.200} is no name of a tensor, or stands twice.")
         if not isinstance(shape, (list, tuple)) or not all(type(length) is int and length >= 0 for length in shape):
             raise ValueError(f"`{name}` has the shape {shape!r:.200}, which is none.")
@@ -356,9 +450,71 @@ def check_tensors(tensors: list[dict[str, Any]]) -> None:
                 raise ValueError(f"`{name}` cannot be generated: its dtype is {dtype}.")
         elif role != FROZEN:
             raise ValueError(f"`{name}` has the role {role!r:.200}; expected generated, frozen or tied.")
+        values, limits = tensor.get("values"), tensor.get("range")
+        if values not in (None, POSITIVE, NOT_NEGATIVE, WHOLE) or (values == WHOLE) != (limits is not None):
+            raise ValueError(f"`{name}` has the values {values!r:.200} in the range {limits!r:.200}, which are none.")
+        if limits is not None and not (
+            isinstance(limits, (list, tuple))
+            and [type(limit) for limit in limits] == [int, int]
+            and -LARGEST <= limits[0] <= limits[1] <= LARGEST
+        ):
+            raise ValueError(f"`{name}` has the range {limits!r:.200}, which is none.")
         seen[name] = dict(tensor)
     if not any(tensor["role"] == GENERATED and math.prod(tensor["shape"]) for tensor in tensors):
         raise ValueError("A layout needs at least one generated parameter, and this one has none.")
+
+
+class _Moments:
+    """Mean, and sum of squared deviations from it, of rows that come in batches (Chan, Golub and LeVeque 1983)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, values: torch.Tensor) -> None:
+        """Takes in rows `[n, p]`, which are overwritten."""
+        batch_mean, total = values.mean(0), self.count + len(values)
+        shift = batch_mean - self.mean
+        self.mean = self.mean + shift * (len(values) / total)
+        self.squares = self.squares + values.sub_(batch_mean).square_().sum(0)
+        self.squares.addcmul_(shift, shift, value=self.count * len(values) / total)
+        self.count = total
+
+
+def _check_dense(name: str, value: Any) -> None:
+    """Raises `ValueError` for what is no dense tensor with values."""
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"`{name}` is no tensor, but {type(value).__name__}.")
+    if isinstance(value, UninitializedBuffer | UninitializedParameter):
+        raise ValueError(f"`{name}` is built lazily and has no values yet: run the network once before.")
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        kind = "on the meta device" if value.is_meta else "quantized" if value.is_quantized else "sparse"
+        raise ValueError(f"`{name}` is {kind}; a network's tensors have to be dense numbers.")
+
+
+def _is_infinite_mask(value: torch.Tensor) -> bool:
+    """Whether a tensor masks by infinite values, such as a causal mask: besides them it has one value at most."""
+    if not value.is_floating_point() or value.dtype.itemsize < 2:
+        return False
+    infinite = torch.isinf(value)
+    rest = value[~infinite]
+    return bool(infinite.any()) and (len(rest) == 0 or bool((rest == rest[0]).all()))
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal, NaN to NaN."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return torch.equal(*bits) or torch.equal(one, other)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _numel(tensor: Mapping[str, Any]) -> int:
