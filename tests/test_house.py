@@ -13,7 +13,7 @@ PACKAGE = ROOT / "pdiff_hf"
 STAGES = {"pdiff_hf.collect", "pdiff_hf.train.stage", "pdiff_hf.generate", "pdiff_hf.evaluation.stage"}
 OF_THE_HUB = {"torch", "numpy", "diffusers", "huggingface_hub"}
 STANDARD = {"collections", "contextlib", "copy", "dataclasses", "fnmatch", "functools", "importlib", "inspect"}
-STANDARD |= {"itertools", "json", "math", "numbers", "pathlib", "shutil", "typing"}
+STANDARD |= {"itertools", "json", "math", "numbers", "os", "pathlib", "shutil", "typing"}
 
 
 def name_of(file: Path) -> str:

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
 
+# In the folder of a pipeline, while it is saved.
+UNFINISHED = ".unfinished-pipeline"
 StateDict = dict[str, torch.Tensor]
 Networks = TypeVar("Networks", list[StateDict], torch.Tensor, np.ndarray)
 Callback = Callable[["NeuralNetworkDiffusionPipeline", int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -343,6 +346,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         tensor_inputs = callback_on_step_end_tensor_inputs or ()
+        if isinstance(tensor_inputs, str):
+            tensor_inputs = (tensor_inputs,)
         if num_networks is None:
             several: Any = generator if isinstance(generator, (list, tuple)) else latents
             num_networks = len(several) if hasattr(several, "__len__") else 1
@@ -464,18 +469,50 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                 kwargs[name] = (value[0].rpartition(".")[2], value[1])
         super().register_to_config(**kwargs)
 
+    def save_pretrained(
+        self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None, **kwargs: Any
+    ) -> None:
+        # Written beside and moved into place when all of it is there: what was there before stays whole if this fails,
+        # and without model_index.json, which goes first and comes last, there is no pipeline.
+        folder, beside = Path(save_directory), Path(save_directory, UNFINISHED)
+        kwargs = {"safe_serialization": safe_serialization, "variant": variant, **kwargs}
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", folder.name)
+        if folder.is_file():
+            super().save_pretrained(folder, **kwargs)  # which says what is wrong
+            return
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            super().save_pretrained(beside, **kwargs)
+            for file in beside.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as content:
+                        os.fsync(content.fileno())
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        index = folder / self.config_name
+        former = _slots(index)
+        index.unlink(missing_ok=True)
+        for name in former - {path.name for path in beside.iterdir()}:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == self.config_name):
+            target = folder / path.name
+            if target.is_dir() and variant is None:
+                shutil.rmtree(target)
+            elif target.is_dir():  # beside other variants
+                for stale in target.glob(f"*.{variant}*"):
+                    stale.unlink()
+                for file in path.iterdir():
+                    file.replace(target / file.name)
+                continue
+            path.replace(target)
+        shutil.rmtree(beside)
+
     def save_config(self, save_directory: str | Path, **kwargs: Any) -> None:
         # Makes the folder complete: the pipeline's code and that of each custom component stand beside the weights,
-        # nothing in it tells where the parts were loaded from, and nothing is left of a pipeline with other slots.
+        # and nothing in it tells where the parts were loaded from.
         folder = Path(save_directory)
-        before = json.loads(text.read_text("utf-8")) if (text := folder / self.config_name).is_file() else {}
-        for name in self._optional_components:
-            if getattr(self, name) is None and (before.get(name) or [None])[0] is not None:
-                shutil.rmtree(folder / name, ignore_errors=True)
-        for name in self.components:
-            former = (before.get(name) or [None])[0]
-            if isinstance(former, str) and former.isidentifier() and former != self.config[name][0]:
-                (folder / name / f"{former}.py").unlink(missing_ok=True)
         super().save_config(save_directory, **kwargs)
         _rewrite_json(folder / self.config_name, _class_name=[Path(__file__).stem, type(self).__name__])
         _write_code(type(self), folder)
@@ -523,6 +560,15 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                 elif importlib.util.find_spec(f"{package}.{name}") and importlib.util.find_spec(module):
                     config[name] = [module, value[1]]
         return config
+
+
+def _slots(index: Path) -> set[str]:
+    """Names of the components of a saved pipeline."""
+    try:
+        described = json.loads(index.read_text(encoding="utf-8")).items()
+    except (OSError, ValueError, AttributeError):
+        return set()
+    return {name for name, value in described if isinstance(value, list) and name.isidentifier() and name[0] != "_"}
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:
