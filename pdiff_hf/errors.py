@@ -1,8 +1,14 @@
 """Every error that a user can cause and mend."""
 
+from .text import printable
+
 
 class PdiffError(Exception):
     """Something is wrong with what was given; the message says what was found, what was expected and what to do."""
+
+    def __str__(self) -> str:
+        # It may quote a stranger, and will be shown in a terminal.
+        return printable(super().__str__())
 
 
 class ConfigError(PdiffError, ValueError):

@@ -1,18 +1,33 @@
-"""How files are written, and what a folder is."""
+"""How files are written, what a folder is, and who writes it."""
 
+import hashlib
+import hmac
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 
-from .errors import WriteError
+from .errors import ConfigError, WriteError
 
 
 # How folders begin that hold, beside a result, what is made and not yet part of it.
 UNFINISHED = ".unfinished-"
+LOCK = ".pdiff-hf.lock"
 MAKE_ROOM = "Make room and run the same command again."
+# What tells what a folder holds, and which stages write such folders.
+KINDS = {
+    "a zoo": (("zoo.json", "collect.yaml", "generate.yaml"), ("collect", "generate", "import")),
+    "a pipeline": (("model_index.json", "train.yaml"), ("train",)),
+    "a report": (("report.json", "evaluate.yaml"), ("evaluate",)),
+}
 
 
 def is_zoo(folder: str | os.PathLike[str]) -> bool:
@@ -23,6 +38,53 @@ def is_zoo(folder: str | os.PathLike[str]) -> bool:
 def is_pipeline(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a pipeline."""
     return Path(folder, "model_index.json").is_file()
+
+
+def check_kind(folder: str | os.PathLike[str], stage: str) -> None:
+    """Raises [`ConfigError`] where a folder holds what another stage makes."""
+    for kind, (names, stages) in KINDS.items():
+        if stage not in stages and any(Path(folder, name).is_file() for name in names):
+            raise ConfigError(f"{folder} holds {kind}. Choose another --output-dir.")
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    r"""
+    Holds a folder, which is made where it lacks, against other processes that would write it. Those that hold it
+    already may do so again.
+
+    Raises:
+        [`WriteError`]: another process writes it.
+    """
+    folder = Path(folder)
+    made = not folder.exists()
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder.resolve() / LOCK
+        lock: BaseFileLock = FileLock(file, is_singleton=True)
+        try:
+            try:
+                lock.acquire(timeout=0)
+            except NotImplementedError:  # a file system without locks of its own
+                lock = SoftFileLock(file, is_singleton=True)
+                lock.acquire(timeout=0)
+            while not file.exists():  # whoever held it removed it meanwhile
+                lock.release()
+                lock.acquire(timeout=0)
+        except Timeout:
+            raise WriteError(
+                f"Another process writes {folder}. Wait until it is done, or choose another folder."
+            ) from None
+    try:
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            with suppress(OSError):  # Windows keeps what is open
+                file.unlink()
+        lock.release()
+        if made:  # what was refused leaves nothing behind
+            with suppress(OSError):
+                folder.rmdir()
 
 
 @contextmanager
@@ -54,6 +116,10 @@ def explained(file: Path, remedy: str = MAKE_ROOM) -> Iterator[None]:
     """Turns what writers raise where a disk is full or protected into a [`WriteError`]."""
     try:
         yield
+    except WriteError:
+        raise
+    except PermissionError as error:
+        raise WriteError(f"Cannot write {file}: {error}. Check who may write there.") from error
     except (OSError, RuntimeError, SafetensorError) as error:
         raise WriteError(f"Cannot write {file}: {error}. {remedy}") from error
 
@@ -62,3 +128,40 @@ def sync(file: Path) -> None:
     """Waits until a file is on the disk."""
     with file.open("rb") as written:
         os.fsync(written.fileno())
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raises [`WriteError`] where a disk has less room than so many bytes."""
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise WriteError(f"{folder} would take {size / 1e9:,.1f} GB, and its disk has {free / 1e9:,.1f} GB free.")
+
+
+def check_opens(file: Path) -> None:
+    """Raises `OSError` where a file cannot even be opened, which says nothing of what is in it."""
+    try:
+        os.fsencode(file).decode()
+    except UnicodeError as error:
+        raise OSError("its path is no UTF-8, in which readers of safetensors name files") from error
+    file.open("rb").close()
+
+
+def own_name(*parts: Any) -> str:
+    """A name that only this user's processes can give to a file: of files of others nothing is believed."""
+    return hmac.new(_secret(), repr(parts).encode(), hashlib.sha256).hexdigest()
+
+
+@cache
+def _secret() -> bytes:
+    file = Path(HF_HOME, "pdiff-hf", "secret")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_name("secret.lock")):
+            if not file.exists():
+                with whole(file) as temporary:
+                    temporary.touch(mode=0o600)
+                    temporary.write_bytes(secrets.token_bytes(32))
+            return file.read_bytes()
+    except (OSError, NotImplementedError):  # what is made will be known to this process alone
+        return secrets.token_bytes(32)

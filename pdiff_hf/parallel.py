@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 from .errors import ConfigError
+from .files import check_kind, locked
 
 
 Result = TypeVar("Result")
@@ -39,6 +41,16 @@ def processes() -> PartialState:
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ..."
         )
     return state
+
+
+@contextmanager
+def written(folder: str | os.PathLike[str], stage: str) -> Iterator[None]:
+    """Holds the folder of a stage, in which only it may write, for all processes of the stage."""
+    state = processes()
+    with locked(folder) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        check_kind(folder, stage)
+        yield
 
 
 def from_main(compute: Callable[[], Result]) -> Result:

@@ -1,0 +1,36 @@
+"""What strangers wrote, made harmless where it is shown."""
+
+import re
+from typing import Any
+
+import yaml
+
+
+# More metadata than any card or configuration has; reading them takes seconds.
+MOST_YAML = 2**19
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: escape sequences, half characters and what turns the direction of writing are spelt out."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def plain(text: str) -> str:
+    """One line for a card: letters, digits and the punctuation of names, a ? for what may be Markdown or HTML."""
+    return re.sub(r"[^\w ./:@+,()=-]", "?", text[:200])
+
+
+def load_yaml(text: str) -> Any:
+    r"""
+    The content of a YAML document that may come from anywhere.
+
+    Raises:
+        `yaml.YAMLError`: it is none, is longer than half a megabyte, or has aliases, by which a few lines become
+        gigabytes.
+    """
+    if len(text) > MOST_YAML:
+        raise yaml.YAMLError(f"{len(text):,} characters are more than the {MOST_YAML:,} that are read")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, loader)):
+        raise yaml.YAMLError("aliases (*name) are not read; write out what they stand for")
+    return yaml.load(text, loader)
