@@ -1,7 +1,15 @@
 """A zoo: many networks of one architecture."""
 
 from ..errors import ZooError
-from .store import BATCH_VALUES, WeightZoo, ZooDtype, make_layout, networks_per_batch
+from .store import BATCH_VALUES, WeightZoo, ZooDtype, check_room_for, make_layout, networks_per_batch
 
 
-__all__ = ["BATCH_VALUES", "WeightZoo", "ZooDtype", "ZooError", "make_layout", "networks_per_batch"]
+__all__ = [
+    "BATCH_VALUES",
+    "WeightZoo",
+    "ZooDtype",
+    "ZooError",
+    "check_room_for",
+    "make_layout",
+    "networks_per_batch",
+]

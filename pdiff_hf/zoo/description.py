@@ -1,14 +1,14 @@
 """What a zoo says of itself, in `zoo.json`, and what is believed of it: a zoo may come from anywhere."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ZooError
-from ..files import is_zoo, whole
+from ..files import check_opens, is_zoo, whole
 from ..pipelines.neural_network_diffusion.layout.parameter_layout import check_tensors
 from .shards import STORED_AS
 
@@ -24,6 +24,7 @@ class Description:
     networks_per_shard: int
     dtype: str
     layout: dict[str, Any]
+    may_differ: list[str]
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, str) or self.dtype not in STORED_AS:
@@ -32,6 +33,8 @@ class Description:
             raise ValueError(f"the task is {self.task!r:.200}")
         if type(self.networks_per_shard) is not int or self.networks_per_shard < 1:
             raise ValueError(f"networks_per_shard is {self.networks_per_shard!r:.200}")
+        if not isinstance(self.may_differ, list) or not all(isinstance(name, str) for name in self.may_differ):
+            raise ValueError(f"may_differ is {self.may_differ!r:.200}")
         check_tensors(self.tensors)
 
     @property
@@ -62,11 +65,15 @@ def read_description(folder: Path) -> Description:
     _check_links(folder)
     file = folder / "zoo.json"
     try:
+        check_opens(file)
+    except OSError as error:
+        raise ZooError(f"{file} cannot be opened: {error}.") from error
+    try:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content["format_version"]
         if version != FORMAT_VERSION:
             raise ZooError(f"{file} has format version {version!r}; this pdiff-hf reads {FORMAT_VERSION}.")
-        return Description(*(content[name] for name in ("task", "networks_per_shard", "dtype", "layout")))
+        return Description(**{field.name: content[field.name] for field in fields(Description)})
     except ZooError:
         raise
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:

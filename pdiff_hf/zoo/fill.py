@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..errors import ZooError
-from ..files import UNFINISHED, is_zoo, whole
-from ..parallel import Saving, processes
+from ..files import UNFINISHED, check_opens, is_zoo, own_name, whole
+from ..parallel import Saving, from_main, processes
 from .store import WeightZoo
 
 
@@ -46,6 +46,8 @@ def fill(
         description (`str`): For the progress bar.
     """
     state = processes()
+    # Parts by other names are not ours.
+    mark = from_main(lambda: own_name("networks")[:16])
     if state.is_main_process:
         zoo = WeightZoo(folder) if is_zoo(folder) else create()
     state.wait_for_everyone()
@@ -57,13 +59,16 @@ def fill(
         start = index // unit_size * unit_size
         return range(start, min(start + unit_size, num_networks))
 
+    def part_of(unit: range) -> Path:
+        return folder / PARTS / f"networks-{unit.start}-to-{unit.stop}-{mark}.safetensors"
+
     units = [unit_of(index) for index in range(unit_of(len(zoo)).start, num_networks, unit_size)]
-    mine = [unit for unit in units[state.process_index :: state.num_processes] if not _part(folder, unit).exists()]
+    mine = [unit for unit in units[state.process_index :: state.num_processes] if not part_of(unit).exists()]
     state.wait_for_everyone()  # from here on the main process moves parts
 
     if not state.is_main_process:
         for unit in mine:
-            _write_part(_part(folder, unit), make(unit))
+            _write_part(part_of(unit), make(unit))
         state.wait_for_everyone()
         state.wait_for_everyone()
         return WeightZoo(folder)
@@ -72,7 +77,7 @@ def fill(
 
     def take_parts() -> None:
         """Appends what lies ready, as far as it is next."""
-        while len(zoo) < num_networks and (part := _part(folder, unit_of(len(zoo)))).exists():
+        while len(zoo) < num_networks and (part := part_of(unit_of(len(zoo)))).exists():
             _append(zoo, unit_of(len(zoo)), _read_part(part))
             taken.append(part)
         progress.update(len(zoo) - progress.n)
@@ -89,20 +94,16 @@ def fill(
             if unit.start <= len(zoo):
                 _append(zoo, unit, networks)
             else:
-                _write_part(_part(folder, unit), networks)
+                _write_part(part_of(unit), networks)
             take_parts()
             saving.when_due()
         state.wait_for_everyone()
         while len(zoo) < num_networks:
-            _wait_for(_part(folder, unit_of(len(zoo))))
+            _wait_for(part_of(unit_of(len(zoo))))
             take_parts()
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     state.wait_for_everyone()
     return zoo
-
-
-def _part(folder: Path, unit: range) -> Path:
-    return folder / PARTS / f"networks-{unit.start}-to-{unit.stop}.safetensors"
 
 
 def _wait_for(file: Path) -> None:
@@ -127,6 +128,10 @@ def _write_part(file: Path, networks: MadeNetworks) -> None:
 
 
 def _read_part(file: Path) -> MadeNetworks:
+    try:
+        check_opens(file)
+    except OSError as error:
+        raise ZooError(f"{file} cannot be opened: {error}.") from error
     try:
         with safe_open(file, "pt") as part:
             return list(zip(part.get_tensor("networks"), json.loads(part.metadata()["rows"]), strict=True))

@@ -1,66 +1,225 @@
 """Networks that were trained elsewhere: checkpoint files, and model repositories on the Hub."""
 
+import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import pickle
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import safe_open
 
-from ..errors import ZooError
-from ..hub.client import download_file, matching_models
+from ..errors import HubError, ZooError
+from ..files import check_opens
+from ..hub.client import download_file, matching_models, repository_files
+
+
+StateDict = dict[str, torch.Tensor]
+ADAPTER_CONFIG = "adapter_config.json"
+# What an adapter's tensors mean depends on these entries of its configuration.
+ADAPTER_FACTS = (
+    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+    *("fan_in_fan_out", "layers_to_transform", "base_model_name_or_path"),
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file that holds a network, got when it is needed, and the metadata of the network."""
+    """A file that holds a network, got when it is needed, with the row of the network's metadata."""
 
-    get: Callable[[], Path]
+    get: Callable[[str | None], Path]
     row: dict[str, Any]
+    key: str | None = None
 
-    def read(self) -> dict[str, torch.Tensor]:
+    def read(self) -> StateDict:
         """The state dict in the file."""
-        return read_state_dict(self.get())
+        return read_state_dict(self.get(None), self.key)
+
+    def adapter(self) -> dict[str, Any] | None:
+        """What an adapter's tensors mean, where the file is one and its configuration lies beside it."""
+        if not self.get(None).name.startswith("adapter_model"):
+            return None
+        try:
+            config = json.loads(self.get(ADAPTER_CONFIG).read_text(encoding="utf-8"))
+            return {name: config.get(name) for name in ADAPTER_FACTS}
+        except (OSError, HubError):
+            return None
+        except (ValueError, AttributeError) as error:
+            raise ZooError(f"{self.row['source']}: its {ADAPTER_CONFIG} is damaged: {error}") from error
 
 
-def checkpoints_of_files(files: Iterable[str | os.PathLike[str]]) -> list[Checkpoint]:
-    """Those in files of this machine."""
-    found = [Checkpoint(partial(Path, file), {"source": Path(file).name}) for file in files]
-    if not found:
+def checkpoints_of_files(files: Iterable[str | os.PathLike[str]], key: str | None) -> list[Checkpoint]:
+    """Those in files of this machine: alphabetical order becomes the natural one, in which step_2 precedes step_10;
+    any other order of a list stays."""
+    if isinstance(files, str | os.PathLike):
+        if Path(files).is_dir():
+            raise ZooError(f"{files} is a folder: pass its files, such as Path({str(files)!r}).glob('*.safetensors').")
+        files = [files]
+    ordered = isinstance(files, Sequence)
+    paths = [Path(file) for file in files]
+    if not paths:
         raise ZooError("No checkpoints were given.")
-    return found
+    if not ordered or paths == sorted(paths) or paths == sorted(paths, key=str):
+        paths.sort(key=lambda path: _natural(str(path)))
+    home = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+
+    def beside(file: Path, name: str | None) -> Path:
+        return file if name is None else file.with_name(name)
+
+    return [
+        Checkpoint(partial(beside, path), {"source": path.absolute().relative_to(home).as_posix()}, key)
+        for path in paths
+    ]
 
 
 def checkpoints_of_repositories(pattern: str, filename: str, token: str | None) -> list[Checkpoint]:
-    """Those of the model repositories that a pattern matches, at their present commits."""
+    """Those of the model repositories that a pattern matches, at their present commits, in natural order."""
     if not filename.endswith(".safetensors"):
         raise ZooError(f"{filename}: only safetensors files are read from the Hub.")
     models = matching_models(pattern, token)
     if not models:
         raise ZooError(f"No model repository on the Hub matches {pattern!r}.")
 
-    def fetch(name: str, commit: str) -> Path:
-        return Path(download_file(name, "model", commit, token, filename))
+    def fetch(name: str, commit: str, beside: str | None) -> Path:
+        wanted = filename if beside is None else (Path(filename).parent / beside).as_posix()
+        try:
+            return Path(download_file(name, "model", commit, token, wanted))
+        except HubError as error:
+            cause = error.__cause__
+            if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+                raise HubError(
+                    f"{name} at revision {commit!r} {_instead(repository_files(name, commit, token), wanted)}"
+                ) from error
+            raise
 
+    models.sort(key=lambda model: _natural(model[0]))
     return [Checkpoint(partial(fetch, name, commit), {"source": name, "revision": commit}) for name, commit in models]
 
 
-def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a `.safetensors`, `.pt` or `.pth` file; of the latter two tensors alone, never code."""
+def _instead(files: list[str], wanted: str) -> str:
+    """What a repository has in the place of a file of weights."""
+    if f"{wanted}.index.json" in files:
+        return f"has its weights in several files ({wanted}.index.json lists them); networks of one file are read."
+    if safe := [name for name in files if name.endswith(".safetensors")]:
+        return f"has no {wanted}, and these: {', '.join(safe)[:500]}. Name one with --filename."
+    return f"has no {wanted} and no other safetensors file. Formats that can hold code are not read from the Hub."
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sort key by which numbers in names count."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def check_adapters(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raises [`ZooError`] where adapters have tensors of one shape and other meanings."""
+    first = checkpoints[0].adapter()
+    for checkpoint in checkpoints[1:]:
+        other = checkpoint.adapter()
+        if other == first:
+            continue
+        sources = f"{checkpoint.row['source']} and {checkpoints[0].row['source']}"
+        if first is None or other is None:
+            raise ZooError(f"{sources}: one of these adapters has an {ADAPTER_CONFIG} and the other has none.")
+        name = next(name for name in ADAPTER_FACTS if first[name] != other[name])
+        raise ZooError(f"{sources} are adapters of different {name}: {other[name]!r} and {first[name]!r}.")
+
+
+def twins(checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
+    """Names of tensors that have the values of another in all networks, each with that other one's name: they are
+    tied, and their files do not say so."""
+    first = checkpoints[0].read()
+    seen: dict[tuple[Any, ...], str] = {}
+    found = {}
+    for name, value in first.items():
+        # Initial values such as zeros say nothing.
+        if not value.is_floating_point() or value.numel() < 2 or (value == value.flatten()[0]).all():
+            continue
+        owner = seen.setdefault((value.dtype, value.shape, value.double().sum().item()), name)
+        if owner != name and torch.equal(value, first[owner]):
+            found[name] = owner
+    for checkpoint in checkpoints[1:] if found else []:
+        state_dict = checkpoint.read()
+        found = {
+            name: owner
+            for name, owner in found.items()
+            if name not in state_dict or owner not in state_dict or torch.equal(state_dict[name], state_dict[owner])
+        }
+    return found
+
+
+def read_state_dict(file: Path, key: str | None = None) -> StateDict:
+    r"""
+    The state dict in a file, whatever its name: of safetensors, or of what `torch.save` wrote, tensors alone and never
+    code.
+
+    Args:
+        file (`Path`): The file.
+        key (`str`, *optional*):
+            Where in the file, `"model"` or `"ema.model"`; by default the file is one, or holds one only.
+
+    Raises:
+        [`ZooError`]: there is none, or there are several.
+    """
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        if file.suffix in (".pt", ".pth"):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        check_opens(file)
+        if _is_safetensors(file):
+            content: Any = _read_safetensors(file)
         else:
-            raise ZooError(f"{file}: expected a .safetensors, .pt or .pth file.")
-    except ZooError:
-        raise
+            with file.open("rb") as opened:  # of a path, torch reads the suffix
+                content = torch.load(opened, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Its text tells to read the file in a way that runs what is in it.
+        other = re.search(r"GLOBAL (\S+)", str(error))
+        if other is None:
+            raise ZooError(
+                f"{file} cannot be read as a state dict: it is damaged, or neither safetensors nor of torch.save."
+            ) from error
+        raise ZooError(
+            f"{file} cannot be read as a state dict: it holds objects of {other[1]}, which may run code. Save the "
+            "tensors alone."
+        ) from error
     except Exception as error:
         raise ZooError(f"{file} cannot be read as a state dict: {error}") from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    found = dict(_state_dicts(content))
+    if key is not None:
+        if key not in found:
+            raise ZooError(f"{file} has no state dict {key!r}: {', '.join(found) or 'it holds none'}.")
+        return found[key]
+    if len(found) > 1:
+        raise ZooError(f"{file} holds several state dicts. Choose one by its key: {', '.join(found)}.")
+    if not found:
         raise ZooError(f"{file} holds no state dict: expected a mapping from names to tensors.")
-    return dict(content)
+    return next(iter(found.values()))
+
+
+def _is_safetensors(file: Path) -> bool:
+    """By its content: eight bytes that say how long the JSON is that follows."""
+    with file.open("rb") as content:
+        start = content.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= file.stat().st_size
+
+
+def _read_safetensors(file: Path) -> StateDict:
+    with safe_open(file, "pt") as content:
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        # `save_model` keeps one of several tied names, and notes under the others which.
+        for name, kept in (content.metadata() or {}).items():
+            if name not in (*tensors, "format") and kept in tensors:
+                tensors[name] = tensors[kept]
+    return dict(sorted(tensors.items()))
+
+
+def _state_dicts(content: Any, path: str = "") -> Iterator[tuple[str, StateDict]]:
+    """All mappings from names to tensors in what a file holds, with the keys that lead there."""
+    if not isinstance(content, Mapping) or not content or not all(isinstance(name, str) for name in content):
+        return
+    if all(isinstance(value, torch.Tensor) for value in content.values()):
+        yield path, dict(content)
+        return
+    for name, value in content.items():
+        yield from _state_dicts(value, f"{path}.{name}" if path else name)

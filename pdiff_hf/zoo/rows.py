@@ -3,12 +3,42 @@
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ZooError
-from ..files import explained
+from ..files import explained, whole
+
+
+def column_types(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    r"""
+    The columns of rows as the Hub's `dataset_info` names them, since whoever reads the first rows alone takes a column
+    that begins without values for one that never has any. None where a column holds what has no type there.
+    """
+    kinds: dict[str, set[str]] = {}
+    for row in rows:
+        for key, value in row.items():
+            kinds.setdefault(key, set()).update(_kinds(value))
+    found = []
+    for key, kind in kinds.items():
+        kind = {"float64"} if kind == {"int64", "float64"} else kind or {"string"}
+        if len(kind) > 1 or "" in kind:
+            return None
+        name = next(iter(kind))
+        found.append({"name": key, "list": name[5:]} if name.startswith("list ") else {"name": key, "dtype": name})
+    return found
+
+
+def _kinds(value: Any) -> set[str]:
+    if value is None:
+        return set()
+    if isinstance(value, list):
+        inner = set().union(*map(_kinds, value)) or {"float64"}
+        return (
+            {"list float64"} if inner <= {"int64", "float64"} else {f"list {kind}" if kind else "" for kind in inner}
+        )
+    return {{bool: "bool", int: "int64", float: "float64", str: "string"}.get(type(value), "")}
 
 
 class Rows:
@@ -32,7 +62,7 @@ class Rows:
                     found += 1
                     yield line
         except OSError as error:
-            raise ZooError(f"{self.file} is damaged: {error}") from error
+            raise ZooError(f"{self.file} cannot be read: {error}.") from error
         if count is not None and found < count:
             raise ZooError(f"{self.file} has {found} rows for {count} networks.")
 
@@ -47,6 +77,17 @@ class Rows:
             end += len(line)
         self._parse(line)  # where the file was cut off, it shows here
         return end
+
+    def keys(self, count: int) -> list[str]:
+        """Of the rows of so many networks: every row has all of them."""
+        return list(next(self.read(min(count, 1)), {}))
+
+    def widen(self, count: int, keys: Sequence[str], remedy: str) -> int:
+        """Gives the rows of so many networks further keys, of no value yet, and returns the bytes that they take."""
+        with whole(self.file, remedy) as temporary, temporary.open("wb") as rows:
+            for row in self.read(count):
+                rows.write(json.dumps(row | dict.fromkeys(keys)).encode() + b"\n")
+        return self.file.stat().st_size
 
     def append(self, lines: bytes, end: int, remedy: str) -> int:
         """Puts lines behind the first bytes of the file, and returns where the bytes before them end."""

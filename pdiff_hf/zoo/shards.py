@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..errors import ZooError
-from ..files import sync, whole
+from ..files import check_opens, sync, whole
 
 
 # Of the stored networks: what is read is float32 all the same.
@@ -49,6 +49,7 @@ class Shards:
         if count is None:
             self.files = self._find()
             self.sizes = self._find_sizes()
+            self._seen = self._state()
         else:
             # Names and sizes follow from the number of networks.
             total = -(-count // capacity)
@@ -74,6 +75,16 @@ class Shards:
             self._checked.add(shard)
         return file
 
+    def _state(self) -> tuple[list[str], int]:
+        """What tells whether somebody else added networks."""
+        files = self._find()
+        return [file.name for file in files], files[-1].stat().st_ino if files else 0
+
+    def check_unchanged(self) -> None:
+        """Raises [`ZooError`] where somebody else added networks."""
+        if self._state() != self._seen:
+            raise ZooError(f"{self.folder} was changed by somebody else meanwhile. Open it again, and append then.")
+
     def add(self, networks: torch.Tensor, remedy: str) -> None:
         """Puts networks `[n, P]`, no more than the last shard has room for, or where it is full a new one, behind the
         others."""
@@ -90,6 +101,7 @@ class Shards:
             self.files = [self._path(number, total) for number in range(1, total + 1)]
         self.sizes[total - 1 :] = [len(networks)]
         self._checked.add(total - 1)
+        self._seen = self._state()
 
     def _path(self, number: int, total: int) -> Path:
         return self.folder / f"networks-{number:05}-of-{total:05}.safetensors"
@@ -128,6 +140,10 @@ class Shards:
         return sizes
 
     def _size(self, shard: Path) -> int:
+        try:
+            check_opens(shard)
+        except OSError as error:
+            raise ZooError(f"{shard} cannot be opened: {error}.") from error
         try:
             with safe_open(shard, "pt") as file:
                 networks = file.get_slice("networks")

@@ -16,20 +16,21 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..errors import ZooError
-from ..files import UNFINISHED, is_zoo, whole
+from ..files import LOCK, UNFINISHED, check_kind, check_opens, check_room, explained, is_zoo, locked, whole
 from ..hub.cards import write_zoo_card
 from ..hub.client import download, download_file, is_repository
 from ..hub.push import push
 from ..pipelines.neural_network_diffusion import ParameterLayout
 from .description import Description, read_description
-from .imports import Checkpoint, checkpoints_of_files, checkpoints_of_repositories
-from .rows import Rows
+from .imports import Checkpoint, check_adapters, checkpoints_of_files, checkpoints_of_repositories, twins
+from .rows import Rows, column_types
 from .shards import STORED_AS, Shards
 
 
 SHARD_BYTES = 256 * 2**20
 # Parameters of all networks of a batch.
 BATCH_VALUES = 2**24
+REMEDY = " Generate it too, or accept by `may_differ` that all networks have that of the first."
 ZooDtype = Literal["float32", "bfloat16"]
 
 
@@ -47,10 +48,13 @@ class WeightZoo:
 
     A shard is written beside its place and moved there, after the rows of its networks: what a killed process leaves
     is a readable zoo of the networks that were flushed, and appending goes on from there. One process appends at a
-    time.
+    time; a second one gets an error.
 
     Attributes:
         task (`str`, *optional*): What the networks do.
+        may_differ (`tuple[str, ...]`):
+            Patterns of tensors that are not generated and all the same differed between the networks: they have those
+            of the first.
         vector_size (`int`): Parameters P that are generated.
         dtype (`torch.dtype`): How they are stored; what is read is float32.
 
@@ -79,6 +83,7 @@ class WeightZoo:
         self._description = read_description(self.folder)
         self.task, self.dtype = self._description.task, self._description.torch_dtype
         self.networks_per_shard = self._description.networks_per_shard
+        self.may_differ = tuple(self._description.may_differ)
         self.vector_size = sum(
             torch.Size(tensor["shape"]).numel()
             for tensor in self._description.tensors
@@ -101,6 +106,7 @@ class WeightZoo:
         task: str | None = None,
         networks_per_shard: int | None = None,
         dtype: ZooDtype = "float32",
+        may_differ: Sequence[str] = (),
     ) -> "WeightZoo":
         r"""
         Makes an empty zoo.
@@ -112,29 +118,51 @@ class WeightZoo:
             networks_per_shard (`int`, *optional*): Defaults to as many as fit 256 MB.
             dtype (`str`, *optional*, defaults to `"float32"`):
                 How networks are stored: `"bfloat16"` halves the files and keeps three digits of each parameter.
+            may_differ (`Sequence[str]`, *optional*):
+                Shell-style patterns of tensors that are not generated and may differ from those of `layout` all the
+                same: what is read back has the layout's.
+
+        Raises:
+            [`ZooError`]: there is a zoo already.
+            [`ConfigError`]: the folder holds a pipeline or a report.
+            [`WriteError`]: it cannot be written.
         """
         folder = Path(folder)
+        check_kind(folder, "collect")
         if dtype not in STORED_AS:
             raise ZooError(f"A zoo stores {' or '.join(STORED_AS)}, and not {dtype}.")
         if is_zoo(folder):
             raise ZooError(f"{folder} holds a zoo already. Open it with WeightZoo({str(folder)!r}) to append to it.")
-        folder.mkdir(parents=True, exist_ok=True)
-        if leftover := next(folder.glob("networks-*.safetensors"), None):
-            raise ZooError(f"{leftover} is there without a zoo.json. Choose another folder, or move it away.")
+        with locked(folder):
+            if leftover := next(folder.glob("networks-*.safetensors"), None):
+                raise ZooError(f"{leftover} is there without a zoo.json. Choose another folder, or move it away.")
+            cls._write(folder, layout, task, networks_per_shard, dtype, may_differ)
+        return cls(folder)
+
+    @staticmethod
+    def _write(
+        folder: Path,
+        layout: ParameterLayout,
+        task: str | None,
+        networks_per_shard: int | None,
+        dtype: ZooDtype,
+        may_differ: Sequence[str],
+    ) -> None:
         description = Description(
             task=task,
             networks_per_shard=networks_per_shard
             or max(1, SHARD_BYTES // (getattr(torch, dtype).itemsize * layout.vector_size)),
             dtype=dtype,
-            layout={"tensors": layout.config["tensors"]},
+            layout={"tensors": layout.architecture},
+            may_differ=[may_differ] if isinstance(may_differ, str) else list(may_differ),
         )
         frozen = {name: value.contiguous() for name, value in layout.frozen_state_dict().items()}
         with whole(folder / "frozen.safetensors") as file:
             save_file(frozen, file)
-        (folder / "metadata.jsonl").touch()
+        with explained(folder / "metadata.jsonl"):
+            (folder / "metadata.jsonl").touch()
         # Last, since it is what makes a folder a zoo.
         description.write(folder)
-        return cls(folder)
 
     @classmethod
     def from_pretrained(
@@ -180,15 +208,18 @@ class WeightZoo:
 
     def write_card(self, description: str) -> None:
         """Writes the dataset card, keeping what a person wrote into it."""
-        write_zoo_card(self.folder, description, self.task, len(self), self.vector_size)
+        features = column_types(self.rows())
+        write_zoo_card(self.folder, description, self.task, len(self), self.vector_size, features)
 
     @classmethod
     def from_checkpoints(
         cls,
         folder: str | os.PathLike[str],
         checkpoints: Iterable[str | os.PathLike[str]],
-        patterns: Sequence[str] = ("*",),
+        patterns: str | Sequence[str] = ("*",),
         task: str | None = None,
+        key: str | None = None,
+        may_differ: Sequence[str] = (),
     ) -> "WeightZoo":
         r"""
         Makes a zoo of checkpoint files of one architecture.
@@ -196,16 +227,21 @@ class WeightZoo:
         Args:
             folder (`str` or `os.PathLike`): Where the zoo goes.
             checkpoints (`Iterable[str | os.PathLike[str]]`):
-                State dicts in `.safetensors`, `.pt` or `.pth` files (the latter two are read with
-                `weights_only=True`: tensors, never code). The first one gives names, shapes, dtypes, order (that of
-                a safetensors file is alphabetical) and the frozen tensors.
-            patterns (`Sequence[str]`, *optional*, defaults to `("*",)`): What is generated, as for `ParameterLayout`.
+                Files that hold state dicts, also as a part of a training's state: safetensors, or what `torch.save`
+                wrote (read with `weights_only=True`: tensors, never code), whatever their names. The first one gives
+                names, shapes, dtypes, order (that of a safetensors file is alphabetical) and what is frozen. Where
+                they come in alphabetical order or in none, they are taken in natural order: `step_2`, `step_10`.
+            patterns (`str` or `Sequence[str]`, *optional*, defaults to `("*",)`):
+                What is generated, as for `ParameterLayout`.
             task (`str`, *optional*): What the networks do, as [`load_task`] takes it.
+            key (`str`, *optional*): Of the state dict in files that hold several, such as `"ema"`.
+            may_differ (`Sequence[str]`, *optional*):
+                Shell-style patterns of frozen tensors that may differ between networks; all get those of the first.
 
         Raises:
             [`ZooError`]: a file cannot be read or does not match the first; nothing is left behind then.
         """
-        return cls._import(folder, checkpoints_of_files(checkpoints), patterns, task)
+        return cls._import(folder, checkpoints_of_files(checkpoints, key), patterns, task, may_differ)
 
     @classmethod
     def from_hub(
@@ -213,9 +249,10 @@ class WeightZoo:
         folder: str | os.PathLike[str],
         repositories: str,
         filename: str = "model.safetensors",
-        patterns: Sequence[str] = ("*",),
+        patterns: str | Sequence[str] = ("*",),
         task: str | None = None,
         token: str | None = None,
+        may_differ: Sequence[str] = (),
     ) -> "WeightZoo":
         r"""
         Makes a zoo of model repositories on the Hub that share an architecture. Each row of its metadata names
@@ -226,34 +263,47 @@ class WeightZoo:
             repositories (`str`): A pattern of their names in one namespace, such as `org/*-digits`.
             filename (`str`, *optional*, defaults to `"model.safetensors"`):
                 The file of each that holds its weights; safetensors only.
-            patterns (`Sequence[str]`, *optional*, defaults to `("*",)`): What is generated, as for `ParameterLayout`.
+            patterns (`str` or `Sequence[str]`, *optional*, defaults to `("*",)`):
+                What is generated, as for `ParameterLayout`.
             task (`str`, *optional*): What the networks do, as [`load_task`] takes it.
             token (`str`, *optional*): For private repositories; the one of `hf auth login` by default.
+            may_differ (`Sequence[str]`, *optional*):
+                Shell-style patterns of frozen tensors that may differ between networks; all get those of the first.
 
         Raises:
             [`HubError`]: a repository cannot be read, or lacks the file.
             [`ZooError`]: nothing matches, or a network does not match the first; nothing is left behind then.
         """
-        return cls._import(folder, checkpoints_of_repositories(repositories, filename, token), patterns, task)
+        checkpoints = checkpoints_of_repositories(repositories, filename, token)
+        return cls._import(folder, checkpoints, patterns, task, may_differ)
 
     @classmethod
     def _import(
         cls,
         folder: str | os.PathLike[str],
         checkpoints: Sequence[Checkpoint],
-        patterns: Sequence[str],
+        patterns: str | Sequence[str],
         task: str | None,
+        may_differ: Sequence[str],
     ) -> "WeightZoo":
         """A zoo of networks that were trained elsewhere; on an error there is none."""
-        zoo = cls.create(folder, make_layout(checkpoints[0].read(), patterns), task)
-        try:
-            with zoo:
-                for checkpoint in tqdm(checkpoints, desc="import", unit="network"):
-                    zoo.append(checkpoint.read(), **checkpoint.row)
-        except BaseException:
-            zoo.delete()
-            raise
-        zoo.write_card(f"{len(zoo)} networks that were trained elsewhere, imported.")
+        check_adapters(checkpoints)
+        tied = twins(checkpoints)
+
+        def read(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+            state_dict = checkpoint.read()
+            return state_dict | {name: state_dict[owner] for name, owner in tied.items() if owner in state_dict}
+
+        with locked(folder):
+            zoo = cls.create(folder, make_layout(read(checkpoints[0]), patterns), task, may_differ=may_differ)
+            try:
+                with zoo:
+                    for checkpoint in tqdm(checkpoints, desc="import", unit="network"):
+                        zoo.append(read(checkpoint), **checkpoint.row)
+            except BaseException:
+                zoo.delete()
+                raise
+            zoo.write_card(f"{len(zoo)} networks that were trained elsewhere, imported.")
         return zoo
 
     def __len__(self) -> int:
@@ -266,6 +316,10 @@ class WeightZoo:
     def layout(self) -> ParameterLayout:
         """The layout of the networks, with their frozen tensors; its statistics are not fitted."""
         file = self.folder / "frozen.safetensors"
+        try:
+            check_opens(file)
+        except OSError as error:
+            raise ZooError(f"{file} cannot be opened: {error}.") from error
         expected = {
             tensor["name"]: tensor["shape"] for tensor in self._description.tensors if tensor["role"] == "frozen"
         }
@@ -326,7 +380,13 @@ class WeightZoo:
                 stored_vectors = file.get_slice("networks")
                 for row, offset in places:
                     out[row] = stored_vectors[offset]
+        finite = torch.isfinite(out).all(1)
+        if not finite.all():
+            raise self._damaged(list(indices)[int(finite.long().argmin())] % count)
         return out
+
+    def _damaged(self, index: int) -> ZooError:
+        return ZooError(f"Network {index} of {self.folder} holds NaN or infinite values: its shard is damaged.")
 
     def columns(self, start: int, stop: int, every: int = 1) -> torch.Tensor:
         """Some consecutive parameters of all networks, or of every so-manieth, float32 `[N, stop - start]`; reads no
@@ -342,7 +402,11 @@ class WeightZoo:
                     parts += [stored[offset, start:stop][None] for offset in range(first, size, every)]
         first = -self._shards.count % every
         parts += [vector[None, start:stop] for vector in self._pending[first::every]]
-        return torch.cat([part.float() for part in parts])
+        columns = torch.cat([part.float() for part in parts])
+        finite = torch.isfinite(columns).all(1)
+        if not finite.all():
+            raise self._damaged(every * int(finite.long().argmin()))
+        return columns
 
     def _writable(self) -> None:
         if self._fetch is not None:
@@ -390,16 +454,17 @@ class WeightZoo:
         else:
             try:
                 vector = self.layout.flatten(network).to("cpu", self.dtype)
+                self.layout.check_frozen(network, self.may_differ)
                 if not torch.isfinite(vector).all():
                     raise ValueError(f"a parameter is too large for {self.dtype}.")
             except ValueError as error:
                 source = f"{row['source']}: " if "source" in row else ""
-                raise ZooError(f"{source}{error}") from error
+                raise ZooError(f"{source}{error}{REMEDY if 'is not generated' in str(error) else ''}") from error
         try:
             json.dumps(row, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ZooError(f"The metadata of a network has to be JSON: {error}") from error
-        self._pending_rows.append({"index": len(self), **row})
+        self._pending_rows.append({"index": 0} | row | {"index": len(self)})
         self._pending.append(vector)
         if len(self) % self.networks_per_shard == 0:
             self.flush()
@@ -412,6 +477,18 @@ class WeightZoo:
             f"The {self._shards.count} networks that were flushed before are safe; make room and run the same command "
             "again to go on from there."
         )
+        with locked(self.folder):
+            self._shards.check_unchanged()
+            self._flush(remedy)
+
+    def _flush(self, remedy: str) -> None:
+        # Every row has every key, so that whatever reads the first rows knows the others.
+        keys = dict.fromkeys(self._rows.keys(self._shards.count))
+        added = [key for row in self._pending_rows for key in row if key not in keys]
+        if added and self._shards.count:
+            self.rows_end, self._rows_read = self._rows.widen(self._shards.count, added, remedy), None
+        keys |= dict.fromkeys(added)
+        self._pending_rows = [{key: row.get(key) for key in keys} for row in self._pending_rows]
         lines = [json.dumps(row).encode() + b"\n" for row in self._pending_rows]
         # Rows first: those without networks are known for what they are.
         self.rows_end = self._rows.append(b"".join(lines), self.rows_end, remedy)
@@ -446,7 +523,7 @@ class WeightZoo:
             self._shards.open(shard)
         # Links of the cache become files.
         shutil.copytree(
-            self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.part", f"{UNFINISHED}*")
+            self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.part", f"{UNFINISHED}*", LOCK)
         )
 
     def delete(self) -> None:
@@ -458,8 +535,8 @@ class WeightZoo:
             file.unlink(missing_ok=True)
         for file in self.folder.glob("networks-*.part"):
             file.unlink()
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        if self.folder.is_dir() and {file.name for file in self.folder.iterdir()} <= {LOCK}:
+            shutil.rmtree(self.folder)
 
 
 def networks_per_batch(vector_size: int, most: int = 64, values: int = BATCH_VALUES) -> int:
@@ -467,7 +544,12 @@ def networks_per_batch(vector_size: int, most: int = 64, values: int = BATCH_VAL
     return max(1, min(most, values // max(1, vector_size)))
 
 
-def make_layout(state_dict: Mapping[str, torch.Tensor], patterns: Sequence[str]) -> ParameterLayout:
+def check_room_for(folder: Path, networks: int, layout: ParameterLayout, dtype: ZooDtype) -> None:
+    """Raises [`WriteError`] where the disk of a folder has no room for so many networks more."""
+    check_room(folder, networks * layout.vector_size * getattr(torch, dtype).itemsize)
+
+
+def make_layout(state_dict: Mapping[str, torch.Tensor], patterns: str | Sequence[str]) -> ParameterLayout:
     """The layout of a network, or a [`ZooError`] that says why it has none."""
     try:
         return ParameterLayout.from_state_dict(state_dict, patterns)

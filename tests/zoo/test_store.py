@@ -273,7 +273,6 @@ class Evil:
         ({"w": torch.zeros(2, 2)}, "b.pt", r"b\.pt: The network has tensors that the layout does not know: w"),
         (Evil(), "b.pt", r"b\.pt cannot be read as a state dict"),
         ([1, 2], "b.pth", r"b\.pth holds no state dict"),
-        (None, "b.bin", r"b\.bin: expected a \.safetensors, \.pt or \.pth file"),
         (None, "missing.pt", r"missing\.pt cannot be read"),
     ],
 )
