@@ -121,7 +121,10 @@ def load_task(name_or_path: str | Task) -> Task:
         module = importlib.util.module_from_spec(spec)
         # Dataclasses and pickles look their module up.
         sys.modules[module.__name__] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise TaskError(f"The task {name_or_path!r} cannot be loaded: {type(error).__name__}: {error}") from error
     else:
         try:
             module = importlib.import_module(place)
