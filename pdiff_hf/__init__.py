@@ -1,13 +1,11 @@
 """Learn the distribution of trained neural networks, and sample new ones."""
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 
-__version__ = version("pdiff-hf")
-
 if TYPE_CHECKING:  # `as`: exported, for type checkers too
+    __version__: str
     from .collect import CollectConfig as CollectConfig
     from .collect import run_collect as run_collect
     from .errors import PdiffError as PdiffError
@@ -53,6 +51,8 @@ __all__ = sorted([*_MODULE_OF, "__version__"])
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("pdiff-hf")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)

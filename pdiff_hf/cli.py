@@ -1,9 +1,14 @@
 """The `pdiff-hf` command: a name for each stage."""
 
 import importlib
+import importlib.metadata
+import os
+import signal
 import sys
+import threading
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -31,13 +36,47 @@ def main(args: Sequence[str] | None = None) -> None:
     stage, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     lines = ["usage: pdiff-hf STAGE [--config FILE] [arguments]", ""]
     lines += [f"  {name:<11} {purpose}" for name, (_, purpose) in STAGES.items()]
-    lines += ["", "`pdiff-hf STAGE --help` lists a stage's arguments."]
-    if stage in ("-h", "--help"):
-        print("\n".join(lines))
-    elif stage not in STAGES:
+    lines += ["", "`pdiff-hf STAGE --help` lists a stage's arguments; --traceback shows where an error came from."]
+    if stage not in (*STAGES, "-h", "--help"):
         raise SystemExit(f"pdiff-hf: there is no stage {stage!r}.\n\n" + "\n".join(lines))
-    else:
-        _run(stage, rest)
+    try:
+        if stage in STAGES:
+            with _interruptible(stage):
+                _run(stage, rest)
+        else:
+            print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        # Whoever read the output has enough. Nothing more can be written to it, at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+@contextmanager
+def _interruptible(stage: str) -> Iterator[None]:
+    """Ends in one line where the user interrupts, also where a package that is being imported makes another error of
+    that."""
+    interrupted = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    # Others may have a handler of their own, and only the main thread may set one.
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours &= threading.current_thread() is threading.main_thread()
+    try:
+        if ours:
+            signal.signal(signal.SIGINT, interrupt)
+        yield
+    except BaseException as error:
+        if not interrupted and not isinstance(error, KeyboardInterrupt):
+            raise
+        print(f"\npdiff-hf {stage}: interrupted. What was written is whole.", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def stage_function(stage: str) -> tuple[Callable[[Any], Any], type]:
@@ -48,16 +87,35 @@ def stage_function(stage: str) -> tuple[Callable[[Any], Any], type]:
 
 
 def _run(stage: str, args: Sequence[str]) -> None:
-    from .config import parse
+    show_all = "--traceback" in args
+    try:
+        from .config import parse
+
+        run, config_class = stage_function(stage)
+        result = run(parse(config_class, stage, [arg for arg in args if arg != "--traceback"]))
+        if isinstance(result, str):
+            print(result, flush=True)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if show_all:
+            raise
+        from .text import printable
+
+        raise SystemExit(printable(f"pdiff-hf {stage}: {_explanation(error)}")) from error
+
+
+def _explanation(error: Exception) -> str:
+    """What to say of an error in one line."""
     from .errors import PdiffError
 
-    run, config_class = stage_function(stage)
-    try:
-        result = run(parse(config_class, stage, args))
-    except (PdiffError, OSError) as error:
-        raise SystemExit(f"pdiff-hf {stage}: {error}") from error
-    except KeyboardInterrupt:
-        print(f"\npdiff-hf {stage}: interrupted. What was written is whole.", file=sys.stderr)
-        raise SystemExit(130) from None
-    if isinstance(result, str):
-        print(result)
+    text = str(error).strip() or repr(error)
+    if isinstance(error, PdiffError | OSError):
+        return text
+    if isinstance(error, MemoryError) or "allocate" in text or "out of memory" in text:
+        return f"there is not enough memory. Make networks, latents or batches smaller. ({text.splitlines()[0]:.300})"
+    issues = importlib.metadata.metadata("pdiff-hf")["Project-URL"].partition(", ")[2]
+    return (
+        f"this is a bug of pdiff-hf: {type(error).__name__}: {text.splitlines()[0]:.500}. Please report it at "
+        f"{issues} with what --traceback prints."
+    )

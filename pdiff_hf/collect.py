@@ -1,5 +1,6 @@
 """Stage 1: train networks and keep their checkpoints in a zoo."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,18 +9,21 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from .config import check_not_negative, check_positive
+from .config import check_not_negative, check_positive, check_seed
 from .errors import ConfigError, ZooError
 from .files import is_zoo
 from .networks.trainer import NetworkTrainer, StackedTrainer, is_stackable
-from .parallel import Saving, from_main, processes
-from .runs import check_same_run, save_run
-from .tasks import Task, load_task
-from .zoo import WeightZoo, ZooDtype, make_layout, networks_per_batch
+from .parallel import Saving, from_main, processes, written
+from .pipelines.neural_network_diffusion import ParameterLayout
+from .runs import check_not_fewer, check_same_run, save_run
+from .tasks import Task, check_task, load_task
+from .zoo import WeightZoo, ZooDtype, check_room_for, make_layout, networks_per_batch
 from .zoo.fill import fill
 
 
 STATE_FILE = "collect.state.pt"
+# What a network that diverged is trained again from: seeds far from those of its neighbours.
+RETRIES, FAR = 3, 1_000_003
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,11 @@ class CollectConfig:
     epochs: int | None = None
     """Passes over the training data before the first checkpoint is kept; the task's own number by default."""
     patterns: tuple[str, ...] | None = None
-    """Shell-style patterns of the tensors that are generated; the task's own by default."""
+    """Shell-style patterns of the tensors that are generated, or with a ! before them not; the task's own by
+    default."""
+    may_differ: tuple[str, ...] = ()
+    """Shell-style patterns of tensors that are not generated and may differ between networks all the same; what is
+    stored has those of the first."""
     seed: int = 0
     """Of initialization, data order and dropout; an independent zoo counts up from it."""
     dtype: ZooDtype = "float32"
@@ -53,6 +61,7 @@ class CollectConfig:
             check_not_negative(self, "epochs")
         if self.protocol not in ("trajectory", "independent"):
             raise ConfigError(f"The protocol is {self.protocol!r}; expected 'trajectory' or 'independent'.")
+        check_seed(self)
 
 
 def run_collect(config: CollectConfig) -> WeightZoo:
@@ -62,21 +71,41 @@ def run_collect(config: CollectConfig) -> WeightZoo:
 
     Raises:
         [`ConfigError`]: a number out of range, or a folder with another zoo.
-        [`ZooError`]: a network diverged to NaN or infinity, or the disk is full. What was kept stays.
+        [`TaskError`]: there is no such task, or it does not do what a task does.
+        [`ZooError`]: a network diverged to NaN or infinity. What was kept stays.
+        [`WriteError`]: the disk is full, or another process writes the folder.
     """
+    with written(config.output_dir, "collect"):
+        return _collect(config, Path(config.output_dir))
+
+
+def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
     state = processes()
     task = load_task(config.task)
-    folder = Path(config.output_dir)
     if is_zoo(folder) or (folder / STATE_FILE).exists():
         check_same_run(folder, "collect", config, but_for=("output_dir", "num_networks", "push_to_hub"))
+    check_task(task, state.device)
+    with torch.random.fork_rng():
+        network = task.build_network()
+    layout = make_layout(network.state_dict(), config.patterns or task.patterns)
+    present = len(WeightZoo(folder)) if is_zoo(folder) else 0
+    check_not_fewer(folder, present, config.num_networks)
+    check_room_for(folder, config.num_networks - present, layout, config.dtype)
+    trainable = {name for name, value in network.named_parameters() if value.requires_grad}
+    left_out = sorted(trainable & layout.frozen_state_dict().keys())
+    if config.protocol == "independent" and left_out:
+        raise ZooError(
+            f"An independent zoo generates whole networks, since each seed has its own {left_out[0]!r}. Pass "
+            "--patterns '*', or collect a trajectory."
+        )
     state.wait_for_everyone()
     if state.is_main_process:
         save_run(folder, "collect", config)
     if config.protocol == "independent":
-        zoo = _collect_independent(config, task, folder)
+        zoo = _collect_independent(config, task, folder, layout)
     else:
         if state.is_main_process:
-            _collect_trajectory(config, task, folder)
+            _collect_trajectory(config, task, folder, layout)
         state.wait_for_everyone()
         zoo = WeightZoo(folder)
     if state.is_main_process:
@@ -86,12 +115,11 @@ def run_collect(config: CollectConfig) -> WeightZoo:
     return zoo
 
 
-def _collect_trajectory(config: CollectConfig, task: Task, folder: Path) -> None:
+def _collect_trajectory(config: CollectConfig, task: Task, folder: Path, layout: ParameterLayout) -> None:
     zoo = WeightZoo(folder) if is_zoo(folder) else None
     if zoo is not None and len(zoo) >= config.num_networks:
         return
     trainer = NetworkTrainer(task, config.seed)
-    layout = make_layout(trainer.network.state_dict(), config.patterns or task.patterns)
     epochs = task.epochs if config.epochs is None else config.epochs
     first = epochs * trainer.steps_per_epoch
     total = first + config.num_networks * config.save_every
@@ -103,7 +131,7 @@ def _collect_trajectory(config: CollectConfig, task: Task, folder: Path) -> None
             progress.update()
         if zoo is None:
             layout.load_frozen(trainer.network.state_dict())
-            zoo = WeightZoo.create(folder, layout, task=config.task, dtype=config.dtype)
+            zoo = _created(config, folder, layout)
         trainer.freeze(layout)
         with zoo:
             for _ in _train(trainer, total, folder, zoo):
@@ -132,31 +160,42 @@ def _train(trainer: NetworkTrainer, until: int, folder: Path, zoo: WeightZoo | N
         saving.when_due()
 
 
-def _collect_independent(config: CollectConfig, task: Task, folder: Path) -> WeightZoo:
-    layout = make_layout(task.build_network().state_dict(), config.patterns or task.patterns)
-    frozen = [name for name, value in layout.frozen_state_dict().items() if value.is_floating_point()]
-    if frozen:
-        raise ZooError(
-            f"An independent zoo generates whole networks, since each seed has its own {frozen[0]!r}. Pass "
-            "--patterns '*', or collect a trajectory."
-        )
+def _collect_independent(config: CollectConfig, task: Task, folder: Path, layout: ParameterLayout) -> WeightZoo:
     epochs = task.epochs if config.epochs is None else config.epochs
+    if any(not name.endswith("num_batches_tracked") for name in layout.frozen_state_dict()):
+        # Flags and the like are as they are after training.
+        layout.load_frozen(from_main(lambda: NetworkTrainer(task, config.seed).trained(epochs).state_dict()))
     stackable = from_main(lambda: is_stackable(task, layout))
 
     def train(indices: range) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         seeds = [config.seed + index for index in indices]
-        trained = (
-            StackedTrainer(task, seeds).train(epochs, layout)
-            if stackable
-            else [network for seed in seeds for network in NetworkTrainer(task, seed).train(epochs, layout)]
+        trained = StackedTrainer(task, seeds).train(epochs, layout) if stackable else [alone(seed) for seed in seeds]
+        return [kept(seed, *one) for seed, one in zip(seeds, trained, strict=True)]
+
+    def alone(seed: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        return NetworkTrainer(task, seed).train(epochs, layout, config.may_differ)[0]
+
+    def kept(seed: int, vector: torch.Tensor, row: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        for attempt in range(1, RETRIES + 1):
+            if torch.isfinite(vector).all():
+                return vector, {"source": config.task, **row}
+            other = seed + attempt * FAR
+            print(f"The network of seed {seed} diverged; one of seed {other} takes its place.", file=sys.stderr)
+            vector, row = alone(other)
+        raise ZooError(
+            f"The network of seed {seed} diverged, and so did {RETRIES} others in its place. What was kept is safe: "
+            "lower the task's learning rate, and choose another --output-dir."
         )
-        return [(vector, {"source": config.task, **row}) for vector, row in trained]
 
     return fill(
         folder,
-        create=lambda: WeightZoo.create(folder, layout, task=config.task, dtype=config.dtype),
+        create=lambda: _created(config, folder, layout),
         num_networks=config.num_networks,
         unit_size=networks_per_batch(layout.vector_size) if stackable else 1,
         make=train,
         description="collect",
     )
+
+
+def _created(config: CollectConfig, folder: Path, layout: ParameterLayout) -> WeightZoo:
+    return WeightZoo.create(folder, layout, task=config.task, dtype=config.dtype, may_differ=config.may_differ)

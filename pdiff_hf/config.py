@@ -1,6 +1,9 @@
 """One frozen dataclass a stage is its command line, its YAML file and its Python face."""
 
+import importlib.util
 import math
+import os
+import reprlib
 import types
 import typing
 from collections.abc import Sequence
@@ -12,9 +15,13 @@ import tyro
 import yaml
 
 from .errors import ConfigError
+from .text import load_yaml
 
 
 Config = TypeVar("Config")
+MOST = 2**31
+# Seeds count up from it, and are drawn from it.
+MOST_SEED = 2**62
 
 
 def parse(config_class: type[Config], stage: str, args: Sequence[str]) -> Config:
@@ -34,14 +41,47 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str]) -> Config
         file = args[place + 1]
         del args[place : place + 2]
         defaults["default"] = load_config(config_class, file)
+        if not any(arg.partition("=")[0] == "--task" for arg in args):
+            _check_origin(getattr(defaults["default"], "task", None), Path(file))
     return tyro.cli(config_class, prog=f"pdiff-hf {stage}", args=args, **defaults)
 
 
+def _check_origin(task: str | None, file: Path) -> None:
+    """Raises [`ConfigError`] where the code of a task came with the file that names it, from wherever that came."""
+    place = (task or "").rpartition(":")[0]
+    code = Path(place)
+    if not place.endswith(".py"):
+        try:
+            found = importlib.util.find_spec(place.partition(".")[0]) if place else None
+        except (ImportError, ValueError):
+            found = None
+        code = Path(found.origin if found and found.origin else os.devnull)
+    folder = Path(os.path.abspath(file)).parent
+    if Path(os.path.abspath(code)).is_relative_to(folder) or code.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"{file} names the task {task!r}, code that lies beside it: pass --task {task} to run it.")
+
+
 def check_positive(config: Any, *names: str) -> None:
-    """Raises [`ConfigError`] where one of these fields is below one."""
+    """Raises [`ConfigError`] where one of these fields is no size: below one, or above all that memory holds."""
     for name in names:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} has to be at least 1, and is {getattr(config, name)}.")
+        value = getattr(config, name)
+        if value < 1:
+            raise ConfigError(f"{name} has to be at least 1, and is {value}.")
+        if value > MOST:
+            raise ConfigError(f"{name} has to be at most {MOST:,}, and is {value}.")
+
+
+def check_seed(config: Any) -> None:
+    """Raises [`ConfigError`] where the seed is none that every generator takes."""
+    if not 0 <= config.seed < MOST_SEED:
+        raise ConfigError(f"seed has to be at least 0 and below 2**62, and is {config.seed}.")
+
+
+def check_above_zero(config: Any, *names: str) -> None:
+    """Raises [`ConfigError`] where one of these fields is not above zero, or not finite."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ConfigError(f"{name} has to be above 0, and is {getattr(config, name)}.")
 
 
 def check_not_negative(config: Any, *names: str) -> None:
@@ -54,12 +94,14 @@ def check_not_negative(config: Any, *names: str) -> None:
 def load_config(config_class: type[Config], file: str | Path) -> Config:
     """Reads a configuration from a YAML file."""
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        content = load_yaml(Path(file).read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is no YAML file: {error}") from error
     known = {field.name: field for field in fields(config_class)}  # type: ignore[arg-type]
     if not isinstance(content, dict) or set(content) - set(known):
-        unknown = sorted(set(content) - set(known)) if isinstance(content, dict) else [type(content).__name__]
+        unknown = [type(content).__name__]
+        if isinstance(content, dict):
+            unknown = sorted(str(name)[:100] for name in set(content) - set(known))[:10]
         raise ConfigError(f"{file}: {', '.join(unknown)} unknown. {config_class.__name__} has: {', '.join(known)}.")
     lacking = [
         name
@@ -78,9 +120,9 @@ def load_config(config_class: type[Config], file: str | Path) -> Config:
             try:
                 content[name] = float(value)
             except ValueError as error:
-                raise ConfigError(f"{file}: {name} is {value!r}, and should be {hints[name]}.") from error
+                raise ConfigError(f"{file}: {name} is {value!r:.200}, and should be {hints[name]}.") from error
         elif not any(_matches(value, option) for option in allowed):
-            raise ConfigError(f"{file}: {name} is {value!r}, and should be {hints[name]}.")
+            raise ConfigError(f"{file}: {name} is {reprlib.repr(value)}, and should be {hints[name]}.")
     return config_class(**content)
 
 

@@ -1,20 +1,19 @@
 """Stage 3: sample networks from a pipeline into a zoo."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .config import check_not_negative, check_positive
+from .config import check_not_negative, check_positive, check_seed
 from .errors import ConfigError
-from .files import is_pipeline, is_zoo
-from .hub.pipelines import load_pipeline, pipeline_folder
-from .parallel import processes
-from .runs import check_same_facts, check_same_run, save_run
+from .files import is_zoo
+from .hub.pipelines import load_pipeline, pipeline_folder, weights_sha256
+from .parallel import processes, written
+from .runs import check_not_fewer, check_same_facts, check_same_run, save_run
 from .schedulers import replacement
-from .zoo import WeightZoo, ZooDtype, networks_per_batch
+from .zoo import WeightZoo, ZooDtype, check_room_for, networks_per_batch
 from .zoo.fill import fill
 
 
@@ -56,6 +55,7 @@ class GenerateConfig:
         if self.batch_size is not None:
             check_positive(self, "batch_size")
         check_not_negative(self, "parameter_noise")
+        check_seed(self)
 
 
 def run_generate(config: GenerateConfig) -> WeightZoo:
@@ -68,16 +68,21 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
         [`ConfigError`]: an unknown scheduler, or a folder with another zoo.
         [`PipelineError`]: there is no pipeline.
     """
+    with written(config.output_dir, "generate"):
+        return _generate(config, Path(config.output_dir))
+
+
+def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
     state = processes()
-    folder = Path(config.output_dir)
-    if is_pipeline(folder):
-        raise ConfigError(f"{folder} holds a pipeline. Choose another --output-dir.")
     exists = is_zoo(folder)
+    present = 0
     if exists:
         check_same_run(folder, "generate", config, but_for=("output_dir", "num_networks", "batch_size", "push_to_hub"))
+        present = len(WeightZoo(folder))
+        check_not_fewer(folder, present, config.num_networks)
     source = pipeline_folder(config.pipeline, config.revision)
     pipe = load_pipeline(source).to(state.device)
-    facts = {"weights_sha256": _sha256_of_weights(source)}
+    facts = {"weights_sha256": weights_sha256(source)}
     if exists:
         check_same_facts(folder, "generate", facts)
     if config.scheduler is not None:
@@ -85,6 +90,7 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
     most = pipe.scheduler.config.num_train_timesteps
     if config.num_inference_steps > most:
         raise ConfigError(f"num_inference_steps is {config.num_inference_steps}; the scheduler has {most} timesteps.")
+    check_room_for(folder, config.num_networks - present, pipe.layout, config.dtype)
     state.wait_for_everyone()
     if state.is_main_process:
         save_run(folder, "generate", config, **facts)
@@ -128,13 +134,3 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
         if config.push_to_hub is not None:
             zoo.push_to_hub(config.push_to_hub)
     return zoo
-
-
-def _sha256_of_weights(folder: Path) -> str:
-    """What tells a pipeline from another one in the same place."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*/*.safetensors")):
-        with file.open("rb") as content:
-            while chunk := content.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest()

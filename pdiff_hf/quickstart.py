@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 import torch
 
 from .collect import CollectConfig, run_collect
+from .config import check_seed
 from .errors import ConfigError
 from .evaluation import EvaluateConfig, run_evaluate
+from .files import locked
 from .generate import GenerateConfig, run_generate
 from .parallel import processes
 from .runs import save_run
@@ -35,12 +37,19 @@ class QuickstartConfig:
     seed: int = 0
     """Of everything."""
 
+    def __post_init__(self) -> None:
+        check_seed(self)
+
 
 def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     """Runs the four stages with their defaults, and returns the report with the seconds that each took."""
     if processes().num_processes > 1:
         raise ConfigError("`pdiff-hf quickstart` runs in one process; its stages, one by one, run in several.")
-    folder = Path(config.output_dir)
+    with locked(config.output_dir):
+        return _quickstart(config, Path(config.output_dir))
+
+
+def _quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     present = [stage for stage in STAGES if (folder / stage).exists()]
     if present and not (folder / "quickstart.yaml").exists():
         raise ConfigError(
@@ -49,7 +58,8 @@ def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
     load_task(config.task)
     save_run(folder, "quickstart", config)
     for stage in STAGES:
-        shutil.rmtree(folder / stage, ignore_errors=True)
+        with locked(folder / stage):
+            shutil.rmtree(folder / stage, ignore_errors=True)
     zoo, pipeline, generated, report_dir = (str(folder / stage) for stage in STAGES)
     print(f"Running on {torch.get_num_threads()} threads.")
 

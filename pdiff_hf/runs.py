@@ -56,6 +56,15 @@ def check_same_run(folder: str | Path, stage: str, config: Any, but_for: Sequenc
             )
 
 
+def check_not_fewer(folder: str | Path, present: int, wanted: int) -> None:
+    """Raises [`ConfigError`] where a zoo holds more networks than are asked for."""
+    if present > wanted:
+        raise ConfigError(
+            f"{folder} holds {present} networks, and num_networks is {wanted}. Choose another --output-dir, or delete "
+            "it."
+        )
+
+
 def check_same_facts(folder: str | Path, stage: str, facts: dict[str, Any]) -> None:
     """Raises [`ConfigError`] where the run to go on with had other facts, such as the number of networks."""
     file = Path(folder, f"{stage}.facts.json")

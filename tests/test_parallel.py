@@ -10,6 +10,7 @@ import torch
 
 from pdiff_hf import WeightZoo, ZooError, parallel
 from pdiff_hf.evaluation.study import PARTS as SCORES
+from pdiff_hf.files import own_name
 from pdiff_hf.zoo import fill
 from pdiff_hf.zoo.fill import PARTS
 
@@ -189,10 +190,10 @@ def test_a_damaged_part_is_named(digits_pipeline, generated, tmp_path):
     folder = tmp_path / "zoo"
     zoo.save_pretrained(folder)
     (folder / PARTS).mkdir()
-    part = folder / PARTS / "networks-44-to-48.safetensors"
+    part = folder / PARTS / f"networks-44-to-48-{own_name('networks')[:16]}.safetensors"
     part.write_bytes(b"damaged")
     arguments = ["--pipeline", str(digits_pipeline), "--output-dir", str(folder), *GENERATE, "--num-networks", "48"]
-    with pytest.raises(AssertionError, match=r"networks-44-to-48\.safetensors is damaged"):
+    with pytest.raises(AssertionError, match=r"networks-44-to-48-\w+\.safetensors is damaged"):
         launch(1, "-m", "pdiff_hf", "generate", *arguments)
     part.unlink()
     launch(1, "-m", "pdiff_hf", "generate", *arguments)

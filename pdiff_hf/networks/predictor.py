@@ -91,6 +91,8 @@ class Predictor:
     def _run_one_by_one(self, vectors: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         return torch.stack([self._run_one(vector, inputs) for vector in vectors])
 
+    @torch.inference_mode(False)  # in which a forward of the user's own cannot differentiate
+    @torch.no_grad()
     def _run_one(self, vector: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         self.network.load_state_dict(self.layout.unflatten(vector[None])[0], strict=True)
         return self.task.predict(self.network, inputs.to(self.device)).cpu()

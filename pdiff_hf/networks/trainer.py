@@ -1,5 +1,6 @@
 """Training runs of a task's networks: one of them, resumable at every step, or those of many seeds at once."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from accelerate import PartialState
 from torch import nn
 from torch.nn import functional as F
 
+from ..errors import ZooError
 from ..files import whole
 from ..pipelines.neural_network_diffusion import ParameterLayout
 from ..runs import generator_at
@@ -75,11 +77,22 @@ class NetworkTrainer:
         correct = self.task.correct(self.task.predict(self.network, inputs), targets)
         return {"seed": self.seed, "step": self.step, "validation_accuracy": correct.float().mean().item()}
 
-    def train(self, epochs: int, layout: ParameterLayout) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-        """Trains from the beginning; the parameter vector and what is to be remembered of it."""
+    def trained(self, epochs: int) -> nn.Module:
+        """The network after so many epochs."""
         while self.step < epochs * self.steps_per_epoch:
             self.train_step()
-        return [(layout.flatten(self.network.state_dict()), self.metadata(self.task.data("validation")))]
+        return self.network
+
+    def train(
+        self, epochs: int, layout: ParameterLayout, may_differ: Sequence[str] = ()
+    ) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        """Trains from the beginning; the parameter vector, of NaN where it diverged, and what is to be remembered."""
+        state_dict = self.trained(epochs).state_dict()
+        try:
+            layout.check_frozen(state_dict, may_differ)
+        except ValueError as error:
+            raise ZooError(f"Seed {self.seed}: {error} Accept it by --may-differ, or generate it too.") from error
+        return [(flatten(layout, state_dict), self.metadata(self.task.data("validation")))]
 
     def save(self, file: Path) -> None:
         """Writes the state, whole or not at all."""
@@ -94,10 +107,15 @@ class NetworkTrainer:
 
     def load(self, file: Path) -> None:
         """Goes on from a saved state."""
-        state = torch.load(file, map_location=self.targets.device, weights_only=True)
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        try:
+            state = torch.load(file, map_location=self.targets.device, weights_only=True)
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = int(state["step"])
+        except Exception as error:  # whatever a damaged file makes of its readers
+            raise ZooError(
+                f"{file} is damaged ({type(error).__name__}): training cannot go on. Choose another --output-dir."
+            ) from error
 
 
 class StackedTrainer:
@@ -160,7 +178,7 @@ class StackedTrainer:
         state_dicts = [
             {name: weight[i].detach() for name, weight in self.weights.items()} for i in range(len(self.seeds))
         ]
-        return torch.stack([layout.flatten(state_dict) for state_dict in state_dicts]).cpu()
+        return torch.stack([flatten(layout, state_dict) for state_dict in state_dicts])
 
     def step(self, indices: torch.Tensor) -> None:
         """One optimizer step of each network, on these training examples: `[N, batch size]`."""
@@ -173,6 +191,13 @@ class StackedTrainer:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+
+
+def flatten(layout: ParameterLayout, state_dict: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The parameter vector of a network, on the CPU, of NaN where it diverged."""
+    if not all(torch.isfinite(state_dict[name]).all() for name in layout.slices):
+        return torch.full((layout.vector_size,), torch.nan)
+    return layout.flatten(state_dict).cpu()
 
 
 def is_stackable(task: Task, layout: ParameterLayout) -> bool:

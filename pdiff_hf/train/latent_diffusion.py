@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+import psutil
 import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from ..config import check_not_negative, check_positive
+from ..config import check_above_zero, check_not_negative, check_positive
 from ..errors import ConfigError
 from ..networks.stacked import NotStackableError, StackedNetwork
 from ..parallel import from_main
@@ -76,6 +77,7 @@ class TrainConfig(LoopConfig):
         check_positive(self, "checkpoint_averaging", "latent_channels", "latent_length", "layers_per_block")
         check_positive(self, "autoencoder_steps", "unet_steps")
         check_not_negative(self, "input_noise", "latent_noise", "kl_weight", "behaviour_weight")
+        check_above_zero(self, "autoencoder_learning_rate", "unet_learning_rate")
         widths = self.block_out_channels
         if not widths or any(width < 8 or width % 8 for width in widths):
             raise ConfigError(f"block_out_channels have to be multiples of 8, and are {widths}.")
@@ -86,6 +88,27 @@ class TrainConfig(LoopConfig):
     def steps(self) -> int:
         """Optimizer steps of all objectives."""
         return self.unet_steps + (self.autoencoder_steps if self.autoencoder == "kl" else 0)
+
+
+def check_memory(config: TrainConfig, vector_size: int) -> None:
+    """Raises [`ConfigError`] for models that no optimizer step fits this machine's memory of, before any is built."""
+    try:
+        with torch.device("meta"):
+            trained: list[nn.Module] = [_denoiser(config)]
+            if config.autoencoder == "kl":
+                trained.append(ParameterAutoencoderKL(vector_size, config.latent_channels, config.latent_length))
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(f"These models cannot be built: {str(error).splitlines()[0]:.300}") from error
+    # Weights, gradients, Adam's two averages and the moving one.
+    size = 5 * 4 * sum(weight.numel() for model in trained for weight in model.parameters())
+    if config.autoencoder == "linear":
+        size += 4 * config.latent_channels * config.latent_length * vector_size
+    memory = psutil.virtual_memory().total
+    if size > memory:
+        raise ConfigError(
+            f"These models take {size / 1e9:,.1f} GB, and this machine has {memory / 1e9:,.1f} GB. Fewer latents, "
+            "fewer channels or --autoencoder linear take less."
+        )
 
 
 class NormalizedNetworks:
@@ -143,16 +166,17 @@ def encode(
 
 def objective(config: TrainConfig) -> DenoiserObjective:
     """The denoiser with the noise of the published method."""
-    unet = _seeded(
-        config.seed,
-        lambda: ParameterUNet1DModel(
-            in_channels=config.latent_channels,
-            out_channels=config.latent_channels,
-            block_out_channels=config.block_out_channels,
-            layers_per_block=config.layers_per_block,
-        ),
-    )
+    unet = _seeded(config.seed, lambda: _denoiser(config))
     return DenoiserObjective(unet, denoising_scheduler(config.prediction_type))
+
+
+def _denoiser(config: TrainConfig) -> ParameterUNet1DModel:
+    return ParameterUNet1DModel(
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+    )
 
 
 def denoising_scheduler(prediction_type: str) -> DDPMScheduler:

@@ -2,28 +2,32 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin, LoggerType
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..config import check_positive
-from ..errors import ConfigError, TrainingError
-from ..files import explained
+from ..config import check_above_zero, check_positive, check_seed
+from ..errors import ConfigError, MissingExtraError, TrainingError
+from ..files import explained, is_pipeline
 from ..parallel import processes
 from ..runs import check_same_run, generator_at
 
 
+Config = TypeVar("Config", bound="LoopConfig")
 CHECKPOINT = "checkpoint-"
 LOSSES = "train.losses.jsonl"
 # In a checkpoint: the moving average of what is being trained, and what was trained before it.
@@ -51,10 +55,10 @@ class LoopConfig:
     """Of initialization, batches and noise."""
     batch_size: int = 64
     """Networks drawn for each forward pass, by all processes together."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes an optimizer step."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the forward passes."""
+    gradient_accumulation_steps: int | None = None
+    """Forward passes an optimizer step; accelerate's setting by default, and 1 where there is none."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the forward passes; accelerate's setting by default, and no where there is none."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     ema_decay: float = 0.995
@@ -72,9 +76,43 @@ class LoopConfig:
     """A tracker of accelerate: tensorboard, wandb, all, ..."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "batch_size", "gradient_accumulation_steps", "checkpointing_steps")
-        if self.checkpoints_total_limit is not None:
-            check_positive(self, "checkpoints_total_limit")
+        optional = [
+            name
+            for name in ("gradient_accumulation_steps", "checkpoints_total_limit")
+            if getattr(self, name) is not None
+        ]
+        check_positive(self, "batch_size", "checkpointing_steps", *optional)
+        check_above_zero(self, "max_grad_norm")
+        check_seed(self)
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay has to be at least 0 and below 1, and is {self.ema_decay}.")
+        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
+            raise ConfigError(f"mixed_precision is {self.mixed_precision!r}; expected no, fp16 or bf16.")
+        _check_tracker(self.report_to)
+
+
+def _check_tracker(name: str | None) -> None:
+    """Raises [`ConfigError`] or [`MissingExtraError`] for a tracker that cannot be used."""
+    if name is None or name == "all":
+        return
+    known = sorted(kind.value for kind in LoggerType if kind is not LoggerType.ALL)
+    if name not in known:
+        raise ConfigError(f"report_to is {name!r}; accelerate knows all, {', '.join(known)}.")
+    if name not in {str(tracker) for tracker in get_available_trackers()}:
+        package = "'pdiff-hf[trackers]'" if name == "tensorboard" else name
+        raise MissingExtraError(f"The tracker {name} is not installed: pip install {package}")
+
+
+def with_environment(config: Config) -> Config:
+    """The configuration with what `accelerate launch` was told, where it leaves that open."""
+    steps, precision = config.gradient_accumulation_steps, config.mixed_precision
+    asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    try:
+        steps = steps or int(asked)
+    except ValueError as error:
+        raise ConfigError(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {asked!r}, and no number.") from error
+    precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()  # type: ignore[assignment]
+    return replace(config, gradient_accumulation_steps=steps, mixed_precision=precision)
 
 
 class TrainingLoop:
@@ -101,11 +139,15 @@ class TrainingLoop:
         self.finished: dict[str, torch.Tensor] = {}
         processes()
         self.accelerator = Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            # As a plugin, beside which accelerate's environment says nothing.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=self.accumulation),
             mixed_precision=config.mixed_precision,
             log_with=config.report_to,
             project_dir=config.output_dir,
         )
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+            raise ConfigError(f"accelerate is set up for {kind.value}, and what is trained here is not split.")
         if config.batch_size % self.accelerator.num_processes:
             raise ConfigError(
                 f"{self.accelerator.num_processes} processes cannot share a batch_size of {config.batch_size} evenly."
@@ -122,7 +164,15 @@ class TrainingLoop:
         )
         if self.accelerator.is_main_process:
             self.losses = _open_losses(self.folder / LOSSES, self.step)
-        self.accelerator.init_trackers("pdiff-hf")
+        try:
+            self.accelerator.init_trackers("pdiff-hf")
+        except Exception as error:  # of whatever package tracks
+            raise TrainingError(f"The tracker {config.report_to} cannot start: {error}") from error
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes an optimizer step."""
+        return self.config.gradient_accumulation_steps or 1
 
     def fit(
         self,
@@ -177,7 +227,7 @@ class TrainingLoop:
         model.train()
         while self.step < last:
             losses = []
-            for accumulation in range(config.gradient_accumulation_steps):
+            for accumulation in range(self.accumulation):
                 with accelerator.accumulate(model):
                     loss = model(*self._draw(objective, data, count, accumulation))
                     accelerator.backward(loss)
@@ -205,7 +255,7 @@ class TrainingLoop:
     ) -> list[torch.Tensor]:
         """This process's share of what the objective takes in this step."""
         accelerator, config = self.accelerator, self.config
-        position = self.step * config.gradient_accumulation_steps + accumulation
+        position = self.step * self.accumulation + accumulation
         generator = generator_at(config.seed, position, accelerator.device)
         indices = torch.randint(count, (config.batch_size,), generator=generator, device=accelerator.device)
         share = slice(accelerator.process_index, None, accelerator.num_processes)
@@ -306,6 +356,8 @@ def _checkpoint_to_resume(config: LoopConfig) -> Path | None:
                 f"{folder} holds {present[-1].name} of an earlier training. Go on from it with "
                 "--resume-from-checkpoint latest, or choose another --output-dir."
             )
+        if is_pipeline(folder):
+            raise TrainingError(f"{folder} holds a pipeline. Choose another --output-dir, or delete it.")
         return None
     if config.resume_from_checkpoint == "latest":
         wanted = present[-1] if present else None
@@ -324,7 +376,8 @@ def _checkpoint_to_resume(config: LoopConfig) -> Path | None:
 
 def _open_losses(file: Path, step: int) -> TextIO:
     """The log of losses, without the steps that will be trained again."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(lines[:step]), encoding="utf-8")
-    return file.open("a", encoding="utf-8")
+    with explained(file):
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"".join(lines[:step]))
+        return file.open("a", encoding="utf-8")

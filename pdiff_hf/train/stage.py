@@ -1,20 +1,24 @@
 """Stage 2: learn the distribution of the networks of a zoo. Runs alone or under `accelerate launch`."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..errors import ConfigError, ZooError
-from ..files import is_zoo
+from ..files import explained
 from ..hub.cards import write_pipeline_card
 from ..hub.pipelines import load_pipeline
 from ..hub.push import push
-from ..parallel import from_main
+from ..parallel import from_main, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout
 from ..runs import check_same_facts, save_run
 from ..zoo import WeightZoo
 from . import latent_diffusion
 from .latent_diffusion import TrainConfig
-from .loop import RUN_SETTINGS, TrainingLoop
+from .loop import RUN_SETTINGS, TrainingLoop, with_environment
 
 
 def run_train(config: TrainConfig) -> NeuralNetworkDiffusionPipeline:
@@ -25,9 +29,11 @@ def run_train(config: TrainConfig) -> NeuralNetworkDiffusionPipeline:
         [`ZooError`]: the zoo cannot be read, or has fewer than two networks.
         [`TrainingError`]: the training diverged, or cannot be resumed.
     """
-    folder = Path(config.output_dir)
-    if is_zoo(folder):
-        raise ConfigError(f"{folder} holds a zoo. Choose another --output-dir.")
+    with written(config.output_dir, "train"):
+        return _train(config, Path(config.output_dir))
+
+
+def _train(config: TrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeline:
     zoo = WeightZoo.from_pretrained(config.zoo)
     if len(zoo) < 2:
         raise ZooError(f"{config.zoo} has {len(zoo)} network: a distribution needs at least two, and better hundreds.")
@@ -35,6 +41,9 @@ def run_train(config: TrainConfig) -> NeuralNetworkDiffusionPipeline:
         raise ConfigError(
             f"checkpoint_averaging {config.checkpoint_averaging} leaves fewer than two of {len(zoo)} networks."
         )
+    sources = zoo.repositories()  # reads all rows: what they lack is said now, and not after hours
+    latent_diffusion.check_memory(config, zoo.vector_size)
+    config = with_environment(config)
     with TrainingLoop(config, config.steps) as loop:
         accelerator = loop.accelerator
         facts = {"networks": len(zoo)}
@@ -67,8 +76,10 @@ def run_train(config: TrainConfig) -> NeuralNetworkDiffusionPipeline:
             pipeline = NeuralNetworkDiffusionPipeline(
                 layout=layout, scheduler=denoiser.scheduler, vae=vae, unet=denoiser.denoiser
             )
-            pipeline.save_pretrained(str(folder))
-            _write_card(config, zoo, folder)
+            with explained(folder, "The checkpoints are whole; make room and resume from the latest."):
+                pipeline.save_pretrained(str(folder))
+            shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of an earlier pipeline
+            _write_card(config, zoo, folder, sources)
             if config.push_to_hub is not None:
                 push(folder, config.push_to_hub)
         accelerator.wait_for_everyone()
@@ -77,14 +88,20 @@ def run_train(config: TrainConfig) -> NeuralNetworkDiffusionPipeline:
 
 def _statistics(zoo: WeightZoo) -> ParameterLayout:
     """The layout with mean and standard deviation of each parameter, which the main process takes from the zoo."""
-    layout = zoo.layout
-    layout.load_state_dict(from_main(lambda: layout.fit(zoo.batches()).state_dict()))
+
+    def fitted() -> tuple[Any, dict[str, torch.Tensor]]:
+        layout = zoo.layout.fit(zoo.batches())
+        return layout.config.tensors, layout.state_dict()
+
+    tensors, statistics = from_main(fitted)
+    layout = ParameterLayout(tensors=tensors)
+    layout.load_state_dict(statistics)
     if not (layout.std > 0).any():
         raise ZooError(f"The {len(zoo)} networks of {zoo.folder} are identical: there is no distribution to learn.")
     return layout
 
 
-def _write_card(config: TrainConfig, zoo: WeightZoo, folder: Path) -> None:
+def _write_card(config: TrainConfig, zoo: WeightZoo, folder: Path, sources: set[str]) -> None:
     recipe = {name: value for name, value in asdict(config).items() if name not in (*RUN_SETTINGS, "zoo")}
     write_pipeline_card(
         folder,
@@ -92,6 +109,6 @@ def _write_card(config: TrainConfig, zoo: WeightZoo, folder: Path) -> None:
         zoo.task,
         len(zoo),
         zoo.vector_size,
-        sources=zoo.repositories(),
+        sources=sources,
         dataset=None if Path(config.zoo).is_dir() else config.zoo,
     )

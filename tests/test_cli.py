@@ -1,0 +1,383 @@
+"""What a careless user meets at the command line: one clear line, before the work where it can be known before."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from pdiff_hf import CollectConfig, EvaluateConfig, GenerateConfig, TrainConfig, WeightZoo, run_collect, run_train
+from pdiff_hf import cli as package_cli
+from pdiff_hf.cli import main
+from pdiff_hf.config import parse
+from pdiff_hf.errors import ConfigError, MissingExtraError, TrainingError, WriteError
+from pdiff_hf.quickstart import QuickstartConfig
+from pdiff_hf.share import PushConfig
+from pdiff_hf.text import MOST_YAML, load_yaml, plain, printable
+
+from .conftest import ROOT, SMALL_TRAINING, random_network, run
+
+
+def line_of(*args: str) -> str:
+    """What a command that fails says."""
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    return str(caught.value)
+
+
+# ---- errors nobody thought of
+
+
+def test_an_unexpected_error_is_our_bug_and_says_where_to_report_it(monkeypatch):
+    monkeypatch.setitem(package_cli.STAGES, "push", (f"{'fake'}:run", "fails"))
+
+    def run(config: PushConfig):
+        raise KeyError("nobody thought of this")
+
+    monkeypatch.setattr(package_cli, "stage_function", lambda stage: (run, PushConfig))
+    line = line_of("push", "--folder", "a", "--repo", "b")
+    assert line.startswith(
+        "pdiff-hf push: this is a bug of pdiff-hf: KeyError: 'nobody thought of this'. Please report"
+    )
+    assert "https://" in line
+    assert "\n" not in line
+    with pytest.raises(KeyError, match="nobody thought of this"):
+        main(["push", "--folder", "a", "--repo", "b", "--traceback"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9")],
+)
+def test_too_little_memory_is_said_in_one_line(monkeypatch, error):
+    def run(config: PushConfig):
+        raise error
+
+    monkeypatch.setattr(package_cli, "stage_function", lambda stage: (run, PushConfig))
+    line = line_of("push", "--folder", "a", "--repo", "b")
+    assert line.startswith("pdiff-hf push: there is not enough memory.")
+    assert "bug" not in line
+
+
+def test_what_strangers_wrote_reaches_a_terminal_spelt_out(monkeypatch):
+    def run(config: PushConfig):
+        raise ConfigError("task \x1b[2J\x1b]0;title\x07 \u202egnp.exe \ud800")
+
+    monkeypatch.setattr(package_cli, "stage_function", lambda stage: (run, PushConfig))
+    line = line_of("push", "--folder", "a", "--repo", "b")
+    assert line == "pdiff-hf push: task \\x1b[2J\\x1b]0;title\\x07 \\u202egnp.exe \\ud800"
+
+
+def test_a_closed_pipe_ends_quietly():
+    command = f"{sys.executable} -m pdiff_hf pull --help"
+    code = "import sys; from pdiff_hf import cli; cli.stage_function = lambda stage: (run, type('C', (), {}))\n"
+    code += "import pdiff_hf.config as c; c.parse = lambda *a: None\ndef run(config): return 'text\\n' * 100000\n"
+    code += "cli.main(['pull'])"
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -c \"$0\" | head -1; echo ${{PIPESTATUS[0]}}", code],
+                          capture_output=True, text=True, cwd=ROOT)  # fmt: skip
+    assert done.stdout.splitlines() == ["text", "141"], command
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["--help", "collect --help", "evaluate --help"])
+def test_help_into_a_closed_pipe_ends_quietly(command):
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m pdiff_hf {command} | (exec 0<&-; sleep 3)"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 0.6, 0.9, 1.2, 1.8, 2.5, 4])
+def test_an_interrupt_during_the_start_leaves_no_traceback(tmp_path, seconds):
+    command = [sys.executable, "-m", "pdiff_hf", "collect", "--output-dir", str(tmp_path / "zoo"), "--epochs", "500"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not _is_python_running_ours(process.pid):
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    # Python ends itself by the signal where it came while a text was executed, as dataclasses do.
+    assert process.returncode in (130, -signal.SIGINT), errors
+    assert "Traceback" not in errors
+    assert "interrupted. What was written is whole." in errors
+
+
+def _is_python_running_ours(pid: int) -> bool:
+    """Whether the interpreter has come as far as to run the package, which imports yaml first."""
+    with open(f"/proc/{pid}/maps") as maps:
+        return "yaml" in maps.read()
+
+
+# ---- absurd arguments
+
+
+@pytest.mark.parametrize("config", [CollectConfig, TrainConfig, GenerateConfig, EvaluateConfig, QuickstartConfig])
+@pytest.mark.parametrize("seed", [-1, 2**62, 10**30])
+def test_a_seed_out_of_range_is_refused(config, seed):
+    with pytest.raises(ConfigError, match=r"seed has to be at least 0 and below 2\*\*62"):
+        config(seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unet_learning_rate": float("nan")}, "unet_learning_rate has to be above 0, and is nan"),
+        ({"unet_learning_rate": -1e-3}, "has to be above 0"),
+        ({"autoencoder_learning_rate": float("inf")}, "has to be above 0, and is inf"),
+        ({"ema_decay": 2.0}, "ema_decay has to be at least 0 and below 1, and is 2"),
+        ({"ema_decay": float("nan")}, "ema_decay has to be"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm has to be above 0"),
+        ({"batch_size": 10**12}, "batch_size has to be at most"),
+        ({"report_to": "diary"}, "report_to is 'diary'; accelerate knows all, .*tensorboard"),
+        ({"mixed_precision": "fp4"}, "mixed_precision is 'fp4'"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**changes)
+
+
+def test_a_tracker_that_is_not_installed_is_named():
+    with pytest.raises(MissingExtraError, match="The tracker comet_ml is not installed: pip install comet_ml"):
+        TrainConfig(report_to="comet_ml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent_channels": 10**9}, "take .* GB, and this machine has|cannot be built"),
+        ({"latent_length": 2**31, "latent_channels": 2**31}, "cannot be built|take .* GB"),
+        ({"block_out_channels": (8 * 10**6,)}, "take .* GB, and this machine has"),
+        ({"layers_per_block": 10**6}, "cannot be built: `layers_per_block`"),
+        ({"latent_channels": 10**9, "autoencoder": "linear"}, "take .* GB, and this machine has"),
+    ],
+)
+def test_models_that_no_memory_holds_are_refused_before_anything_is_written(zoo, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        run_train(TrainConfig(zoo=str(zoo.folder), output_dir=str(tmp_path / "pipeline"), **changes))
+    assert not (tmp_path / "pipeline").exists()
+
+
+def test_more_networks_than_the_disk_holds_are_refused_before_the_first(digits_pipeline, tmp_path):
+    line = line_of(
+        *("generate", "--pipeline", str(digits_pipeline), "--num-networks", "1000000000"),
+        *("--output-dir", str(tmp_path / "generated")),
+    )
+    assert "would take 7,592.0 GB, and its disk has" in line
+    assert not (tmp_path / "generated").exists()
+    with pytest.raises(WriteError, match="would take"):
+        run_collect(CollectConfig(num_networks=2 * 10**9, output_dir=str(tmp_path / "zoo"), protocol="independent"))
+    assert not (tmp_path / "zoo").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "first", "then"),
+    [("collect", ["--task", "digits-mlp", "--epochs", "0"], []), ("generate", ["--num-inference-steps", "2"], [])],
+)
+def test_fewer_networks_than_there_are_is_an_error_and_changes_nothing(digits_pipeline, tmp_path, stage, first, then):
+    arguments = [stage, "--output-dir", str(tmp_path / "zoo"), *first, *then]
+    if stage == "generate":
+        arguments += ["--pipeline", str(digits_pipeline)]
+    main([*arguments, "--num-networks", "5"])
+    before = (tmp_path / "zoo" / f"{stage}.yaml").read_bytes()
+    assert "holds 5 networks, and num_networks is 2" in line_of(*arguments, "--num-networks", "2")
+    assert (tmp_path / "zoo" / f"{stage}.yaml").read_bytes() == before
+    main([*arguments, "--num-networks", "5"])
+    main([*arguments, "--num-networks", "6"])
+    assert len(WeightZoo(tmp_path / "zoo")) == 6
+
+
+# ---- folders of another kind
+
+
+@pytest.mark.parametrize("stage", ["collect", "generate", "train", "evaluate"])
+def test_stages_refuse_folders_of_another_kind(digits_zoo, digits_pipeline, tmp_path, stage):
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "report.json").write_text("{}")
+    folders = {"a zoo": digits_zoo.folder, "a pipeline": digits_pipeline, "a report": report}
+    own = {"collect": "a zoo", "generate": "a zoo", "train": "a pipeline", "evaluate": "a report"}[stage]
+    inputs = {
+        "generate": ["--pipeline", str(digits_pipeline)],
+        "train": ["--zoo", str(digits_zoo.folder)],
+        "evaluate": ["--trained", str(digits_zoo.folder), "--generated", str(digits_pipeline)],
+    }
+    for kind, folder in folders.items():
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        if kind != own:
+            line = line_of(stage, *inputs.get(stage, []), "--output-dir", str(folder))
+            assert f"{folder} holds {kind}. Choose another --output-dir." in line
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_pipeline_is_not_trained_over(digits_zoo, digits_pipeline):
+    with pytest.raises(TrainingError, match=r"holds a pipeline\. Choose another"):
+        run_train(TrainConfig(zoo=str(digits_zoo.folder), output_dir=str(digits_pipeline), **SMALL_TRAINING))
+
+
+def test_too_few_rows_and_stored_nan_are_said_before_training(zoo, tmp_path):
+    file = zoo.folder / "metadata.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:7]))
+    arguments = ("train", "--zoo", str(zoo.folder), "--output-dir", str(tmp_path / "pipeline"))
+    assert "metadata.jsonl has 7 rows for 10 networks" in line_of(*arguments)
+    assert not (tmp_path / "pipeline").exists()
+
+
+# ---- environment of accelerate
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "expected"),
+    [
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, (4, "no")),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {"gradient_accumulation_steps": 2}, (2, "no")),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, (1, "bf16")),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"mixed_precision": "no"}, (1, "no")),
+        ({}, {}, (1, "no")),
+    ],
+)
+def test_what_accelerate_was_told_is_done_and_recorded(zoo, tmp_path, monkeypatch, environment, arguments, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = {**SMALL_TRAINING, "unet_steps": 6, **arguments}
+    run_train(TrainConfig(zoo=str(zoo.folder), output_dir=str(tmp_path / "pipeline"), **settings))
+    recorded = load_yaml((tmp_path / "pipeline" / "train.yaml").read_text())
+    assert (recorded["gradient_accumulation_steps"], recorded["mixed_precision"]) == expected
+    # Every step is one of the optimizer: the weights are those of a run that says the same by arguments.
+    for name in environment:
+        monkeypatch.delenv(name)
+    settings |= {"gradient_accumulation_steps": expected[0], "mixed_precision": expected[1]}
+    run_train(TrainConfig(zoo=str(zoo.folder), output_dir=str(tmp_path / "same"), **settings))
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "pipeline" / weights).read_bytes() == (tmp_path / "same" / weights).read_bytes()
+
+
+@pytest.mark.parametrize("value", ["fp8", "many"])
+def test_a_precision_that_is_not_ours_is_refused(zoo, tmp_path, monkeypatch, value):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", value)
+    with pytest.raises(ConfigError, match=f"mixed_precision is '{value}'"):
+        run_train(TrainConfig(zoo=str(zoo.folder), output_dir=str(tmp_path / "pipeline")))
+
+
+# ---- configurations from elsewhere
+
+
+CANARY = "open('CANARY', 'w')\nclass T: pass\n"
+
+
+@pytest.mark.parametrize("task", ["{folder}/task.py:T", "{folder}/../{name}/task.py:T", "pulled_task:T"])
+def test_code_that_came_with_a_configuration_runs_only_by_name(tmp_path, monkeypatch, task):
+    folder = tmp_path / "pulled"
+    folder.mkdir()
+    (folder / "task.py").write_text(CANARY)
+    (folder / "pulled_task.py").write_text(CANARY)
+    task = task.format(folder=folder, name=folder.name)
+    (folder / "collect.yaml").write_text(f"task: {task}\n")
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.chdir(tmp_path)
+    line = line_of("collect", "--config", str(folder / "collect.yaml"))
+    assert f"names the task {task!r}, code that lies beside it: pass --task {task} to run it." in line
+    assert not (tmp_path / "CANARY").exists()
+    config = parse(CollectConfig, "collect", ["--config", str(folder / "collect.yaml"), "--task", task])
+    assert config.task == task
+
+
+def test_a_configuration_may_name_a_task_that_lies_elsewhere(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "collect.yaml").write_text(f"task: {tmp_path}/task.py:T\n")
+    assert parse(CollectConfig, "collect", ["--config", str(tmp_path / "runs" / "collect.yaml")]).task.endswith(":T")
+
+
+def bomb(depth: int, width: int = 10) -> str:
+    levels = [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * width)}]" for i in range(1, depth)]
+    return "\n".join([f"a0: &a0 [{','.join('x' * width)}]", *levels, f"task: *a{depth - 1}"])
+
+
+@pytest.mark.parametrize("depth", [2, 5, 30])
+def test_aliases_are_refused_at_once(tmp_path, depth):
+    file = tmp_path / "collect.yaml"
+    file.write_text(bomb(depth))
+    start = time.monotonic()
+    line = line_of("collect", "--config", str(file))
+    assert time.monotonic() - start < 2
+    assert "aliases (*name) are not read" in line
+    assert len(line) < 500
+
+
+def test_very_long_metadata_are_refused(tmp_path):
+    file = tmp_path / "collect.yaml"
+    file.write_text("task: " + "x" * MOST_YAML)
+    assert "characters are more than" in line_of("collect", "--config", str(file))
+
+
+def test_text_for_cards_keeps_names_and_nothing_else():
+    assert plain("my_task.py:BreastCancer") == "my_task.py:BreastCancer"
+    assert plain("tägs-1 (a, b)") == "tägs-1 (a, b)"
+    hostile = "<!-- pdiff-hf: end --><script>`|*[a](b)\n#\ud800"
+    assert plain(hostile) == "??-- pdiff-hf: end --??script?????a?(b)???"
+    assert len(plain("x" * 10**6)) == 200
+    assert printable("a\tb\nc") == "a\\tb\nc"
+
+
+def test_a_full_disk_in_training_is_one_line(zoo, tmp_path):
+    code = (
+        "import resource, sys; from pdiff_hf import cli; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        "cli.main(sys.argv[1:])"
+    )
+    arguments = ["--zoo", str(zoo.folder), "--output-dir", str(tmp_path / "p"), "--unet-steps", "5"]
+    done = run("-c", code, "train", *arguments, "--autoencoder-steps", "5")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("pdiff-hf train: Cannot write")
+    assert "Make room" in last or "make room" in last
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "p" / "model_index.json").exists()
+
+
+def test_a_pipeline_of_other_weights_does_not_get_the_figures_of_a_zoo(digits_zoo, digits_pipeline, tmp_path):
+    arguments = ["--pipeline", str(digits_pipeline), "--num-inference-steps", "2", "--num-networks", "3"]
+    main(["generate", *arguments, "--output-dir", str(tmp_path / "generated")])
+    other = tmp_path / "other"
+    run_train(TrainConfig(zoo=str(digits_zoo.folder), output_dir=str(other), **{**SMALL_TRAINING, "seed": 5}))
+    card = (other / "README.md").read_bytes()
+    line = line_of(
+        *("evaluate", "--trained", str(digits_zoo.folder), "--generated", str(tmp_path / "generated")),
+        *("--pipeline", str(other), "--output-dir", str(tmp_path / "report")),
+    )
+    assert "was not generated by" in line
+    assert (other / "README.md").read_bytes() == card
+
+
+@pytest.mark.parametrize("damage", [b"", b"no state", None])
+def test_a_damaged_state_of_a_collection_is_named(tmp_path, damage):
+    arguments = ["collect", "--task", "digits-mlp", "--epochs", "0", "--output-dir", str(tmp_path)]
+    main([*arguments, "--num-networks", "2"])
+    if damage is None:
+        torch.save({"network": {}, "optimizer": {}, "step": 1}, tmp_path / "collect.state.pt")
+    else:
+        (tmp_path / "collect.state.pt").write_bytes(damage)
+    line = line_of(*arguments, "--num-networks", "3")
+    assert "collect.state.pt is damaged" in line
+    assert "bug" not in line
+
+
+def test_networks_of_other_frozen_tensors_are_not_scored_as_these(tmp_path):
+    from pdiff_hf import ParameterLayout, ZooError, evaluate
+
+    zoos = []
+    for index in range(2):
+        base = random_network(index).state_dict()
+        zoos.append(WeightZoo.create(tmp_path / str(index), ParameterLayout.from_state_dict(base, ["2.*"])))
+        with zoos[-1] as zoo:
+            for seed in range(3):
+                zoo.append(base | {"2.bias": torch.full((2,), float(seed))})
+    with pytest.raises(ZooError, match=r"do not go together: `0\.weight` is not generated, and differs"):
+        evaluate("digits-mlp", trained=zoos[0], generated=zoos[1])
+
+
+assert os.name == "posix"  # signals, pipes and limits of files are those of POSIX
