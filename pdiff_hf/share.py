@@ -1,17 +1,23 @@
 """`pdiff-hf push`, `pull` and `import`: folders to the Hub and back."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from .errors import HubError
-from .files import is_pipeline, is_zoo
+from .files import check_kind, is_pipeline, is_zoo, locked
 from .hub.client import explained
+from .hub.pipelines import pipeline_files
 from .hub.push import push
 from .zoo import WeightZoo
+
+
+# What a zoo consists of.
+ZOO_FILES = ("zoo.json", "metadata.jsonl", "frozen.safetensors", "networks-*-of-*.safetensors", "README.md")
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,10 @@ class ImportConfig:
     filename: str = "model.safetensors"
     """The file of each that holds its weights; safetensors only."""
     patterns: tuple[str, ...] = ("*",)
-    """Shell-style patterns of the tensors that are generated."""
+    """Shell-style patterns of the tensors that are generated, or with a ! before them not."""
+    may_differ: tuple[str, ...] = ()
+    """Shell-style patterns of tensors that are not generated and may differ between networks all the same; the zoo
+    has those of the first."""
     task: str | None = None
     """What the networks do: a built-in task, or path/to/file.py:MyTask."""
 
@@ -66,7 +75,12 @@ def run_import(config: ImportConfig) -> str:
     """Imports, and says what is there."""
     return repr(
         WeightZoo.from_hub(
-            config.output_dir, config.repositories, config.filename, patterns=config.patterns, task=config.task
+            config.output_dir,
+            config.repositories,
+            config.filename,
+            patterns=config.patterns,
+            task=config.task,
+            may_differ=config.may_differ,
         )
     )
 
@@ -86,18 +100,38 @@ def run_push(config: PushConfig) -> str:
 
 def run_pull(config: PullConfig) -> str:
     """Downloads, and returns the folder."""
-    folder = Path(config.output_dir)
+    with locked(config.output_dir):
+        return _pull(config, Path(config.output_dir))
+
+
+def _pull(config: PullConfig, folder: Path) -> str:
+    check_kind(folder, "generate" if config.kind == "zoo" else "train")
     # Where the client notes what it downloaded into a folder.
     notes = folder / ".cache" / "huggingface" / "download"
     if (is_zoo(folder) or is_pipeline(folder)) and not notes.is_dir():
         raise HubError(f"{folder} holds a zoo or a pipeline that was not pulled. Choose another --output-dir.")
     repo_type = "dataset" if config.kind == "zoo" else "model"
+    index = "zoo.json" if config.kind == "zoo" else "model_index.json"
     with explained(config.repo, config.revision):
         commit = HfApi().repo_info(config.repo, repo_type=repo_type, revision=config.revision).sha
-        snapshot_download(config.repo, repo_type=repo_type, revision=commit, local_dir=folder)
-        names = set(HfApi().list_repo_files(config.repo, repo_type=repo_type, revision=commit))
-    for shard in folder.glob("networks-*.safetensors"):
-        # Of an earlier pull: shards are named by how many there are.
-        if shard.name not in names and (notes / f"{shard.name}.metadata").exists():
-            shard.unlink()
+        arguments: dict[str, Any] = {"repo_type": repo_type, "revision": commit}
+        described = Path(hf_hub_download(config.repo, index, **arguments))
+        patterns = [*ZOO_FILES] if config.kind == "zoo" else pipeline_files(_read_index(described))
+        # First gone and last there: what an interrupted pull leaves is no mixture of two commits.
+        (folder / index).unlink(missing_ok=True)
+        snapshot_download(config.repo, local_dir=folder, allow_patterns=patterns, ignore_patterns=index, **arguments)
+        names = set(HfApi().list_repo_files(config.repo, **arguments))
+        for note in notes.rglob("*.metadata"):
+            name = note.relative_to(notes).with_suffix("").as_posix()
+            if name not in names:  # of an earlier pull
+                (folder / name).unlink(missing_ok=True)
+                note.unlink()
+        hf_hub_download(config.repo, index, local_dir=folder, **arguments)
     return str(folder)
+
+
+def _read_index(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")).items())
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise HubError(f"{file.name} of the repository is damaged: {error!r:.300}") from error

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..extras import require
+from ..text import plain
 from ..zoo import WeightZoo
 from .baselines import KINDS
 from .measures import columns, similarity, tensor_values
@@ -78,7 +79,7 @@ def plane(
     ax.set_ylim(min(means) - spread - 1, min(100.5, max(means) + spread))
     ax.set_xlabel("similarity of the errors to the most similar training network (IoU)")
     ax.set_ylabel("accuracy on the test split, %")
-    ax.set_title(f"{report['task']}: {report['verdict']['label']}")
+    ax.set_title(f"{plain(report['task'])}: {report['verdict']['label']}", parse_math=False)
     ax.legend(loc="lower left", fontsize=7.5, framealpha=0.9)
     return _save(figure, folder, "plane")
 
@@ -95,7 +96,7 @@ def parameters(trained: WeightZoo, generated: WeightZoo, folder: Path) -> list[P
         edges = torch.linspace(low, high if high > low else low + 1e-6, 41).numpy()
         ax.hist(a.numpy(), edges, density=True, color=BLUE, alpha=0.5, label="original")
         ax.hist(b.numpy(), edges, density=True, histtype="step", color=RED, linewidth=1.3, label="generated")
-        ax.set_title(name, fontsize=8)
+        ax.set_title(plain(name), fontsize=8, parse_math=False)
         ax.tick_params(labelsize=7)
     for ax in list(axes.flat)[len(values) :]:
         ax.set_visible(False)

@@ -9,8 +9,10 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult
 from rich.table import Table
+from rich.text import Text
 
 from ..files import whole
+from ..text import plain, printable
 
 
 # Columns of the table of groups that stand everywhere; report.md has all of them.
@@ -77,7 +79,7 @@ def number(value: float | None) -> str:
 
 def table(report: dict[str, Any]) -> Table:
     """The table of groups for the terminal."""
-    result = Table(title=f"{report['task']}: accuracy on the test split, %")
+    result = Table(title=Text(printable(f"{report['task']}: accuracy on the test split, %"), "table.title"))
     for column in SHORT:
         result.add_column(column, justify="left" if column == "networks" else "right")
     for row in group_table(report):
@@ -132,7 +134,10 @@ def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> Non
             for file, caption in captions
         ]
         template = _environment(escape).from_string((files(__package__) / name).read_text(encoding="utf-8"))
-        texts[name] = template.render(report=report, labels=LABELS, columns=columns, rows=rows, pictures=pictures)
+        shown_report = report if escape else {**report, "task": plain(report["task"])}
+        texts[name] = template.render(
+            report=shown_report, labels=LABELS, columns=columns, rows=rows, pictures=pictures
+        )
     for name, text in texts.items():
         with whole(folder / name) as file:
             file.write_text(text, encoding="utf-8")

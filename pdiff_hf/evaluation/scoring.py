@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..errors import TaskError, ZooError
 from ..extras import require
-from ..files import whole
+from ..files import check_opens, own_name, whole
 from ..networks.predictor import Predictor
 from ..parallel import from_main, share
 from ..tasks import Task
@@ -101,6 +101,10 @@ def _code(task: Task) -> list[str]:
 
 def _read_part(file: Path) -> dict[str, Any]:
     try:
+        check_opens(file)
+    except OSError as error:
+        raise ZooError(f"{file} cannot be opened: {error}.") from error
+    try:
         return torch.load(file, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ZooError(f"{file} is damaged. Delete it and run the same command again.") from error
@@ -139,6 +143,8 @@ class Scorer:
         self._outputs_of_one = outputs[0].numel()
         predictions = outputs.split([len(targets) for targets in self.targets.values()], dim=1)
         correct = [self._correct(p, split) for p, split in zip(predictions, SPLITS, strict=True)]
+        # Parts by other names are not ours.
+        self._mark = from_main(lambda: own_name("scores"))
         self._digest = _sha256(
             *(self.inputs, *self.targets.values(), self.layout.config["tensors"], len(zoo), ends),
             *(*_code(task), *correct),
@@ -176,7 +182,10 @@ class Scorer:
 
         def score(group: int) -> dict[str, Any]:
             indices = range(bounds[group], bounds[group + 1])
-            part = self.parts and self.parts / f"{_sha256(self._digest, name, key, count, group, calibrate)}.pt"
+            part = (
+                self.parts
+                and self.parts / f"{_sha256(self._mark, self._digest, name, key, count, group, calibrate)}.pt"
+            )
             if part is not None and part.exists():
                 return _read_part(part)
             scored = self._score(vectors, indices, batch_size, ranks, sizes if calibrate else [], name)

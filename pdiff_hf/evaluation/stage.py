@@ -8,12 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from ..config import check_positive
+from ..config import check_positive, check_seed
 from ..errors import ConfigError
 from ..extras import require
+from ..files import locked
 from ..hub.cards import write_evaluation
 from ..hub.push import push_evaluation
-from ..parallel import processes
+from ..parallel import processes, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from ..runs import save_run, versions
 from ..tasks import Task
@@ -23,6 +24,7 @@ from .subjects import NetworksLike, Sampler, Subjects, opened
 
 
 REPORT_VERSION = 2
+MOST_PER_POINT = 100_000
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "num_networks", "networks_per_point")
+        if self.networks_per_point > MOST_PER_POINT:
+            raise ConfigError(f"networks_per_point has to be at most {MOST_PER_POINT:,}.")
+        check_seed(self)
 
 
 def evaluate(
@@ -111,6 +116,11 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         [`ZooError`]: as [`evaluate`].
     """
     _require_extras(config.output_dir)
+    with written(config.output_dir, "evaluate"):
+        return _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     with opened(
         *(config.task, config.trained, config.generated, config.fresh, config.pipeline),
         num_networks=config.num_networks,
@@ -128,7 +138,8 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if origin is not None:
         evaluation = (card_section(report), card_results(report), files)
         if (Path(origin) / "README.md").is_file():
-            write_evaluation(Path(origin), *evaluation)
+            with locked(origin):
+                write_evaluation(Path(origin), *evaluation)
         if config.push_to_hub is not None:
             push_evaluation(origin, config.push_to_hub, *evaluation)
     return report

@@ -11,9 +11,12 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 
 from ..errors import HubError, PipelineError
 from ..files import whole
+from ..text import load_yaml, plain
 
 
 EVALUATION = ("<!-- pdiff-hf: evaluation -->", "<!-- pdiff-hf: evaluation end -->")
+# Of the results of an evaluation, in the metadata.
+MODEL_NAME = "pdiff"
 # Stands in cards where the name of the repository will be.
 PLACEHOLDER = "path/or/name/of/this/repository"
 GENERATED = ("<!-- pdiff-hf: what follows is rewritten by every push -->", "<!-- pdiff-hf: end -->")
@@ -31,6 +34,7 @@ def merge_cards(new: str, old: str | None, license: str | None = None) -> str:
     before, marker, rest = present.text.partition(start)
     text = before + section + rest.partition(end)[2] if marker else f"{present.text.rstrip()}\n\n{section}\n"
     old_data, new_data = present.data.to_dict(), fresh.data.to_dict()
+    _drop_evaluation(old_data)  # of what the repository or the folder held before
     data = old_data | new_data
     data["tags"] = sorted({*_tags(old_data), *_tags(new_data)})
     if license is not None:
@@ -38,8 +42,17 @@ def merge_cards(new: str, old: str | None, license: str | None = None) -> str:
     return _card(data, text)
 
 
+def _drop_evaluation(data: dict[str, Any]) -> None:
+    """Leaves the results that others measured."""
+    results = data.pop("model-index", None)
+    if others := [one for one in results or [] if not isinstance(one, dict) or one.get("name") != MODEL_NAME]:
+        data["model-index"] = others
+
+
 def _parsed_card(content: str) -> RepoCard:
     try:
+        _, marker, rest = content.partition("---")
+        load_yaml(rest.partition("\n---")[0] if marker else "")
         return RepoCard(content, ignore_metadata_errors=True)
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise HubError(
@@ -52,17 +65,25 @@ def _tags(data: dict[str, Any]) -> list[str]:
     return [str(tag) for tag in (tags if isinstance(tags, list) else [tags]) if tag is not None]
 
 
-def write_zoo_card(folder: Path, description: str, task: str | None, count: int, parameters: int) -> None:
-    """Writes the dataset card of a zoo of so many networks of so many parameters, keeping what a person wrote into
-    it."""
+def write_zoo_card(
+    folder: Path,
+    description: str,
+    task: str | None,
+    count: int,
+    parameters: int,
+    features: list[dict[str, Any]] | None = None,
+) -> None:
+    """Writes the dataset card of a zoo of so many networks of so many parameters, whose rows have these columns, and
+    keeps what a person wrote into it."""
     card_data = DatasetCardData(
+        dataset_info=None if features is None else {"features": features},
         tags=["neural-network-diffusion", "model-zoo", "weights"],
         configs=[{"config_name": "default", "data_files": "metadata.jsonl"}],
     )
     card = DatasetCard.from_template(
         card_data,
         template_str=_template("zoo.md"),
-        title=f"Weight zoo: {task or 'networks'}",
+        title=f"Weight zoo: {plain(task or 'networks')}",
         description=description,
         count=count,
         parameters=parameters,
@@ -102,11 +123,11 @@ def write_pipeline_card(
     card = ModelCard.from_template(
         card_data,
         template_str=_template("pipeline.md"),
-        title=f"Neural network diffusion: {task or 'networks'}",
-        task=task,
+        title=f"Neural network diffusion: {plain(task or 'networks')}",
+        task=plain(task or "networks"),
         count=count,
         parameters=parameters,
-        facts=recipe,
+        facts={name: plain(str(value)) for name, value in recipe.items()},
         markers=GENERATED,
         placeholder=PLACEHOLDER,
         evaluation=EVALUATION,
@@ -129,7 +150,7 @@ def write_evaluation(folder: Path, section: str, results: list[EvalResult], pict
     """
     file = folder / "README.md"
     start, end = EVALUATION
-    card = ModelCard(card_text(file), ignore_metadata_errors=True)
+    card = _parsed_card(card_text(file))
     before, marker, rest = card.text.partition(start)
     if not marker:
         raise PipelineError(f"{file} has no place for figures: it lacks the line {start!r}.")
@@ -140,7 +161,7 @@ def write_evaluation(folder: Path, section: str, results: list[EvalResult], pict
         shutil.copyfile(picture, target)
         lines += ["", f"![{picture.stem}](evaluation/{picture.name})"]
     text = before + "\n".join([start, "", *lines, "", end]) + rest.partition(end)[2]
-    data = card.data.to_dict() | ModelCardData(model_name="pdiff", eval_results=results).to_dict()
+    data = card.data.to_dict() | ModelCardData(model_name=MODEL_NAME, eval_results=results).to_dict()
     with whole(file) as temporary:
         temporary.write_text(_card(data, text), encoding="utf-8")
 

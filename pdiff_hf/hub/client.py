@@ -50,6 +50,12 @@ def matching_models(pattern: str, token: str | None) -> list[tuple[str, str]]:
         return [(name, str(HfApi(token=token).model_info(name).sha)) for name in names]
 
 
+def repository_files(repo_id: str, revision: str, token: str | None) -> list[str]:
+    """Names of the files of a model repository."""
+    with explained(repo_id, revision):
+        return HfApi(token=token).list_repo_files(repo_id, revision=revision)
+
+
 @contextmanager
 def explained(repo_id: str, revision: str | None) -> Iterator[None]:
     """Turns the client's errors into ones that say what to do. Tokens and addresses stay out of the message."""

@@ -1,16 +1,20 @@
 """Pipelines of a folder or of the Hub, run by the code of this package."""
 
+import hashlib
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from safetensors import safe_open
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import PipelineError
-from ..files import is_pipeline
+from ..files import UNFINISHED, is_pipeline
 from ..pipelines import neural_network_diffusion
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from .client import download, is_repository
@@ -18,8 +22,14 @@ from .client import download, is_repository
 
 # Far above any schedule; a scheduler allocates several numbers a timestep.
 MOST_TIMESTEPS = 10**6
+# More than any component counts.
+MOST_NUMBER = 10**12
+# Parts of a component. Building them takes a second.
+MOST_MODULES = 20_000
 COMPONENTS = ("layout", "vae", "unet", "transformer", "condition_encoder")
-OWN = {name: getattr(neural_network_diffusion, name) for name in neural_network_diffusion.__all__}
+KNOWN = {name: getattr(neural_network_diffusion, name) for name in neural_network_diffusion.__all__}
+# The denoiser of diffusers that fits the slot.
+KNOWN["UNet1DModel"] = diffusers.UNet1DModel
 
 
 def load_pipeline(
@@ -40,6 +50,8 @@ def load_pipeline(
         [`HubError`]: the repository cannot be read.
     """
     folder = pipeline_folder(name_or_path, revision, token)
+    if any(Path(folder).glob(f"{UNFINISHED}pipeline")) and not is_pipeline(folder):
+        raise PipelineError(f"{name_or_path} holds no pipeline: saving it was interrupted. Save or train it again.")
     if not is_pipeline(folder):
         raise PipelineError(f"{name_or_path} holds no pipeline: there is no model_index.json.")
     try:
@@ -70,19 +82,68 @@ def pipeline_folder(
     return Path(download(str(name_or_path), "model", revision, token, patterns))
 
 
+def weights_sha256(folder: Path) -> str:
+    """What tells a pipeline from another one in the same place."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*/*.safetensors")):
+        with file.open("rb") as content:
+            while chunk := content.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def pipeline_files(index: Mapping[str, Any]) -> list[str]:
+    """Patterns of the files that a pipeline consists of, from its `model_index.json`: its code and evaluation too."""
+    found = ["model_index.json", "README.md", "evaluation/*.png"]
+    for name, value in index.items():
+        if isinstance(value, list) and len(value) == 2 and name.isidentifier():
+            folder = "" if name == "_class_name" else f"{name}/"
+            if isinstance(value[0], str) and value[0].isidentifier():
+                found.append(f"{folder}{value[0]}.py")
+            if folder:
+                found += [f"{folder}*{end}" for end in ("config.json", ".safetensors", ".safetensors.index.json")]
+    return found
+
+
 def _check_schedule(folder: Path) -> None:
     config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
     timesteps = config.get("num_train_timesteps", 1000)
     if type(timesteps) is not int or not 1 <= timesteps <= MOST_TIMESTEPS:
         raise ValueError(f"num_train_timesteps has to be between 1 and {MOST_TIMESTEPS}, and is {timesteps!r:.200}")
+    _check_numbers(config, MOST_TIMESTEPS)
+
+
+def _check_numbers(value: Any, most: int, name: str = "") -> None:
+    """What loaders may take for a size is refused where nothing is so large."""
+    if isinstance(value, Mapping | list):
+        entries = value.items() if isinstance(value, Mapping) else ((name, one) for one in value)
+        for key, one in entries:
+            _check_numbers(one, most, str(key))
+    elif isinstance(value, int | float) and abs(value) > most and abs(value) != math.inf:
+        raise ValueError(f"{name:.100} is {value:.3g}, and has to be {most:,} at most")
 
 
 def _described(folder: Path, name: str) -> torch.nn.Module:
     """The component that a config describes, without memory for its weights: of our class or one of diffusers."""
-    model_class = OWN.get(name) or getattr(diffusers, name)
+    model_class = KNOWN.get(name)
+    if model_class is None:
+        raise ValueError(f"{folder.name} is of the class {name!r:.100}; known are {', '.join(KNOWN)}")
     config = model_class.load_config(str(folder))
-    with torch.device("meta"):
-        model: torch.nn.Module = model_class.from_config(config)
+    _check_numbers(config, MOST_NUMBER)
+    built = 0
+
+    def count(*_: Any) -> None:
+        nonlocal built
+        built += 1
+        if built > MOST_MODULES:
+            raise ValueError(f"{folder.name} would have more than {MOST_MODULES:,} layers")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            model: torch.nn.Module = model_class.from_config(config)
+    finally:
+        hook.remove()
     return model
 
 

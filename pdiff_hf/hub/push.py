@@ -3,12 +3,13 @@
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, snapshot_download
 
 from ..errors import HubError
-from ..files import UNFINISHED, is_pipeline, is_zoo
+from ..files import UNFINISHED, is_pipeline, is_zoo, locked
 from .cards import PLACEHOLDER, card_text, merge_cards, write_evaluation
 from .client import explained
 
@@ -37,8 +38,8 @@ def push(
 ) -> CommitInfo:
     r"""
     Makes a repository hold what a folder with a zoo or a pipeline holds, in one commit: all of it or nothing, and no
-    commit where nothing changed. Shards and checkpoints that the folder does not have any more are removed; files of
-    other kinds in the repository stay, and so does what a person wrote into its card.
+    commit where nothing changed. Shards, weights and pictures that the folder does not have any more are removed;
+    files of other kinds in the repository stay, and so does what a person wrote into its card.
 
     Args:
         folder (`str` or `os.PathLike`): A zoo (pushed as a data set) or a pipeline (pushed as a model).
@@ -55,6 +56,20 @@ def push(
         [`HubError`]: there is neither in the folder, or the repository cannot be written, or it changed meanwhile.
     """
     folder = Path(folder)
+    with locked(folder) if os.access(folder, os.W_OK) else nullcontext():
+        return _push(folder, repo_id, private, token, commit_message, create_pr, license, contents or {})
+
+
+def _push(
+    folder: Path,
+    repo_id: str,
+    private: bool | None,
+    token: str | None,
+    commit_message: str | None,
+    create_pr: bool,
+    license: str | None,
+    contents: Mapping[str, bytes],
+) -> CommitInfo:
     repo_type = _repo_type(folder)
     if any(folder.glob("*.part")) or any(folder.glob(f"{UNFINISHED}*")):
         raise HubError(f"{folder} is unfinished: complete it with the command that makes it, then push.")
@@ -62,6 +77,11 @@ def push(
     with explained(repo_id, None):
         repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
         info = api.repo_info(repo_id, repo_type=repo_type)
+        if private is not None and info.private != private:
+            raise HubError(
+                f"{repo_id} exists and is {'private' if info.private else 'public'}, which a push does not change. "
+                "Change it in the repository's settings, or leave `private` out."
+            )
         present = set(api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha))
         operations: list[CommitOperationAdd | CommitOperationDelete] = []
         names = set()
@@ -74,13 +94,17 @@ def push(
                     f"{path} is a link that leads out of {folder}: put the file itself there, or remove it."
                 )
             names.add(name.as_posix())
-            content: bytes | Path = (contents or {}).get(name.as_posix(), path)
+            content: bytes | Path = contents.get(name.as_posix(), path)
             if name.as_posix() == "README.md":
                 old = _read_text(api, repo_id, repo_type, info.sha) if "README.md" in present else None
                 card = card_text(path).replace(PLACEHOLDER, repo_id)
                 content = merge_cards(card, old, license).encode()
             operations.append(CommitOperationAdd(name.as_posix(), content))
-        stale = sorted(name for name in present - names if name.endswith(".safetensors"))
+        stale = sorted(
+            name
+            for name in present - names
+            if name.endswith(".safetensors") or (name.startswith("evaluation/") and name.endswith(".png"))
+        )
         operations += [CommitOperationDelete(name) for name in stale]
         return api.create_commit(
             repo_id,
@@ -107,6 +131,8 @@ def push_evaluation(
 
 
 def _repo_type(folder: Path) -> str:
+    if is_zoo(folder) and is_pipeline(folder):
+        raise HubError(f"{folder} holds both a zoo and a pipeline: move one of them away.")
     if is_zoo(folder):
         return "dataset"
     if is_pipeline(folder):

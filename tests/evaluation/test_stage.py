@@ -770,3 +770,25 @@ def test_damaged_scores_are_named(digits_zoo, tmp_path, content):
     part.write_bytes(content)
     with pytest.raises(ZooError, match=rf"{part.name} is damaged. Delete it"):
         scores_of(digits_zoo, task, tmp_path, torch.zeros(3, dtype=torch.bfloat16))
+
+
+def test_names_that_a_typesetter_would_read_are_shown_as_they_are(tmp_path):
+    names = {"0.weight": "a$b_{", "0.bias": "$\\frac$", "2.weight": "x<!-- -->", "2.bias": "\x1b[2J"}
+
+    class Renamed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, value in answering(1).items():
+                self.register_parameter(names[name], nn.Parameter(value.clone()))
+
+        def forward(self, inputs):
+            own = {name: self.get_parameter(given) for name, given in names.items()}
+            hidden = nn.functional.linear(inputs, own["0.weight"], own["0.bias"]).relu()
+            return nn.functional.linear(hidden, own["2.weight"], own["2.bias"])
+
+    task = type("Task$_{1}", (BlobTask,), {"build_network": lambda self: Renamed()})()
+    networks = [{names[n]: value for n, value in answering(1, k / 10).items()} for k in range(3)]
+    report = pdiff_hf.evaluate(task, trained=networks, generated=networks, output_dir=tmp_path, networks_per_point=2)
+    assert report["groups"]["generated"]["count"] == 3
+    assert (tmp_path / "parameters.png").stat().st_size > 1000
+    assert "\x1b" not in (tmp_path / "report.md").read_text()
