@@ -725,3 +725,51 @@ def commit_regular_file(repo_id: str, megabytes: int) -> None:
     url, headers = f"{API.endpoint}/api/models/{repo_id}/commit/main", {"Authorization": "Bearer hf_alice"}
     hf_raise_for_status(get_session().post(url, content=lines(), headers=headers))
     assert [file.size for file in API.get_paths_info(repo_id, ["regular.bin", "a"])] == [megabytes * (3 << 18), 1]
+
+
+# ---- files that are large by their type
+
+
+def push_and_load_a_table(repo_id: str) -> list[dict]:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]).push_to_hub(repo_id)
+    return datasets.load_dataset(repo_id, split="train").to_list()
+
+
+def test_a_small_table_that_datasets_pushes_is_one_that_it_loads(lfs):
+    pytest.importorskip("datasets")
+    assert lfs.client(push_and_load_a_table, "alice/small-table") == [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+
+
+def small_files(repo_id: str, attributes: str | None) -> dict[str, dict | None]:
+    """What the server says of small files of several types: their `lfs`, in each of three listings."""
+    API.create_repo(repo_id)
+    files = {"a.safetensors": b"weights", "data/b.parquet": b"table", "c.txt": b"text", "saved_model/x/y": b"z"}
+    if attributes is not None:
+        API.upload_file(path_or_fileobj=attributes.encode(), path_in_repo=".gitattributes", repo_id=repo_id)
+    for name, content in files.items():
+        API.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repo_id)
+    siblings = {one.rfilename: one.lfs for one in API.repo_info(repo_id, files_metadata=True).siblings}
+    listed = {one.path: one.lfs for one in API.list_repo_tree(repo_id, recursive=True) if hasattr(one, "lfs")}
+    asked = {one.path: one.lfs for one in API.get_paths_info(repo_id, list(files))}
+    for name, content in files.items():
+        assert Path(API.hf_hub_download(repo_id, name)).read_bytes() == content
+        for described in (siblings, listed, asked):
+            lfs = described[name]
+            assert lfs is None or (lfs.sha256, lfs.size) == (hashlib.sha256(content).hexdigest(), len(content))
+        assert (siblings[name] is None) == (listed[name] is None) == (asked[name] is None)
+    return {name: siblings[name] is not None for name in files}
+
+
+def test_types_that_are_large_on_the_hub_are_large_whatever_their_size(lfs):
+    found = lfs.client(small_files, "alice/types", None)
+    assert found == {"a.safetensors": True, "data/b.parquet": True, "c.txt": False, "saved_model/x/y": True}
+
+
+def test_a_repository_decides_itself_which_types_are_large(lfs):
+    found = lfs.client(small_files, "alice/own-types", "*.txt filter=lfs diff=lfs merge=lfs -text\n# *.parquet\n")
+    assert found == {"a.safetensors": False, "data/b.parquet": False, "c.txt": True, "saved_model/x/y": False}
+
+
+def test_without_large_files_none_is_large_by_its_type(xet):
+    assert not any(xet.client(small_files, "alice/regular-types", None).values())

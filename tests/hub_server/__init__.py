@@ -20,9 +20,11 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from .hub import NOTHING_IS_LARGE
+
 
 USERS = {"hf_alice": "alice", "hf_bob": "bob"}
-NOTHING_IS_LARGE = 1 << 60
+__all__ = ["NOTHING_IS_LARGE", "USERS", "HubClient", "HubClientError", "HubServer", "client_environment"]
 
 
 class HubServer:

@@ -114,10 +114,11 @@ def preupload(hub: Hub, request: Request, repository: Repository, revision: str)
     ignored = body.get("gitIgnore")
     if ignored is None and ".gitignore" in tree:
         ignored = repository.blob(tree[".gitignore"].sha256).read_text()
+    attributes = repository.blob(tree[".gitattributes"].sha256).read_text() if ".gitattributes" in tree else ""
     files = []
     for asked in body.get("files", []):
         path = check_path(asked.get("path"))
-        lfs = int(asked.get("size", 0)) >= hub.lfs_threshold
+        lfs = hub.has_large_files and (int(asked.get("size", 0)) >= hub.lfs_threshold or is_large(path, attributes))
         answer = {
             "path": path,
             "uploadMode": "lfs" if lfs else "regular",
@@ -127,6 +128,17 @@ def preupload(hub: Hub, request: Request, repository: Repository, revision: str)
             answer["oid"] = tree[path].etag
         files.append(answer)
     return Reply.json({"files": files, "commitOid": repository.find_commit(revision)})
+
+
+def is_large(path: str, attributes: str) -> bool:
+    """Whether `.gitattributes` takes a path for large whatever its size; the last line that names it decides."""
+    large = False
+    for line in attributes.splitlines():
+        pattern, *rest = line.split() or ["#"]
+        name = path if "/" in pattern else path.rpartition("/")[2]
+        if fnmatch.fnmatchcase(name, pattern.replace("/**/", "/*").lstrip("/")):
+            large = "filter=lfs" in rest or (large and not {"-filter", "!filter"} & set(rest))
+    return large
 
 
 def is_ignored(path: str, patterns: str) -> bool:

@@ -10,6 +10,7 @@ from .errors import HubError, RepositoryNotFoundError
 from .storage import Repository, Store
 
 
+NOTHING_IS_LARGE = 1 << 60
 REPOSITORY = r"(?P<namespace>[^/]+)/(?P<name>[^/]+?)"
 PLACEHOLDERS = {
     "{api}": rf"/api/(?P<kind>models|datasets)/{REPOSITORY}",
@@ -40,6 +41,7 @@ class Hub:
         self.store = store
         self.users = users
         self.lfs_threshold = lfs_threshold
+        self.has_large_files = lfs_threshold < NOTHING_IS_LARGE
         self.page_size = page_size
         # Upload URLs are signed, since the client sends no token to them; like real ones they expire (at a restart).
         self.upload_key = secrets.token_bytes(32)

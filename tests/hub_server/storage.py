@@ -30,7 +30,27 @@ COMMIT_PREFIX = re.compile(r"[0-9a-f]{7,40}")
 # A subset of what git allows.
 REF_NAME = re.compile(r"(?!.*(?:\.\.|//|\.lock(?:/|$)|/\.|@\{))[A-Za-z0-9_][A-Za-z0-9_./+@=-]*(?<![./])")
 FORBIDDEN_PARTS = ("", ".", "..", ".git")
-GIT_ATTRIBUTES = b"*.bin filter=lfs diff=lfs merge=lfs -text\n*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+# What the Hub takes for large whatever its size, in a new repository.
+LARGE_TYPES = (
+    *(
+        "*.7z",
+        "*.arrow",
+        "*.avro",
+        "*.bin",
+        "*.bz2",
+        "*.ckpt",
+        "*.ftz",
+        "*.gz",
+        "*.h5",
+        "*.joblib",
+        "*.lfs.*",
+        "*.lz4",
+    ),
+    *("*.mds", "*.mlmodel", "*.model", "*.msgpack", "*.npy", "*.npz", "*.onnx", "*.ot", "*.parquet", "*.pb"),
+    *("*.pickle", "*.pkl", "*.pt", "*.pth", "*.rar", "*.safetensors", "saved_model/**/*", "*.tar.*", "*.tar"),
+    *("*.tflite", "*.tgz", "*.wasm", "*.xz", "*.zip", "*.zst", "*tfevents*"),
+)
+GIT_ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE_TYPES).encode()
 
 
 def now() -> str:
