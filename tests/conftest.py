@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread, in subprocesses too: results do not depend on the machine, and tests can run side by side.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -28,6 +29,9 @@ from pdiff_hf import CollectConfig, ParameterLayout, TrainConfig, WeightZoo, run
 
 
 torch.set_num_threads(1)
+# A shell that runs tests in the background has them, and what they start, ignore interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 SMALL_TRAINING = {"autoencoder": "linear", "unet_steps": 120, "block_out_channels": (16, 16)}
 
