@@ -15,6 +15,7 @@ from typing import Any
 # Name: the function that runs it, whose argument is its configuration, and what it is for.
 STAGES = {
     "collect": ("collect:run_collect", "train networks and keep their checkpoints in a zoo"),
+    "align": ("align:run_align", "put the hidden units of a zoo's networks into one order and scale"),
     "train": ("train.stage:run_train", "learn the distribution of a zoo's networks"),
     "generate": ("generate:run_generate", "sample networks from a pipeline into a zoo"),
     "evaluate": ("evaluation.stage:run_evaluate", "compare generated networks with those that they were learned from"),

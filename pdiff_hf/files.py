@@ -24,7 +24,7 @@ LOCK = ".pdiff-hf.lock"
 MAKE_ROOM = "Make room and run the same command again."
 # What tells what a folder holds, and which stages write such folders.
 KINDS = {
-    "a zoo": (("zoo.json", "collect.yaml", "generate.yaml"), ("collect", "generate", "import")),
+    "a zoo": (("zoo.json", "collect.yaml", "generate.yaml"), ("collect", "generate", "align", "import")),
     "a pipeline": (("model_index.json", "train.yaml"), ("train",)),
     "a report": (("report.json", "evaluate.yaml"), ("evaluate",)),
 }

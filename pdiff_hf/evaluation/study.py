@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..errors import ZooError
 from ..files import UNFINISHED
-from ..networks.symmetry import Alignment, aligned_distances
+from ..networks.symmetry import Symmetry, UnknownSymmetryError, aligned_distances
 from ..parallel import from_main, processes
 from ..zoo import WeightZoo
 from . import pictures
@@ -238,16 +238,16 @@ class Study:
         self, own: torch.Tensor, of_generated: torch.Tensor
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
         """Distances to nearest neighbours up to permutations of hidden units, and which those are, where the
-        architecture is a plain chain."""
+        architecture's hidden units are recognized."""
         values = self.trained.vector_size * (len(self.trained) + len(self.generated))
         if self.trained.vector_size > MOST_ALIGNED or values > MOST_ALIGNED_VALUES:
             return None
-        try:
-            alignment = Alignment(self.trained.layout)
-        except ValueError:
-            return None
         inputs = self.scorer.inputs[:50]
-        if not alignment.holds(self.scorer.predict, self.trained[0], inputs):
+        try:
+            symmetry = Symmetry(self.scorer.predict.network, self.trained.layout, inputs[:1])
+        except UnknownSymmetryError:
+            return None
+        if not symmetry.holds(self.scorer.predict, self.trained[0], inputs):
             return None
         trained, generated = self.trained.vectors().double(), self.generated.vectors().double()
         others = self.similarity["trained"].clone().fill_diagonal_(-1)
@@ -256,8 +256,8 @@ class Study:
             for nearest, values in ((own, others), (of_generated, self.similarity["generated"]))
         )
         return {
-            "trained": aligned_distances(alignment, trained, trained, of_trained),
-            "generated": aligned_distances(alignment, generated, trained, of_generated),
+            "trained": aligned_distances(symmetry, trained, trained, of_trained),
+            "generated": aligned_distances(symmetry, generated, trained, of_generated),
         }
 
     def _pairwise(self) -> dict[str, float | None]:

@@ -1,0 +1,111 @@
+"""A zoo in canonical form: of the networks that differ by order and scale of hidden units, one representative each."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .config import check_above_zero
+from .errors import ConfigError, TaskError, ZooError
+from .extras import require
+from .networks.predictor import Predictor
+from .networks.symmetry import REFERENCE_NETWORKS, Symmetry, UnknownSymmetryError
+from .parallel import processes, written
+from .runs import save_run
+from .tasks import check_task, load_task
+from .tasks.task import trusted_name
+from .zoo import WeightZoo, check_room_for
+
+
+EXAMPLES = 100
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Permutes and scales the hidden units of a zoo's networks, so that they lie near to each other."""
+
+    zoo: str = "runs/zoo"
+    """Folder of the zoo, or its name on the Hub."""
+    output_dir: str = "runs/aligned"
+    """Folder of the aligned zoo."""
+    task: str | None = None
+    """What the networks do: a built-in task, or path/to/file.py:MyTask. The zoo's own by default."""
+    tolerance: float = 1e-3
+    """Largest difference of a prediction before and after that rounding may explain; more is an error."""
+
+    def __post_init__(self) -> None:
+        check_above_zero(self, "tolerance")
+
+
+def run_align(config: AlignConfig) -> str:
+    r"""
+    Writes the aligned zoo, and says by how much predictions and distances changed.
+
+    Raises:
+        [`TaskError`]: an architecture whose hidden units are not recognized. The message names the part.
+        [`ZooError`]: predictions changed by more than the tolerance; there is no aligned zoo then.
+        [`ConfigError`]: there is a zoo already.
+    """
+    if processes().num_processes > 1:
+        raise ConfigError("`pdiff-hf align` runs in one process.")
+    require("scipy.optimize", "report")
+    with written(config.output_dir, "align"):
+        return _align(config, Path(config.output_dir))
+
+
+def _align(config: AlignConfig, folder: Path) -> str:
+    zoo = WeightZoo.from_pretrained(config.zoo)
+    if len(zoo) == 0:
+        raise ZooError(f"{config.zoo} has no networks.")
+    name = trusted_name(config.task, zoo.task)
+    task = load_task(name)
+    check_task(task, processes().device, training=False)
+    inputs = task.data("train")[0][:EXAMPLES]
+    try:
+        symmetry = Symmetry(task.build_network(), zoo.layout, inputs[:1])
+    except UnknownSymmetryError as error:
+        raise TaskError(f"Networks of {name} cannot be aligned: {error}") from error
+    predict = Predictor(task, zoo.layout, processes().device)
+    check_room_for(folder, len(zoo), zoo.layout, str(zoo.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+
+    every = -(-len(zoo) // REFERENCE_NETWORKS)
+    reference = symmetry.reference(zoo.vectors(range(0, len(zoo), every)))
+    mean = torch.stack([batch.sum(0) for batch in zoo.batches()]).sum(0) / len(zoo)
+    largest = before = after = 0.0
+    rows = zoo.rows()
+    aligned = WeightZoo.create(
+        folder,
+        zoo.layout,
+        task=name if config.task is not None else zoo.task,
+        dtype=str(zoo.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        may_differ=zoo.may_differ,
+    )
+    try:
+        with aligned, tqdm(total=len(zoo), desc="align", unit="network") as progress:
+            for batch in zoo.batches():
+                canonical = symmetry.canonical(batch, reference)
+                difference = (predict(canonical, inputs) - predict(batch, inputs)).abs().max().item()
+                largest = max(largest, difference)
+                if not difference <= config.tolerance:
+                    raise ZooError(
+                        f"Predictions of {zoo.folder} changed by {difference:.2g}, more than the tolerance of "
+                        f"{config.tolerance:.2g}: these networks have other symmetries than their forward pass shows."
+                    )
+                before += (batch - mean).norm(dim=1).sum().item()
+                after += (canonical - reference).norm(dim=1).sum().item()
+                for vector in canonical:
+                    aligned.append(vector, **next(rows))
+                progress.update(len(batch))
+    except BaseException:
+        aligned.delete()
+        raise
+    save_run(folder, "align", config)
+    units = ", ".join(str(group.units) for group in symmetry.groups)
+    aligned.write_card(
+        f"The networks of `{zoo.folder.name}` in canonical form: hidden units in one order and balanced."
+    )
+    return (
+        f"{len(zoo)} networks with groups of {units} hidden units: the mean distance to their mean was "
+        f"{before / len(zoo):.4g} and is {after / len(zoo):.4g}. Predictions differ by {largest:.2g} at most."
+    )
