@@ -58,13 +58,28 @@ def _deviations(count: int, strength: float, draw: torch.Generator) -> torch.Ten
     return 1 / count + strength * (normal - normal.mean()) / count**0.5
 
 
+def _shrunk(count: int, strength: float, draw: torch.Generator) -> torch.Tensor:
+    return (1 - strength) * _copies(count, strength, draw)  # the mean is 0
+
+
+def _difference(count: int, strength: float, draw: torch.Generator) -> torch.Tensor:
+    weights = torch.zeros(count)
+    for place, weight in zip(
+        torch.randperm(count, generator=draw)[:3].tolist(), (1, strength, -strength), strict=False
+    ):
+        weights[place] = weight
+    return weights
+
+
 class Kind(NamedTuple):
-    """How a baseline weights the training networks, whether it adds noise, its first strength, and its name."""
+    """How a baseline weights the training networks, whether it adds noise, its first strength, its name, and whether
+    it is for independent networks alone."""
 
     weights: Callable[[int, float, torch.Generator], torch.Tensor]
     noisy: bool
     first: float
     label: str
+    independent: bool = False
 
 
 KINDS = {
@@ -73,6 +88,8 @@ KINDS = {
     "interpolation": Kind(_pair, False, 0.1, "interpolation of two"),
     "gaussian": Kind(_mean, True, 1 / 4, "per-parameter Gaussian"),
     "low-rank-gaussian": Kind(_deviations, False, 1 / 4, "low-rank Gaussian"),
+    "shrinking": Kind(_shrunk, False, 0.1, "shrunk to the mean", True),
+    "difference": Kind(_difference, False, 1 / 16, "plus a difference of two others", True),
 }
 
 
@@ -88,6 +105,8 @@ class Baseline:
     | `interpolation` | a point between two training networks | the share of the second |
     | `gaussian` | the mean plus independent noise on each parameter | as for `noise` |
     | `low-rank-gaussian` | a sample of the Gaussian with the zoo's mean and covariance | factor on the deviation |
+    | `shrinking` | a training network, nearer to the mean of all | the share of the mean |
+    | `difference` | a training network plus a part of the difference of two others | that part |
 
     Args:
         zoo (`StandardizedZoo` or `WeightZoo`): The training networks.

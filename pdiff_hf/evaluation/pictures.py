@@ -27,6 +27,8 @@ CURVES = {
     "interpolation": (GREEN, "--"),
     "gaussian": (ORANGE, "-."),
     "low-rank-gaussian": (SKY, (0, (5, 1, 1, 1, 1, 1))),
+    "shrinking": ("grey", "-"),
+    "difference": ("grey", ":"),
 }
 MOST_TENSORS = 12
 MOST_ROWS = 60
@@ -55,6 +57,8 @@ def plane(
     figure, ax = _figure(6.4, 4.8)
     for kind, (colour, line) in CURVES.items():
         points = [point for point in report["baselines"] if point["kind"] == kind]
+        if not points:
+            continue
         curve = [(point["maximum_similarity"]["mean"], 100 * point["accuracy"]["mean"]) for point in points]
         ax.plot(
             *zip(*curve, strict=True), color=colour, linestyle=line, marker=".", markersize=4, label=KINDS[kind].label

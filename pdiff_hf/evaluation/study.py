@@ -10,11 +10,12 @@ from tqdm.auto import tqdm
 
 from ..errors import ZooError
 from ..files import UNFINISHED
-from ..networks.symmetry import Symmetry, UnknownSymmetryError, aligned_distances
+from ..networks.symmetry import aligned_distances
 from ..parallel import from_main, processes
 from ..zoo import WeightZoo
 from . import pictures
 from .baselines import KINDS, Baseline, StandardizedZoo
+from .canonical import MOST_ALIGNED_VALUES, canonical_zoo, symmetry_of
 from .measures import distances, mean, outside_span, parameter_statistics, similarity
 from .scoring import Scorer, Scores
 from .subjects import Subjects
@@ -25,10 +26,6 @@ from .verdict import COPY_RATIO, Place, Plane, verdict
 REFINEMENTS = 3
 MOST_DOUBLINGS = 14
 ALIGNED_CANDIDATES = 4
-# Matching the units of larger networks takes minutes.
-MOST_ALIGNED = 10**6
-# Of all networks together.
-MOST_ALIGNED_VALUES = 2**28
 TRAJECTORY_NETWORKS = 20
 MAPPED_NETWORKS = 50
 # Parameters of all networks of a baseline that are made at a time: for each time, the whole zoo is read.
@@ -55,7 +52,10 @@ class Study:
         except RuntimeError as error:
             raise ZooError(f"The networks of {self.trained.folder} do not fit the task: {error}") from error
         self.targets = self.scorer.targets["test"]
-        self.standardized = StandardizedZoo(self.trained)
+        self.symmetry = symmetry_of(self.trained, self.scorer.predict, self.scorer.inputs[:50])
+        canonical = canonical_zoo(self.trained, self.symmetry, subjects.scratch / "canonical")
+        self.standardized = StandardizedZoo(canonical or self.trained)
+        self.is_canonical = canonical is not None
 
     def figures(self) -> dict[str, Any]:
         """All that the report says, but for its pictures."""
@@ -75,6 +75,7 @@ class Study:
                 if name in self.scores
             },
             "parameters": from_main(lambda: parameter_statistics(self.trained, self.generated)),
+            "baselines_on": "canonical form" if self.is_canonical else "networks as they are",
             "baselines": [
                 {
                     "kind": kind,
@@ -151,7 +152,8 @@ class Study:
         generated = self.place.point[0]
         broken = (self.chance + self.groups["trained"]["accuracy"]["mean"]) / 2
         with tqdm(desc="baselines", unit="point", leave=False) as progress:
-            return {kind: self._curve(kind, generated, broken, progress) for kind in KINDS}
+            kinds = [kind for kind in KINDS if self.is_canonical or not KINDS[kind].independent]
+            return {kind: self._curve(kind, generated, broken, progress) for kind in kinds}
 
     def _curve(self, kind: str, generated: float, broken: float, progress: Any) -> list[Point]:
         points: list[Point] = []
@@ -240,14 +242,7 @@ class Study:
         """Distances to nearest neighbours up to permutations of hidden units, and which those are, where the
         architecture's hidden units are recognized."""
         values = self.trained.vector_size * (len(self.trained) + len(self.generated))
-        if self.trained.vector_size > MOST_ALIGNED or values > MOST_ALIGNED_VALUES:
-            return None
-        inputs = self.scorer.inputs[:50]
-        try:
-            symmetry = Symmetry(self.scorer.predict.network, self.trained.layout, inputs[:1])
-        except UnknownSymmetryError:
-            return None
-        if not symmetry.holds(self.scorer.predict, self.trained[0], inputs):
+        if self.symmetry is None or values > MOST_ALIGNED_VALUES:
             return None
         trained, generated = self.trained.vectors().double(), self.generated.vectors().double()
         others = self.similarity["trained"].clone().fill_diagonal_(-1)
@@ -256,8 +251,8 @@ class Study:
             for nearest, values in ((own, others), (of_generated, self.similarity["generated"]))
         )
         return {
-            "trained": aligned_distances(symmetry, trained, trained, of_trained),
-            "generated": aligned_distances(symmetry, generated, trained, of_generated),
+            "trained": aligned_distances(self.symmetry, trained, trained, of_trained),
+            "generated": aligned_distances(self.symmetry, generated, trained, of_generated),
         }
 
     def _pairwise(self) -> dict[str, float | None]:
@@ -335,8 +330,8 @@ class Study:
 def _strengths(kind: str, first: float, count: int) -> list[float]:
     if kind == "soup":
         return [float(2**power) for power in range(1, (count - 1).bit_length())] + [float(count)]
-    if kind == "interpolation":
-        return [first * step for step in range(1, 6)]
+    if kind in ("interpolation", "shrinking"):
+        return [first * step for step in range(1, 6 if kind == "interpolation" else 10)]
     return [first * 2**power for power in range(MOST_DOUBLINGS)]
 
 

@@ -44,6 +44,7 @@ class Subjects:
         fresh (`WeightZoo`, *optional*): Networks of new seeds.
         pipeline (`NeuralNetworkDiffusionPipeline`, *optional*): What generated.
         origin (`str`, *optional*): Its folder, or its name on the Hub.
+        scratch (`Path`): A folder that is there as long as the evaluation takes.
     """
 
     task: Task
@@ -53,6 +54,7 @@ class Subjects:
     fresh: WeightZoo | None
     pipeline: NeuralNetworkDiffusionPipeline | None
     origin: str | None
+    scratch: Path
 
     def __post_init__(self) -> None:
         groups = {"trained": self.trained, "generated": self.generated, "fresh": self.fresh}
@@ -113,7 +115,7 @@ def opened(
         if origin is not None:
             _check_origin(made, pipeline_folder(origin))
         new = None if fresh is None else _open(fresh, scratch / "fresh", like=zoo)
-        yield Subjects(loaded, _shown(name), zoo, made, new, used, origin)
+        yield Subjects(loaded, _shown(name), zoo, made, new, used, origin, scratch)
 
 
 def holds_pipeline(name_or_path: str | Path) -> bool:

@@ -16,7 +16,7 @@ CONFIDENCE = 0.99
 # neighbour is that network, for our purpose (the test of Yoon et al. 2023 for memorized images).
 COPY_RATIO = 1 / 3
 COPY_SIMILARITY = 0.95
-AVERAGING = ("soup", "interpolation")
+AVERAGING = ("soup", "interpolation", "shrinking")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def verdict(
     similar, accuracy = generated.point
     over_all = gain(generated, curves)
     over_noise = gain(generated, {"noise": curves["noise"]})
-    over_averaging = gain(generated, {kind: curves[kind] for kind in AVERAGING})
+    over_averaging = gain(generated, {kind: curves[kind] for kind in AVERAGING if kind in curves})
     low, high = interval(over_all[1:], CONFIDENCE)
     as_noise = interval(over_noise[1:], CONFIDENCE)[0] <= 0
     as_averaging = interval(over_averaging[1:], CONFIDENCE)[0] <= 0

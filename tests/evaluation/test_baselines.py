@@ -11,6 +11,7 @@ from pdiff_hf.evaluation.baselines import KINDS, StandardizedZoo
 
 
 STRENGTHS = {"noise": 0.5, "soup": 4, "interpolation": 0.3, "gaussian": 1.0, "low-rank-gaussian": 1.0}
+STRENGTHS |= {"shrinking": 0.3, "difference": 0.5}
 EVERY_KIND = pytest.mark.parametrize("kind", STRENGTHS)
 
 
@@ -246,6 +247,31 @@ def test_frozen_tensors_are_those_of_the_zoo(tmp_path):
             zoo.append(torch.randn(layout.vector_size, generator=torch.Generator().manual_seed(seed)))
     for made in Baseline(zoo, "gaussian", 1.0)(2, seeded(0)[0]).state_dicts:
         assert all(torch.equal(made[name], value) for name, value in state.items() if not name.startswith("2."))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_shrinking_goes_straight_to_the_mean(source, strength):
+    zoo = on_logarithms(source, source.zoo.vectors())
+    made = on_logarithms(source, sample(source, "shrinking", strength, 30))
+    expected = strength * zoo.mean(0) + (1 - strength) * zoo
+    assert torch.cdist(made, expected).amin(1).max() < 1e-3 * zoo.norm(dim=1).max()
+
+
+def test_a_difference_is_of_two_others(source):
+    zoo = on_logarithms(source, source.zoo.vectors())
+    made = on_logarithms(source, sample(source, "difference", 0.5, 20))
+    candidates = torch.stack(
+        [
+            zoo[a] + 0.5 * (zoo[b] - zoo[c])
+            for a in range(12)
+            for b in range(12)
+            for c in range(12)
+            if len({a, b, c}) == 3
+        ]
+    )
+    assert torch.cdist(made, candidates).amin(1).max() < 1e-3 * zoo.norm(dim=1).max()
+    few = StandardizedZoo(source.zoo)
+    assert torch.isfinite(sample(few, "difference", 0.5, 5)).all()
 
 
 def test_every_kind_is_tested_here():

@@ -1,0 +1,45 @@
+"""Baselines of independent networks work on their canonical form: on raw ones they are weak and flatter generators."""
+
+from pathlib import Path
+
+import torch
+
+from ..networks.predictor import Predictor
+from ..networks.symmetry import REFERENCE_NETWORKS, Symmetry, UnknownSymmetryError
+from ..zoo import WeightZoo
+
+
+# Matching the units of larger networks, or of all networks together, takes minutes.
+MOST_ALIGNED, MOST_ALIGNED_VALUES = 10**6, 2**28
+# Networks whose units are in one order already, as those of one run, come no nearer than this to their mean.
+NEARER = 0.98
+
+
+def symmetry_of(zoo: WeightZoo, predict: Predictor, inputs: torch.Tensor) -> Symmetry | None:
+    """The symmetry of the networks of a zoo, where it is recognized and their predictions bear it out."""
+    if zoo.vector_size > MOST_ALIGNED:
+        return None
+    try:
+        symmetry = Symmetry(predict.network, zoo.layout, inputs[:1])
+    except UnknownSymmetryError:
+        return None
+    return symmetry if symmetry.holds(predict, zoo[0], inputs) else None
+
+
+def canonical_zoo(zoo: WeightZoo, symmetry: Symmetry | None, folder: Path) -> WeightZoo | None:
+    """The zoo in canonical form, in a folder of its own; None where its networks have one order of units already."""
+    if symmetry is None or len(zoo) * zoo.vector_size > MOST_ALIGNED_VALUES:
+        return None
+    some = zoo.vectors(range(0, len(zoo), -(-len(zoo) // REFERENCE_NETWORKS)))
+    balanced = symmetry.balance(some)
+    reference = symmetry.reference(some)
+    before = (balanced - balanced.mean(0)).norm(dim=1).mean()
+    after = (symmetry.align(balanced, reference) - reference).norm(dim=1).mean()
+    if after > NEARER * before:
+        return None
+    canonical = WeightZoo.create(folder, zoo.layout, may_differ=zoo.may_differ)
+    with canonical:
+        for batch in zoo.batches():
+            for vector in symmetry.canonical(batch, reference):
+                canonical.append(vector)
+    return canonical

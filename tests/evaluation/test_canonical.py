@@ -1,0 +1,72 @@
+"""Baselines of networks whose hidden units are in different orders work on one order."""
+
+import pytest
+import torch
+
+import pdiff_hf
+from pdiff_hf import CollectConfig, WeightZoo, load_task, run_collect
+from pdiff_hf.evaluation.canonical import canonical_zoo, symmetry_of
+from pdiff_hf.networks.predictor import Predictor
+
+
+def collected(folder, protocol: str, count: int, seed: int = 0) -> WeightZoo:
+    config = CollectConfig(
+        task="digits-mlp", protocol=protocol, num_networks=count, epochs=8, output_dir=str(folder), seed=seed
+    )
+    return run_collect(config)
+
+
+@pytest.fixture(scope="module")
+def independent(tmp_path_factory) -> WeightZoo:
+    return collected(tmp_path_factory.mktemp("independent") / "zoo", "independent", 64)
+
+
+@pytest.fixture(scope="module")
+def trajectory(tmp_path_factory) -> WeightZoo:
+    return collected(tmp_path_factory.mktemp("trajectory") / "zoo", "trajectory", 30)
+
+
+def predictor(zoo: WeightZoo) -> tuple[Predictor, torch.Tensor]:
+    task = load_task("digits-mlp")
+    return Predictor(task, zoo.layout, torch.device("cpu")), task.data("test")[0]
+
+
+def test_networks_of_several_seeds_have_a_canonical_form_and_those_of_one_run_need_none(
+    independent, trajectory, tmp_path
+):
+    predict, inputs = predictor(independent)
+    symmetry = symmetry_of(independent, predict, inputs)
+    assert symmetry is not None
+    canonical = canonical_zoo(independent, symmetry, tmp_path / "canonical")
+    torch.testing.assert_close(
+        predict(canonical.vectors(), inputs), predict(independent.vectors(), inputs), atol=1e-5, rtol=1e-4
+    )
+    assert canonical_zoo(trajectory, symmetry, tmp_path / "none") is None
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_front_of_independent_networks_is_higher_on_their_canonical_form(independent, monkeypatch):
+    arguments = {"trained": independent, "generated": independent, "networks_per_point": 8}
+    report = pdiff_hf.evaluate(**arguments)
+    assert report["baselines_on"] == "canonical form"
+    assert {"shrinking", "difference"} <= {row["kind"] for row in report["baselines"]}
+    monkeypatch.setattr("pdiff_hf.evaluation.study.symmetry_of", lambda *_: None)
+    raw = pdiff_hf.evaluate(**arguments)
+    assert raw["baselines_on"] == "networks as they are"
+    assert "shrinking" not in {row["kind"] for row in raw["baselines"]}
+
+    def accuracy(report, kind):
+        return [row["accuracy"]["mean"] for row in report["baselines"] if row["kind"] == kind][-1]
+
+    # Averages of unaligned networks are near chance.
+    assert accuracy(report, "soup") > 0.9
+    assert accuracy(raw, "soup") < 0.8
+    assert accuracy(report, "interpolation") > accuracy(raw, "interpolation") + 0.02
+
+
+def test_a_trajectory_is_compared_with_its_networks_as_they_are(trajectory):
+    report = pdiff_hf.evaluate(trained=trajectory, generated=trajectory, networks_per_point=4)
+    assert report["baselines_on"] == "networks as they are"
+    assert {row["kind"] for row in report["baselines"]} == {
+        *("noise", "soup", "interpolation", "gaussian", "low-rank-gaussian"),
+    }
