@@ -99,7 +99,8 @@ class Study:
         """How each group of networks does."""
         trained = self._score(self.trained, "trained")
         scores = {"trained": trained}
-        scores["soup"] = self.scorer(lambda _: mean(self.trained).float()[None], 1, "soup", calibrate=True)
+        average = mean(self.standardized.zoo).float()[None]
+        scores["soup"] = self.scorer(lambda _: average, 1, "soup", average, calibrate=True)
         if trained.ensembles[-1]["predictions"] is not None:
             scores["ensemble"] = self.scorer.single(trained.ensembles[-1]["predictions"])
         scores["generated"] = self._score(self.generated, "generated")

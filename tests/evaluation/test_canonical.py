@@ -60,6 +60,7 @@ def test_the_front_of_independent_networks_is_higher_on_their_canonical_form(ind
 
     # Averages of unaligned networks are near chance.
     assert accuracy(report, "soup") > 0.9
+    assert report["groups"]["soup"]["accuracy"]["mean"] > 0.9 > 0.8 > raw["groups"]["soup"]["accuracy"]["mean"]
     assert accuracy(raw, "soup") < 0.8
     assert accuracy(report, "interpolation") > accuracy(raw, "interpolation") + 0.02
 
