@@ -1,6 +1,7 @@
 """What a careless user meets at the command line: one clear line, before the work where it can be known before."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -367,6 +368,19 @@ def test_a_damaged_state_of_a_collection_is_named(tmp_path, damage):
     line = line_of(*arguments, "--num-networks", "3")
     assert "collect.state.pt is damaged" in line
     assert "bug" not in line
+
+
+@pytest.mark.parametrize("damage", [b"\xff{", b'{"step": 1}\n', b"7\n"])
+def test_a_damaged_log_of_losses_costs_its_picture_alone(digits_zoo, digits_pipeline, tmp_path, damage):
+    shutil.copytree(digits_pipeline, tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "train.losses.jsonl").write_bytes(damage)
+    main(
+        [
+            *("evaluate", "--trained", str(digits_zoo.folder), "--generated", str(tmp_path / "pipeline")),
+            *("--output-dir", str(tmp_path / "report"), "--num-networks", "3", "--networks-per-point", "2"),
+        ]
+    )
+    assert (tmp_path / "report" / "training.png").stat().st_size > 1000
 
 
 def test_networks_of_other_frozen_tensors_are_not_scored_as_these(tmp_path):

@@ -192,8 +192,11 @@ def training(
 ) -> list[Path]:
     """The spread of each latent over both zoos, and the losses where the pipeline is a folder that holds their log."""
     log = Path(str(pipeline.config.get("_name_or_path") or ""), "train.losses.jsonl")
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
-    losses = torch.tensor([row["loss"] for row in rows if row["objective"] != "autoencoder"])
+    try:
+        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        losses = torch.tensor([float(row["loss"]) for row in rows if row["objective"] != "autoencoder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        losses = torch.empty(0)  # no log, or a damaged one, which says nothing of the pipeline
     figure, axes = _figure(6.8, 3.2, ncols=2, squeeze=False)
     spread, loss = axes.flat
     for name, latents, marker in (("trained", trained, "o"), ("generated", generated, "^")):
