@@ -51,6 +51,7 @@ def test_a_mask_of_zeros_and_ones_comes_back_as_one():
     rows = (torch.rand(40, 9, generator=torch.Generator().manual_seed(1)) > 0.5).float()
     layout = fitted(rows, "layer.mask")
     assert set(generated(layout).unique().tolist()) == {0, 1}
+    assert not torch.signbit(generated(layout)).any()
     assert torch.equal(layout(layout.normalize(rows)).vectors, rows)
 
 

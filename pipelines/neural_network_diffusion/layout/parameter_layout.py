@@ -393,7 +393,7 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         for place in self._not_negative:
             vectors[:, place].clamp_(min=0)
         for place, least, most in self._whole:
-            vectors[:, place].round_().clamp_(least, most)
+            vectors[:, place].round_().clamp_(least, most).add_(0.0)  # no -0
         return ParameterLayoutOutput(vectors=vectors) if return_dict else (vectors,)
 
     def enable_group_offload(self, onload_device: torch.device, *args: Any, **kwargs: Any) -> None:
