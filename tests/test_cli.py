@@ -10,11 +10,21 @@ import time
 import pytest
 import torch
 
-from pdiff_hf import CollectConfig, EvaluateConfig, GenerateConfig, TrainConfig, WeightZoo, run_collect, run_train
+from pdiff_hf import (
+    CollectConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    TrainConfig,
+    WeightZoo,
+    load_task,
+    run_collect,
+    run_train,
+)
 from pdiff_hf import cli as package_cli
 from pdiff_hf.cli import main
 from pdiff_hf.config import parse
 from pdiff_hf.errors import ConfigError, MissingExtraError, TrainingError, WriteError
+from pdiff_hf.networks.trainer import NetworkTrainer
 from pdiff_hf.quickstart import QuickstartConfig
 from pdiff_hf.share import PushConfig
 from pdiff_hf.text import MOST_YAML, load_yaml, plain, printable
@@ -381,6 +391,20 @@ def test_a_damaged_log_of_losses_costs_its_picture_alone(digits_zoo, digits_pipe
         ]
     )
     assert (tmp_path / "report" / "training.png").stat().st_size > 1000
+
+
+def test_a_state_that_somebody_else_made_is_not_gone_on_from(tmp_path, monkeypatch):
+    arguments = ["collect", "--task", "digits-mlp", "--epochs", "0", "--output-dir", str(tmp_path)]
+    main([*arguments, "--num-networks", "2"])
+    before = WeightZoo(tmp_path).vectors()
+    trainer = NetworkTrainer(load_task("digits-mlp"), 0)
+    trainer.save(tmp_path / "collect.state.pt")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("pdiff_hf.networks.trainer.own_name", lambda *parts: "somebody else")
+        trainer.save(tmp_path / "planted.pt")
+    (tmp_path / "planted.pt").replace(tmp_path / "collect.state.pt")
+    assert "was not made here, by this user" in line_of(*arguments, "--num-networks", "3")
+    assert torch.equal(WeightZoo(tmp_path).vectors(), before)
 
 
 def test_networks_of_other_frozen_tensors_are_not_scored_as_these(tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import ZooError
-from ..files import whole
+from ..files import own_name, whole
 from ..pipelines.neural_network_diffusion import ParameterLayout
 from ..runs import generator_at
 from ..tasks import Task
@@ -100,6 +100,7 @@ class NetworkTrainer:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "made_by": own_name("state", self.seed),
         }
         remedy = "The networks that were kept are safe; make room and run the same command again to go on."
         with whole(file, remedy) as temporary:
@@ -109,13 +110,19 @@ class NetworkTrainer:
         """Goes on from a saved state."""
         try:
             state = torch.load(file, map_location=self.targets.device, weights_only=True)
+            known = state["made_by"] == own_name("state", self.seed)
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step = int(state["step"])
+            self.step = int(state["step"]) if known else 0
         except Exception as error:  # whatever a damaged file makes of its readers
             raise ZooError(
                 f"{file} is damaged ({type(error).__name__}): training cannot go on. Choose another --output-dir."
             ) from error
+        if not known:
+            raise ZooError(
+                f"{file} was not made here, by this user: nothing is believed of the states of others. Choose another "
+                "--output-dir."
+            )
 
 
 class StackedTrainer:
