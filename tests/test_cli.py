@@ -22,12 +22,11 @@ from pdiff_hf import (
 )
 from pdiff_hf import cli as package_cli
 from pdiff_hf.cli import main
-from pdiff_hf.config import parse
 from pdiff_hf.errors import ConfigError, MissingExtraError, TrainingError, WriteError
 from pdiff_hf.networks.trainer import NetworkTrainer
 from pdiff_hf.quickstart import QuickstartConfig
 from pdiff_hf.share import PushConfig
-from pdiff_hf.text import MOST_YAML, load_yaml, plain, printable
+from pdiff_hf.text import load_yaml
 
 from .conftest import ROOT, SMALL_TRAINING, random_network, run
 
@@ -276,66 +275,6 @@ def test_a_precision_that_is_not_ours_is_refused(zoo, tmp_path, monkeypatch, val
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", value)
     with pytest.raises(ConfigError, match=f"mixed_precision is '{value}'"):
         run_train(TrainConfig(zoo=str(zoo.folder), output_dir=str(tmp_path / "pipeline")))
-
-
-# ---- configurations from elsewhere
-
-
-CANARY = "open('CANARY', 'w')\nclass T: pass\n"
-
-
-@pytest.mark.parametrize("task", ["{folder}/task.py:T", "{folder}/../{name}/task.py:T", "pulled_task:T"])
-def test_code_that_came_with_a_configuration_runs_only_by_name(tmp_path, monkeypatch, task):
-    folder = tmp_path / "pulled"
-    folder.mkdir()
-    (folder / "task.py").write_text(CANARY)
-    (folder / "pulled_task.py").write_text(CANARY)
-    task = task.format(folder=folder, name=folder.name)
-    (folder / "collect.yaml").write_text(f"task: {task}\n")
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.chdir(tmp_path)
-    line = line_of("collect", "--config", str(folder / "collect.yaml"))
-    assert f"names the task {task!r}, code that lies beside it: pass --task {task} to run it." in line
-    assert not (tmp_path / "CANARY").exists()
-    config = parse(CollectConfig, "collect", ["--config", str(folder / "collect.yaml"), "--task", task])
-    assert config.task == task
-
-
-def test_a_configuration_may_name_a_task_that_lies_elsewhere(tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "collect.yaml").write_text(f"task: {tmp_path}/task.py:T\n")
-    assert parse(CollectConfig, "collect", ["--config", str(tmp_path / "runs" / "collect.yaml")]).task.endswith(":T")
-
-
-def bomb(depth: int, width: int = 10) -> str:
-    levels = [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * width)}]" for i in range(1, depth)]
-    return "\n".join([f"a0: &a0 [{','.join('x' * width)}]", *levels, f"task: *a{depth - 1}"])
-
-
-@pytest.mark.parametrize("depth", [2, 5, 30])
-def test_aliases_are_refused_at_once(tmp_path, depth):
-    file = tmp_path / "collect.yaml"
-    file.write_text(bomb(depth))
-    start = time.monotonic()
-    line = line_of("collect", "--config", str(file))
-    assert time.monotonic() - start < 2
-    assert "aliases (*name) are not read" in line
-    assert len(line) < 500
-
-
-def test_very_long_metadata_are_refused(tmp_path):
-    file = tmp_path / "collect.yaml"
-    file.write_text("task: " + "x" * MOST_YAML)
-    assert "characters are more than" in line_of("collect", "--config", str(file))
-
-
-def test_text_for_cards_keeps_names_and_nothing_else():
-    assert plain("my_task.py:BreastCancer") == "my_task.py:BreastCancer"
-    assert plain("tägs-1 (a, b)") == "tägs-1 (a, b)"
-    hostile = "<!-- pdiff-hf: end --><script>`|*[a](b)\n#\ud800"
-    assert plain(hostile) == "??-- pdiff-hf: end --??script?????a?(b)???"
-    assert len(plain("x" * 10**6)) == 200
-    assert printable("a\tb\nc") == "a\\tb\nc"
 
 
 def test_a_full_disk_in_training_is_one_line(zoo, tmp_path):
