@@ -80,10 +80,10 @@ def training(config: Config, name: str, task: Task, epochs: int) -> dict[str, An
     fewer = config.num_trained // 4
 
     def one_by_one() -> torch.Tensor:
-        return torch.stack([NetworkTrainer(task, seed).train(epochs, layout)[0][0] for seed in range(fewer)])
+        return torch.stack([NetworkTrainer(task, seed, epochs).train(layout)[0][0] for seed in range(fewer)])
 
     def at_once() -> torch.Tensor:
-        trained = StackedTrainer(task, list(range(config.num_trained))).train(epochs, layout)
+        trained = StackedTrainer(task, list(range(config.num_trained)), epochs).train(layout)
         return torch.stack([vector for vector, _ in trained])
 
     inputs, targets = task.data("test")

@@ -18,11 +18,13 @@ if TYPE_CHECKING:  # `as`: exported, for type checkers too
     from .hub import load_pipeline as load_pipeline
     from .pipelines.neural_network_diffusion import LinearParameterAutoencoder as LinearParameterAutoencoder
     from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline as NeuralNetworkDiffusionPipeline
+    from .pipelines.neural_network_diffusion import NeuronTransformerModel as NeuronTransformerModel
     from .pipelines.neural_network_diffusion import ParameterAutoencoderKL as ParameterAutoencoderKL
     from .pipelines.neural_network_diffusion import ParameterLayout as ParameterLayout
     from .pipelines.neural_network_diffusion import ParameterUNet1DModel as ParameterUNet1DModel
     from .tasks import Task as Task
     from .tasks import load_task as load_task
+    from .train import NeuronTrainConfig as NeuronTrainConfig
     from .train import TrainConfig as TrainConfig
     from .train import run_train as run_train
     from .zoo import WeightZoo as WeightZoo
@@ -37,12 +39,13 @@ _HOMES = {
     "pipelines.neural_network_diffusion": (
         "LinearParameterAutoencoder",
         "NeuralNetworkDiffusionPipeline",
+        "NeuronTransformerModel",
         "ParameterAutoencoderKL",
         "ParameterLayout",
         "ParameterUNet1DModel",
     ),
     "tasks": ("Task", "load_task"),
-    "train": ("TrainConfig", "run_train"),
+    "train": ("NeuronTrainConfig", "TrainConfig", "run_train"),
     "zoo": ("WeightZoo", "ZooError"),
     "errors": ("PdiffError",),
 }

@@ -95,7 +95,8 @@ def _align(config: AlignConfig, folder: Path) -> str:
                 before += (batch - mean).norm(dim=1).sum().item()
                 after += (canonical - reference).norm(dim=1).sum().item()
                 for vector in canonical:
-                    aligned.append(vector, **next(rows))
+                    # The units of its initialization are in their old order.
+                    aligned.append(vector, **{k: v for k, v in next(rows).items() if k != "initial_norm"})
                 progress.update(len(batch))
     except BaseException:
         aligned.delete()

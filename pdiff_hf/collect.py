@@ -119,9 +119,8 @@ def _collect_trajectory(config: CollectConfig, task: Task, folder: Path, layout:
     zoo = WeightZoo(folder) if is_zoo(folder) else None
     if zoo is not None and len(zoo) >= config.num_networks:
         return
-    trainer = NetworkTrainer(task, config.seed)
-    epochs = task.epochs if config.epochs is None else config.epochs
-    first = epochs * trainer.steps_per_epoch
+    trainer = NetworkTrainer(task, config.seed, config.epochs)
+    first = trainer.steps
     total = first + config.num_networks * config.save_every
     if (folder / STATE_FILE).exists():
         trainer.load(folder / STATE_FILE)
@@ -161,19 +160,19 @@ def _train(trainer: NetworkTrainer, until: int, folder: Path, zoo: WeightZoo | N
 
 
 def _collect_independent(config: CollectConfig, task: Task, folder: Path, layout: ParameterLayout) -> WeightZoo:
-    epochs = task.epochs if config.epochs is None else config.epochs
+    epochs = config.epochs
     if any(not name.endswith("num_batches_tracked") for name in layout.frozen_state_dict()):
         # Flags and the like are as they are after training.
-        layout.load_frozen(from_main(lambda: NetworkTrainer(task, config.seed).trained(epochs).state_dict()))
+        layout.load_frozen(from_main(lambda: NetworkTrainer(task, config.seed, epochs).trained().state_dict()))
     stackable = from_main(lambda: is_stackable(task, layout))
 
     def train(indices: range) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         seeds = [config.seed + index for index in indices]
-        trained = StackedTrainer(task, seeds).train(epochs, layout) if stackable else [alone(seed) for seed in seeds]
+        trained = StackedTrainer(task, seeds, epochs).train(layout) if stackable else [alone(seed) for seed in seeds]
         return [kept(seed, *one) for seed, one in zip(seeds, trained, strict=True)]
 
     def alone(seed: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        return NetworkTrainer(task, seed).train(epochs, layout, config.may_differ)[0]
+        return NetworkTrainer(task, seed, epochs).train(layout, config.may_differ)[0]
 
     def kept(seed: int, vector: torch.Tensor, row: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         for attempt in range(1, RETRIES + 1):

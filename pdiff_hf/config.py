@@ -33,6 +33,7 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str]) -> Config
         [`ConfigError`]: the file cannot be read, or does not describe the stage.
     """
     defaults: dict[str, Any] = {}
+    families = _families(config_class)
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in args:
         place = args.index("--config")
@@ -40,10 +41,32 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str]) -> Config
             raise ConfigError("--config needs the path of a YAML file.")
         file = args[place + 1]
         del args[place : place + 2]
+        config_class = _chosen(families, args, file) if families else config_class
         defaults["default"] = load_config(config_class, file)
         if not any(arg.partition("=")[0] == "--task" for arg in args):
             _check_origin(getattr(defaults["default"], "task", None), Path(file))
+    elif families:
+        config_class = _chosen(families, args, None)
     return tyro.cli(config_class, prog=f"pdiff-hf {stage}", args=args, **defaults)
+
+
+def _families(config_class: Any) -> dict[str, Any]:
+    """The classes of a stage that has several, by their `family`."""
+    classes = typing.get_args(config_class) if _is_union(config_class) else ()
+    return {getattr(one, "family"): one for one in classes}  # noqa: B009
+
+
+def _chosen(families: dict[str, Any], args: Sequence[str], file: str | None) -> Any:
+    """The class of the family that the arguments, or else the file, name; the first one where none does."""
+    parts = [part for arg in args for part in arg.split("=", 1)]
+    name: Any = next(iter(families))
+    if "--family" in parts[:-1]:
+        name = parts[parts.index("--family") + 1]
+    elif file is not None:
+        name = _content(file).get("family", name)
+    if name not in families:
+        raise ConfigError(f"There is no family {name!r:.100}: {', '.join(families)}.")
+    return families[name]
 
 
 def _check_origin(task: str | None, file: Path) -> None:
@@ -93,15 +116,10 @@ def check_not_negative(config: Any, *names: str) -> None:
 
 def load_config(config_class: type[Config], file: str | Path) -> Config:
     """Reads a configuration from a YAML file."""
-    try:
-        content = load_yaml(Path(file).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is no YAML file: {error}") from error
+    content = _content(file)
     known = {field.name: field for field in fields(config_class)}  # type: ignore[arg-type]
-    if not isinstance(content, dict) or set(content) - set(known):
-        unknown = [type(content).__name__]
-        if isinstance(content, dict):
-            unknown = sorted(str(name)[:100] for name in set(content) - set(known))[:10]
+    if set(content) - set(known):
+        unknown = sorted(str(name)[:100] for name in set(content) - set(known))[:10]
         raise ConfigError(f"{file}: {', '.join(unknown)} unknown. {config_class.__name__} has: {', '.join(known)}.")
     lacking = [
         name
@@ -124,6 +142,16 @@ def load_config(config_class: type[Config], file: str | Path) -> Config:
         elif not any(_matches(value, option) for option in allowed):
             raise ConfigError(f"{file}: {name} is {reprlib.repr(value)}, and should be {hints[name]}.")
     return config_class(**content)
+
+
+def _content(file: str | Path) -> dict[str, Any]:
+    try:
+        content = load_yaml(Path(file).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is no YAML file: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds a {type(content).__name__}, and no settings by name.")
+    return content
 
 
 def _is_union(hint: Any) -> bool:

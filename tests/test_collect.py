@@ -195,11 +195,32 @@ def test_a_killed_collection_leaves_a_zoo_and_goes_on_as_if_nothing_had_happened
 def test_networks_trained_at_once_are_those_trained_one_by_one(name):
     task = load_task(name)
     layout = ParameterLayout.from_state_dict(task.build_network().state_dict())
-    stacked = StackedTrainer(task, [3, 4, 5]).train(1, layout)
+    stacked = StackedTrainer(task, [3, 4, 5], 1).train(layout)
     for seed, (vector, row) in zip([3, 4, 5], stacked, strict=True):
-        ((expected, expected_row),) = NetworkTrainer(task, seed).train(1, layout)
+        ((expected, expected_row),) = NetworkTrainer(task, seed, 1).train(layout)
         torch.testing.assert_close(vector, expected, atol=1e-4, rtol=1e-3)
         assert row == pytest.approx(expected_row, abs=0.006)
+
+
+class Cooling(DigitsMLP):
+    def learning_rate_factor(self, progress):
+        return 1 - progress
+
+
+def test_learning_rates_follow_the_task_at_once_and_one_by_one():
+    task, plain = Cooling(), DigitsMLP()
+    layout = ParameterLayout.from_state_dict(task.build_network().state_dict())
+    stacked = StackedTrainer(task, [3, 4], 2).train(layout)
+    for seed, (vector, _) in zip([3, 4], stacked, strict=True):
+        trainer = NetworkTrainer(task, seed, 2)
+        ((expected, _),) = trainer.train(layout)
+        torch.testing.assert_close(vector, expected, atol=1e-4, rtol=1e-3)
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(task.learning_rate / trainer.steps)
+        ((constant, _),) = NetworkTrainer(plain, seed, 2).train(layout)
+        assert (constant - expected).norm() > 0.01 * constant.norm()
+    for _ in range(2):  # what comes after the epochs, as the checkpoints of a trajectory
+        trainer.train_step()
+    assert trainer.optimizer.param_groups[0]["lr"] == 0
 
 
 class OwnLoss(DigitsMLP):
@@ -250,5 +271,5 @@ def test_what_cannot_be_trained_at_once_is_trained_one_by_one(task_class, tmp_pa
     name = f"{__name__}:{task_class.__name__}"
     zoo = run_collect(CollectConfig(name, str(tmp_path), num_networks=2, protocol="independent", epochs=1))
     task = task_class()
-    ((expected, _),) = NetworkTrainer(task, 1).train(1, zoo.layout)
+    ((expected, _),) = NetworkTrainer(task, 1, 1).train(zoo.layout)
     assert torch.equal(zoo[1], expected)

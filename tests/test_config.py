@@ -51,7 +51,7 @@ def test_arguments_override_the_file(tmp_path):
         ("folder: x\ncount: many", "count is 'many', and should be <class 'int'>"),
         ("folder: x\ncount: true", "count is True"),
         ("folder: x\nkind: c", "kind is 'c'"),
-        ("- folder", "list unknown"),
+        ("- folder", "holds a list"),
     ],
 )
 def test_a_file_that_describes_no_run_is_explained(tmp_path, text, message):

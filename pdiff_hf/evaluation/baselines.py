@@ -71,15 +71,20 @@ def _difference(count: int, strength: float, draw: torch.Generator) -> torch.Ten
     return weights
 
 
+# Networks of which the nearest is taken.
+CANDIDATES = 300
+
+
 class Kind(NamedTuple):
-    """How a baseline weights the training networks, whether it adds noise, its first strength, its name, and whether
-    it is for independent networks alone."""
+    """How a baseline weights the training networks, whether it adds noise, its first strength, its name, whether it is
+    for independent networks alone, and whether the second of two networks is to be the nearest of many."""
 
     weights: Callable[[int, float, torch.Generator], torch.Tensor]
     noisy: bool
     first: float
     label: str
     independent: bool = False
+    nearest: bool = False
 
 
 KINDS = {
@@ -90,6 +95,7 @@ KINDS = {
     "low-rank-gaussian": Kind(_deviations, False, 1 / 4, "low-rank Gaussian"),
     "shrinking": Kind(_shrunk, False, 0.1, "shrunk to the mean", True),
     "difference": Kind(_difference, False, 1 / 16, "plus a difference of two others", True),
+    "nearest-interpolation": Kind(_pair, False, 0.1, "interpolation with the nearest of many", True, nearest=True),
 }
 
 
@@ -107,6 +113,7 @@ class Baseline:
     | `low-rank-gaussian` | a sample of the Gaussian with the zoo's mean and covariance | factor on the deviation |
     | `shrinking` | a training network, nearer to the mean of all | the share of the mean |
     | `difference` | a training network plus a part of the difference of two others | that part |
+    | `nearest-interpolation` | a point between a training network and the nearest of 300 others | share of that one |
 
     Args:
         zoo (`StandardizedZoo` or `WeightZoo`): The training networks.
@@ -167,8 +174,22 @@ class Baseline:
         kind = KINDS[self.kind]
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         weights = torch.stack([kind.weights(len(self.standardized.zoo), self.strength, draw) for draw in draws])
+        if kind.nearest:
+            weights = torch.stack([self._with_nearest(row, draw) for row, draw in zip(weights, draws, strict=True)])
         noise = None
         if kind.noisy:
             size = self.standardized.zoo.vector_size
             noise = self.strength * torch.stack([torch.randn(size, generator=draw) for draw in draws])
         return self.standardized.combine(weights, noise)
+
+    def _with_nearest(self, weights: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+        """Weights `[N]` of two networks, with the nearest of many others to the first in place of the second."""
+        zoo = self.standardized.zoo
+        first = int(weights.argmax())
+        others = torch.randperm(len(zoo), generator=draw)[: CANDIDATES + 1]
+        others = others[others != first][:CANDIDATES]
+        network, *candidates = self.layout.normalize(zoo.vectors([first, *others.tolist()]))
+        nearest = others[(torch.stack(candidates) - network).square().sum(1).argmin()]
+        pair = torch.zeros_like(weights)
+        pair[first], pair[nearest] = weights[first], 1 - weights[first]
+        return pair

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,14 +13,61 @@ from ..zoo import BATCH_VALUES, WeightZoo
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 VALUES_PER_TENSOR = 20_000
+# Of more training networks, so many, evenly picked, stand for all where each is compared with all.
+MOST_COMPARED = 2048
 
 
 def similarity(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Intersection over union of wrong predictions, 1 where both are empty: `[N, E]` and `[M, E]` to `[N, M]`."""
-    a, b = a.double(), b.double()
-    intersection = a @ b.T
-    union = a.sum(1)[:, None] + b.sum(1)[None] - intersection
+    # Counts, which single precision holds exactly.
+    a, b = a.float(), b.float()
+    intersection = (a @ b.T).double()
+    union = a.sum(1).double()[:, None] + b.sum(1).double()[None] - intersection
     return torch.where(union == 0, 1.0, intersection / union.clamp_min(1))
+
+
+class Nearest(NamedTuple):
+    r"""
+    What lies nearest to each of n networks among N others.
+
+    Attributes:
+        values (`torch.Tensor`): How near, `[n, k]`, the nearest first.
+        indices (`torch.Tensor`): Which ones, `[n, k]`.
+        mean (`float`): How near they are on average, all to all.
+    """
+
+    values: torch.Tensor
+    indices: torch.Tensor
+    mean: float
+
+
+def most_similar(a: torch.Tensor, b: torch.Tensor, count: int = 1, own: torch.Tensor | None = None) -> Nearest:
+    r"""
+    The networks with the most similar errors, with memory for a part of all similarities at a time.
+
+    Args:
+        a (`torch.Tensor`): Wrong predictions, `[n, E]`.
+        b (`torch.Tensor`): Those of the others, `[N, E]`.
+        count (`int`, *optional*, defaults to 1): How many to find for each.
+        own (`torch.Tensor`, *optional*): Where among the others each network itself is, `[n]`: it does not count.
+    """
+    values, indices, total = [], [], 0.0
+    others = len(b) - (own is not None)
+    for rows in torch.arange(len(a)).split(max(1, BATCH_VALUES // (2 * len(b)))):
+        found = similarity(a[rows], b)
+        total += found.sum().item()
+        if own is not None:
+            total -= found[torch.arange(len(rows)), own[rows]].sum().item()
+            found[torch.arange(len(rows)), own[rows]] = -1
+        best = found.topk(min(count, others), 1)
+        values.append(best.values)
+        indices.append(best.indices)
+    return Nearest(torch.cat(values), torch.cat(indices), total / max(1, len(a) * others))
+
+
+def picked(count: int) -> torch.Tensor:
+    """Indices of so many networks, or of `MOST_COMPARED` of them, evenly picked."""
+    return torch.arange(0, count, max(1, -(-count // MOST_COMPARED)))
 
 
 def resample(count: int, seed: int) -> torch.Tensor:
@@ -29,6 +76,16 @@ def resample(count: int, seed: int) -> torch.Tensor:
     drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
     weights = torch.zeros(RESAMPLES, count, dtype=torch.float64)
     return weights.scatter_add_(1, drawn, torch.ones_like(weights)) / count
+
+
+def resampled_means(values: torch.Tensor, seed: int) -> torch.Tensor:
+    """Means of bootstrap samples of values `[n]`, `[RESAMPLES]`, with memory for a part of the samples at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = max(1, BATCH_VALUES // len(values))
+    sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
+    return torch.cat(
+        [values[torch.randint(len(values), (size, len(values)), generator=generator)].mean(1) for size in sizes]
+    )
 
 
 def interval(values: torch.Tensor, confidence: float = CONFIDENCE) -> list[float]:
@@ -48,24 +105,45 @@ def mean(zoo: WeightZoo) -> torch.Tensor:
     return reduce(torch.add, (batch.sum(0) for batch in batches(zoo))) / len(zoo)
 
 
-def columns(*zoos: WeightZoo) -> Iterator[list[torch.Tensor]]:
-    """The same parameters of all networks of each zoo in double precision, `[N, p]`, a bounded amount at a time."""
+def columns(*zoos: WeightZoo, some: torch.Tensor | None = None) -> Iterator[list[torch.Tensor]]:
+    """The same parameters of all networks of each zoo in double precision, `[N, p]`, a bounded amount at a time; of
+    some networks of the first one alone, where these are given."""
     width = max(1, BATCH_VALUES // max(map(len, zoos)))
     for start in range(0, zoos[0].vector_size, width):
-        yield [zoo.columns(start, start + width).double() for zoo in zoos]
+        first, *rest = (zoo.columns(start, start + width) for zoo in zoos)
+        yield [(first if some is None else first[some]).double(), *(one.double() for one in rest)]
 
 
-def distances(a: WeightZoo, b: WeightZoo) -> torch.Tensor:
-    """L2 distances of parameter vectors, `[N, M]`, without the cancellation that inner products would bring."""
-    exact = "donot_use_mm_for_euclid_dist"
-    squares = (torch.cdist(x, y, compute_mode=exact).square() for x, y in columns(a, b))
-    return reduce(torch.add, squares).sqrt()
+def nearest(a: WeightZoo, b: WeightZoo, some: torch.Tensor, own: torch.Tensor | None = None) -> Nearest:
+    r"""
+    The nearest networks by L2 distance of parameter vectors, without the cancellation that inner products would bring,
+    and with memory for a part of all distances at a time.
+
+    Args:
+        a (`WeightZoo`): Of its networks,
+        b (`WeightZoo`): among those of the other.
+        some (`torch.Tensor`): Which of them, `[n]`.
+        own (`torch.Tensor`, *optional*): Where among the others each network itself is, `[n]`: it does not count.
+    """
+    values, indices, total = [], [], 0.0
+    for rows in torch.arange(len(some)).split(max(1, BATCH_VALUES // len(b))):
+        squares = torch.zeros(len(rows), len(b), dtype=torch.float64)
+        for x, y in columns(a, b, some=some[rows]):
+            squares += torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+        if own is not None:
+            squares[torch.arange(len(rows)), own[rows]] = torch.inf
+        least = squares.min(1)
+        total += squares[torch.isfinite(squares)].sqrt().sum().item()
+        values.append(least.values.sqrt())
+        indices.append(least.indices)
+    others = len(b) - (own is not None)
+    return Nearest(torch.cat(values)[:, None], torch.cat(indices)[:, None], total / max(1, len(some) * others))
 
 
 def outside_span(trained: WeightZoo, generated: WeightZoo, nearest: torch.Tensor, away: torch.Tensor) -> float:
     r"""
     Mean share of the squared way from the nearest training network to a generated one that is orthogonal to all
-    differences of training networks.
+    differences of training networks, or, where there are thousands, of the nearest and of others evenly picked.
 
     Args:
         trained (`WeightZoo`): N networks.
@@ -74,7 +152,10 @@ def outside_span(trained: WeightZoo, generated: WeightZoo, nearest: torch.Tensor
         away (`torch.Tensor`): The distance to it, `[n]`.
     """
     of_trained, of_generated = torch.zeros(()), torch.zeros(())
-    for x, y in columns(trained, generated):
+    some = torch.cat([picked(len(trained)), nearest]).unique()
+    nearest = torch.searchsorted(some, nearest)
+    for y, x in columns(generated, trained):
+        x = x[some]
         centre = x.mean(0)
         of_trained = of_trained + (x - centre) @ (x - centre).T
         of_generated = of_generated + (x - centre) @ (y - centre).T

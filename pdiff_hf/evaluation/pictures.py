@@ -12,9 +12,8 @@ from ..extras import require
 from ..text import plain
 from ..zoo import WeightZoo
 from .baselines import KINDS
-from .measures import columns, similarity, tensor_values
+from .measures import columns, picked, similarity, tensor_values
 from .report import LABELS
-from .scoring import Scores
 
 
 BLUE, ORANGE, GREEN, YELLOW, PURPLE, SKY, RED = (
@@ -29,6 +28,7 @@ CURVES = {
     "low-rank-gaussian": (SKY, (0, (5, 1, 1, 1, 1, 1))),
     "shrinking": ("grey", "-"),
     "difference": ("grey", ":"),
+    "nearest-interpolation": (GREEN, ":"),
 }
 MOST_TENSORS = 12
 MOST_ROWS = 60
@@ -50,10 +50,8 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
     return files
 
 
-def plane(
-    report: dict[str, Any], scores: dict[str, Scores], similarities: dict[str, torch.Tensor], folder: Path
-) -> list[Path]:
-    """Each network in the plane of similarity and accuracy, and the baselines as curves."""
+def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.Tensor]], folder: Path) -> list[Path]:
+    """The networks of each group by similarity and accuracy, and the baselines as curves."""
     figure, ax = _figure(6.4, 4.8)
     for kind, (colour, line) in CURVES.items():
         points = [point for point in report["baselines"] if point["kind"] == kind]
@@ -65,20 +63,17 @@ def plane(
         )
     shown = {}
     for name, marker in (("trained", "o"), ("generated", "^"), ("fresh", "D")):
-        if name in scores:
-            similar = similarities[name].clone()
-            if name == "trained":
-                similar.fill_diagonal_(-1)
-            x, y = similar.amax(1), 100 * scores[name].test
+        if name in networks:
+            x, y = networks[name][0], 100 * networks[name][1]
             ax.scatter(x, y, s=10, marker=marker, color=COLOURS[name], alpha=0.4, linewidths=0)
             shown[name] = (x.mean().item(), y.mean().item())
-            label = f"{LABELS[name]}: mean of {len(y)}"
+            label = f"{LABELS[name]}: mean of {report['groups'][name]['count']}"
             ax.scatter(
                 *shown[name], s=90, marker=marker, color=COLOURS[name], edgecolor="black", zorder=4, label=label
             )
     # The networks and what surrounds them; the curves lead on to chance.
     means = [mean for _, mean in shown.values()]
-    spread = max(0.5, 3 * max((100 * s.test.std(correction=0).item()) for s in scores.values()))
+    spread = max(0.5, 3 * max((100 * y.std(correction=0).item()) for _, y in networks.values()))
     ax.set_xlim(max(0.0, min(similar for similar, _ in shown.values()) - 0.15), 1.01)
     ax.set_ylim(min(means) - spread - 1, min(100.5, max(means) + spread))
     ax.set_xlabel("similarity of the errors to the most similar training network (IoU)")
@@ -112,14 +107,14 @@ def parameters(trained: WeightZoo, generated: WeightZoo, folder: Path) -> list[P
 
 def overlap(trained: torch.Tensor, generated: torch.Tensor, folder: Path) -> list[Path]:
     """A heat map of the overlap of wrong predictions, training networks first, evenly picked."""
-    picked = [wrong[:: -(-len(wrong) // MOST_ROWS)] for wrong in (trained, generated)]
+    parts = [wrong[:: -(-len(wrong) // MOST_ROWS)] for wrong in (trained, generated)]
     figure, ax = _figure(5.4, 4.6)
-    both = torch.cat(picked)
+    both = torch.cat(parts)
     image = ax.imshow(similarity(both, both).numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-    border = len(picked[0]) - 0.5
+    border = len(parts[0]) - 0.5
     ax.axhline(border, color="white", linewidth=1)
     ax.axvline(border, color="white", linewidth=1)
-    places = [len(picked[0]) / 2, len(picked[0]) + len(picked[1]) / 2]
+    places = [len(parts[0]) / 2, len(parts[0]) + len(parts[1]) / 2]
     ax.set_xticks(places, ["original", "generated"])
     ax.set_yticks(places, ["original", "generated"], rotation=90, va="center")
     ax.grid(False)
@@ -147,10 +142,11 @@ def calibration(report: dict[str, Any], folder: Path) -> list[Path]:
 
 def weight_map(trained: WeightZoo, groups: dict[str, Iterator[torch.Tensor]], folder: Path) -> list[Path]:
     """All networks, `[n, P]` at a time, on the first two principal components of the training networks."""
-    centred = (x - x.mean(0) for (x,) in columns(trained))
+    some = picked(len(trained))
+    centred = (x - x.mean(0) for (x,) in columns(trained, some=some))
     values, vectors = torch.linalg.eigh(reduce(torch.add, (x @ x.T for x in centred)))
     scaled = vectors[:, [-1, -2]] / values[[-1, -2]].clamp_min(1e-12).sqrt()
-    blocks = [((x - x.mean(0)).T @ scaled, x.mean(0)) for (x,) in columns(trained)]
+    blocks = [((x - x.mean(0)).T @ scaled, x.mean(0)) for (x,) in columns(trained, some=some)]
     axes_, mean = (torch.cat(parts).float() for parts in zip(*blocks, strict=True))
     shares = values.clamp_min(0)[[-1, -2]] / values.clamp_min(1e-12).sum()
     figure, ax = _figure(5.6, 4.6)
@@ -203,7 +199,7 @@ def training(
         values = latents.flatten(1).std(0).numpy()
         spread.plot(range(1, len(values) + 1), values, marker, markersize=3, color=COLOURS[name], label=LABELS[name])
     spread.set_yscale("log")
-    spread.set_xlabel("latent")
+    spread.set_xlabel("latent" if pipeline.vae is not None else "parameter, normalized")
     spread.set_ylabel("standard deviation over networks", fontsize=9)
     spread.legend(fontsize=7)
     if len(losses):
@@ -217,6 +213,7 @@ def training(
         loss.legend(fontsize=7)
     else:
         loss.set_visible(False)
-    accuracy = [100 * report["groups"][name]["accuracy"]["mean"] for name in ("trained", "reconstructed")]
-    figure.suptitle(f"accuracy: {accuracy[0]:.2f} % original, {accuracy[1]:.2f} % reconstructed", fontsize=9)
+    shown = [name for name in ("trained", "reconstructed", "generated") if name in report["groups"]]
+    accuracies = [f"{100 * report['groups'][name]['accuracy']['mean']:.2f} % {LABELS[name]}" for name in shown]
+    figure.suptitle("accuracy: " + ", ".join(accuracies), fontsize=9)
     return _save(figure, folder, "training")

@@ -20,7 +20,7 @@ from ..networks.predictor import Predictor
 from ..parallel import from_main, share
 from ..tasks import Task
 from ..zoo import BATCH_VALUES, WeightZoo, networks_per_batch
-from .measures import interval, resample
+from .measures import interval, resample, resampled_means
 
 
 CALIBRATION_BINS = 15
@@ -28,6 +28,8 @@ SPLITS = ("validation", "test")
 # Networks that a process scores before it is another one's turn: few enough to share, many enough to run at once.
 NETWORKS_TOGETHER = 16
 MOST_GROUPS = 64
+# Networks whose errors are counted at a time.
+TOGETHER = 4096
 
 
 @dataclass
@@ -57,12 +59,13 @@ class Scores:
     @property
     def test(self) -> torch.Tensor:
         """Accuracy on the test split, `[N]`."""
-        return 1 - self.wrong.double().mean(1)
+        return 1 - self.wrong.sum(1).double() / self.wrong.shape[1]
 
     def summary(self, similarity: torch.Tensor) -> dict[str, Any]:
-        """The figures of the group; `similarity` is the largest of each network, `[N]`."""
+        """The figures of the group; `similarity` is the largest of each network, or of some evenly picked ones."""
         test = self.test
-        by_network, by_example = resample(len(self), 0), resample(self.wrong.shape[1], 1)
+        by_example = resample(self.wrong.shape[1], 1)
+        rate = torch.stack([rows.sum(0, dtype=torch.float64) for rows in self.wrong.split(TOGETHER)]).sum(0)
         return {
             "count": len(self),
             "accuracy": {
@@ -70,12 +73,12 @@ class Scores:
                 "min": test.min().item(),
                 "max": test.max().item(),
                 "best_on_validation": test[self.validation.argmax()].item(),
-                "interval_networks": interval(by_network @ test),
-                "interval_examples": interval(1 - by_example @ self.wrong.double().mean(0)),
+                "interval_networks": interval(resampled_means(test, 0)),
+                "interval_examples": interval(1 - by_example @ (rate / len(self))),
             },
             "maximum_similarity": {
                 "mean": similarity.mean().item(),
-                "interval_networks": interval(by_network @ similarity),
+                "interval_networks": interval(resampled_means(similarity, 0)),
             },
             "not_finite": int((~self.finite).sum()),
             **{name: _finite_mean(values) for name, values in self.calibration.items()},

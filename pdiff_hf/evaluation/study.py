@@ -16,10 +16,11 @@ from ..zoo import WeightZoo
 from . import pictures
 from .baselines import KINDS, Baseline, StandardizedZoo
 from .canonical import MOST_ALIGNED_VALUES, canonical_zoo, symmetry_of
-from .measures import distances, mean, outside_span, parameter_statistics, similarity
+from .equal_time import train_as_long
+from .measures import Nearest, mean, most_similar, nearest, outside_span, parameter_statistics, picked
 from .scoring import Scorer, Scores
 from .subjects import Subjects
-from .verdict import COPY_RATIO, Place, Plane, verdict
+from .verdict import COPY_RATIO, Place, Plane, share_of_gap, verdict
 
 
 # Where a curve passes the generated networks' similarity, it is refined by so many points.
@@ -28,6 +29,8 @@ MOST_DOUBLINGS = 14
 ALIGNED_CANDIDATES = 4
 TRAJECTORY_NETWORKS = 20
 MAPPED_NETWORKS = 50
+# Denoising steps that rows may name.
+MOST_STEPS = 1000
 # Parameters of all networks of a baseline that are made at a time: for each time, the whole zoo is read.
 BASELINE_VALUES = 2**27
 PARTS = f"{UNFINISHED}scores"
@@ -67,13 +70,14 @@ class Study:
             "chance": self.chance,
             "verdict": self._verdict(nearest),
             "groups": groups,
-            "similarity": self._pairwise(),
+            "similarity": self._pairwise,
             "nearest_l2": {key: nearest[key] for key in ("trained", "generated", "aligned")},
             "ensembles": {
                 name: [{k: v for k, v in row.items() if k != "predictions"} for row in self.scores[name].ensembles]
                 for name in ("trained", "generated", "fresh")
                 if name in self.scores
             },
+            "training": self._training(),
             "parameters": from_main(lambda: parameter_statistics(self.trained, self.generated)),
             "baselines_on": "canonical form" if self.is_canonical else "networks as they are",
             "baselines": [
@@ -106,7 +110,7 @@ class Study:
         scores["generated"] = self._score(self.generated, "generated")
         if self.fresh is not None:
             scores["fresh"] = self._score(self.fresh, "fresh")
-        if self.pipeline is not None:
+        if self.pipeline is not None and self.pipeline.vae is not None:
             latents = self.latents
             scores["reconstructed"] = self.scorer(
                 lambda some: self._decode(latents[some.start : some.stop]),
@@ -118,17 +122,25 @@ class Study:
         return scores
 
     @cached_property
-    def similarity(self) -> dict[str, torch.Tensor]:
-        """Of each group to the training networks, `[n, N]`."""
-        wrong = self.scores["trained"].wrong
-        return {name: similarity(scores.wrong, wrong) for name, scores in self.scores.items()}
+    def compared(self) -> torch.Tensor:
+        """Indices of the training networks that are compared with all of them."""
+        return picked(len(self.trained))
+
+    @cached_property
+    def similarity(self) -> dict[str, Nearest]:
+        """Of each group, of the training networks those that are compared, to the most similar training networks."""
+        wrong, some = self.scores["trained"].wrong, self.compared
+        found = {
+            name: most_similar(scores.wrong, wrong, ALIGNED_CANDIDATES)
+            for name, scores in self.scores.items()
+            if name != "trained"
+        }
+        return {"trained": most_similar(wrong[some], wrong, ALIGNED_CANDIDATES, own=some), **found}
 
     @cached_property
     def groups(self) -> dict[str, dict[str, Any]]:
         """The figures of each group."""
-        largest = {name: values.amax(1) for name, values in self.similarity.items() if name != "trained"}
-        largest["trained"] = self.similarity["trained"].clone().fill_diagonal_(-1).amax(1)
-        return {name: scores.summary(largest[name]) for name, scores in self.scores.items()}
+        return {name: scores.summary(self.similarity[name].values[:, 0]) for name, scores in self.scores.items()}
 
     @cached_property
     def chance(self) -> float:
@@ -177,16 +189,24 @@ class Study:
         return points
 
     def _verdict(self, nearest: dict[str, Any]) -> dict[str, Any]:
+        curves = {kind: [point.place for point in points] for kind, points in self.curves.items()}
         against = {
-            "curves": {kind: [point.place for point in points] for kind, points in self.curves.items()},
+            "curves": curves,
             "trained_accuracy": self.groups["trained"]["accuracy"]["mean"],
             "chance": self.chance,
         }
-        found = verdict(self.place, copied=nearest["copied"], outside=nearest["outside_span"], **against)
+        found = verdict(
+            self.place,
+            copied=nearest["copied"],
+            outside=nearest["outside_span"],
+            dispersion=self._dispersion(),
+            **against,
+        )
         if "fresh" in self.scores:
             place = self._place(self.scores["fresh"], seed=3)
             of_fresh = verdict(place, copied=0.0, outside=1.0, **against)
             found["fresh_accuracy_gain"], found["fresh_interval"] = of_fresh["accuracy_gain"], of_fresh["interval"]
+            found["share_of_gap"], found["share_of_gap_interval"] = share_of_gap(self.place, place, curves)
         return found
 
     def _score(self, zoo: WeightZoo, name: str) -> Scores:
@@ -220,50 +240,79 @@ class Study:
         return from_main(lambda: self.plane.place(scores, seed))
 
     def _nearest(self) -> dict[str, Any]:
-        between = distances(self.trained, self.trained).fill_diagonal_(torch.inf)
-        away, nearest = distances(self.generated, self.trained).min(1)
-        own, neighbour = between.min(1)
-        copies = away <= COPY_RATIO * own[nearest]
-        aligned = self._nearest_aligned(neighbour, nearest)
-        if aligned is not None:
-            # A copy stays one when its hidden units are in another order.
-            (aligned_own, _), (aligned_away, matched) = aligned["trained"], aligned["generated"]
-            copies |= aligned_away <= COPY_RATIO * aligned_own[matched]
-        return {
-            "trained": _spread(own),
-            "generated": _spread(away),
-            "aligned": aligned and {name: _spread(values) for name, (values, _) in aligned.items()},
-            "copied": copies.double().mean().item(),
-            "outside_span": outside_span(self.trained, self.generated, nearest, away),
-        }
-
-    def _nearest_aligned(
-        self, own: torch.Tensor, of_generated: torch.Tensor
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
-        """Distances to nearest neighbours up to permutations of hidden units, and which those are, where the
-        architecture's hidden units are recognized."""
-        values = self.trained.vector_size * (len(self.trained) + len(self.generated))
-        if self.symmetry is None or values > MOST_ALIGNED_VALUES:
-            return None
-        trained, generated = self.trained.vectors().double(), self.generated.vectors().double()
-        others = self.similarity["trained"].clone().fill_diagonal_(-1)
-        of_trained, of_generated = (
-            torch.cat([nearest[:, None], values.topk(min(ALIGNED_CANDIDATES, len(trained) - 1), 1).indices], 1)
-            for nearest, values in ((own, others), (of_generated, self.similarity["generated"]))
+        every = torch.arange(len(self.generated))
+        away, matched = self._distances(self.generated, every, self.similarity["generated"])
+        # Their own nearest neighbours, of those that are compared and of those that generated networks lie near to.
+        some = torch.cat([self.compared, *(indices for _, indices in matched)]).unique()
+        similar = most_similar(
+            self.scores["trained"].wrong[some], self.scores["trained"].wrong, ALIGNED_CANDIDATES, own=some
         )
+        own, _ = self._distances(self.trained, some, similar, own=some)
+        copies = torch.zeros(len(every), dtype=torch.bool)
+        # A copy stays one when its hidden units are in another order.
+        for (_, distances), (_, of_trained), (_, indices) in zip(away, own, matched, strict=True):
+            copies |= distances <= COPY_RATIO * of_trained[torch.searchsorted(some, indices)]
+        spreads = {name: (_spread(a), _spread(b)) for (name, a), (_, b) in zip(own, away, strict=True)}
+        aligned = spreads.get("aligned")
         return {
-            "trained": aligned_distances(self.symmetry, trained, trained, of_trained),
-            "generated": aligned_distances(self.symmetry, generated, trained, of_generated),
+            "trained": spreads["stored"][0],
+            "generated": spreads["stored"][1],
+            "aligned": aligned and dict(zip(("trained", "generated"), aligned, strict=True)),
+            "copied": copies.double().mean().item(),
+            "outside_span": outside_span(self.trained, self.generated, matched[0][1], away[0][1]),
         }
 
+    def _distances(
+        self, zoo: WeightZoo, some: torch.Tensor, similar: Nearest, own: torch.Tensor | None = None
+    ) -> tuple[list[tuple[str, torch.Tensor]], list[tuple[str, torch.Tensor]]]:
+        """Distances `[n]` of some networks to the nearest training networks, and which those are: as they are stored,
+        and up to permutations of hidden units where the architecture's are recognized."""
+        found = nearest(zoo, self.trained, some, own)
+        away, indices = [("stored", found.values[:, 0])], [("stored", found.indices[:, 0])]
+        if self.symmetry is not None and self.trained.vector_size * len(some) <= MOST_ALIGNED_VALUES:
+            candidates = torch.cat([found.indices, similar.indices], 1)
+            places = candidates.unique()
+            distances, which = aligned_distances(
+                self.symmetry,
+                zoo.vectors(some.tolist()).double(),
+                self.trained.vectors(places.tolist()).double(),
+                torch.searchsorted(places, candidates),
+            )
+            away.append(("aligned", distances))
+            indices.append(("aligned", places[which]))
+        return away, indices
+
+    @cached_property
     def _pairwise(self) -> dict[str, float | None]:
-        among = similarity(self.scores["generated"].wrong, self.scores["generated"].wrong)
+        wrong, every = self.scores["generated"].wrong, torch.arange(len(self.generated))
+        alone = len(every) < 2
         return {
-            "trained_trained": _off_diagonal(self.similarity["trained"]),
-            "generated_generated": _off_diagonal(among),
-            "generated_trained": self.similarity["generated"].mean().item(),
-            "maximum_generated_trained": self.similarity["generated"].max().item(),
+            "trained_trained": self.similarity["trained"].mean,
+            "generated_generated": None if alone else most_similar(wrong, wrong, own=every).mean,
+            "generated_trained": self.similarity["generated"].mean,
+            "maximum_generated_trained": self.similarity["generated"].values.max().item(),
         }
+
+    def _training(self) -> dict[str, Any] | None:
+        """How training does that takes as long as generating, where the denoiser is told the initialization."""
+        if self.pipeline is None or not self.pipeline.takes_initial:
+            return None
+        pipeline, steps = self.pipeline, next(self.generated.rows()).get("num_inference_steps")
+        steps = steps if isinstance(steps, int) and 1 <= steps <= MOST_STEPS else 50
+        found = from_main(lambda: train_as_long(self.scorer.task, pipeline, steps))
+        if found is None:
+            return None
+        facts, vectors = found
+        scores = self.scorer(lambda some: vectors[some.start : some.stop], len(vectors), "training", vectors)
+        return {**facts, "accuracy": {"mean": scores.test.mean().item(), "min": scores.test.min().item()}}
+
+    def _dispersion(self) -> float | None:
+        """How different errors of generated networks are among each other, in units of those of training networks."""
+        pairs = self._pairwise
+        of_trained, of_generated = pairs["trained_trained"], pairs["generated_generated"]
+        if of_trained is None or of_generated is None or of_trained >= 1:
+            return None
+        return (1 - of_generated) / (1 - of_trained)
 
     def draw(
         self, report: dict[str, Any], denoising: tuple[list[int], list[torch.Tensor]] | None, folder: Path
@@ -271,7 +320,7 @@ class Study:
         """Draws all pictures, PNG and SVG."""
         wrong = {name: scores.wrong for name, scores in self.scores.items()}
         files = [
-            *pictures.plane(report, self.scores, self.similarity, folder),
+            *pictures.plane(report, self._shown(), folder),
             *pictures.parameters(self.trained, self.generated, folder),
             *pictures.overlap(wrong["trained"], wrong["generated"], folder),
             *pictures.calibration(report, folder),
@@ -281,6 +330,12 @@ class Study:
             files += pictures.denoising(*denoising, report, folder)
             files += pictures.training(self.pipeline, self.latents, self._encode(self.generated), report, folder)
         return files
+
+    def _shown(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Similarity and accuracy of each network of a group, of the training networks those that are compared."""
+        accuracies = {name: scores.test for name, scores in self.scores.items()}
+        accuracies["trained"] = accuracies["trained"][self.compared]
+        return {name: (self.similarity[name].values[:, 0], accuracies[name]) for name in accuracies}
 
     def _mapped(self) -> dict[str, Iterator[torch.Tensor]]:
         """Networks for the map, as vectors `[n, P]` at a time."""
@@ -292,7 +347,7 @@ class Study:
                 yield baseline.vectors(list(range(start, min(start + size, MAPPED_NETWORKS))))
 
         return {
-            "trained": self.trained.batches(),
+            "trained": iter([self.trained.vectors(self.compared.tolist())]),
             "generated": self.generated.batches(),
             **({} if self.fresh is None else {"fresh": self.fresh.batches()}),
             "gaussian": made("gaussian", 1.0),
@@ -338,8 +393,3 @@ def _strengths(kind: str, first: float, count: int) -> list[float]:
 
 def _spread(values: torch.Tensor) -> dict[str, float]:
     return {"mean": values.mean().item(), "min": values.min().item(), "max": values.max().item()}
-
-
-def _off_diagonal(matrix: torch.Tensor) -> float | None:
-    count = len(matrix)
-    return None if count < 2 else ((matrix.sum() - matrix.diagonal().sum()) / (count * (count - 1))).item()

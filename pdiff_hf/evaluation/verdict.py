@@ -16,7 +16,10 @@ CONFIDENCE = 0.99
 # neighbour is that network, for our purpose (the test of Yoon et al. 2023 for memorized images).
 COPY_RATIO = 1 / 3
 COPY_SIMILARITY = 0.95
-AVERAGING = ("soup", "interpolation", "shrinking")
+AVERAGING = ("soup", "interpolation", "shrinking", "nearest-interpolation")
+# Errors of generated networks that differ among each other by less than this share of what those of training networks
+# do are those of one network, or of few.
+COLLAPSED = 0.2
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,19 @@ def gain(generated: Place, curves: dict[str, list[Place]]) -> torch.Tensor:
     return generated.accuracy - torch.stack(fronts).amax(0)
 
 
+def share_of_gap(
+    generated: Place, fresh: Place, curves: dict[str, list[Place]]
+) -> tuple[float | None, list[float | None]]:
+    """How much of the way from the front to fresh networks generated ones go: the ratio of the gains of both over the
+    front, each at its own similarity, and its interval; None where fresh networks are not clear of the front."""
+    ours, theirs = gain(generated, curves), gain(fresh, curves)
+    if not interval(theirs[1:], CONFIDENCE)[0] > 0:
+        return None, [None, None]
+    shares = ours / theirs
+    low, high = interval(shares[1:], CONFIDENCE)
+    return _number(shares[0]), [_number(torch.tensor(low)), _number(torch.tensor(high))]
+
+
 def verdict(
     generated: Place,
     curves: dict[str, list[Place]],
@@ -87,6 +103,7 @@ def verdict(
     chance: float,
     copied: float,
     outside: float,
+    dispersion: float | None = None,
 ) -> dict[str, Any]:
     r"""
     What to think of generated networks.
@@ -100,6 +117,9 @@ def verdict(
         outside (`float`):
             Share of the (squared) way from the nearest training network to the generated one that no weighted sum of
             training networks can go: noise goes nearly all of it outside, averaging none.
+        dispersion (`float`, *optional*):
+            How different the errors of generated networks are among each other, in units of those of training
+            networks.
 
     Returns:
         `dict`: `label`, `accuracy_gain` over the front at equal similarity, its `interval` and `confidence`, the
@@ -126,6 +146,12 @@ def verdict(
     elif copied > 0.5 and similar >= COPY_SIMILARITY:
         label = "memorized"
         sentence = f"{100 * copied:.0f} % of the generated networks are copies of training networks ({place})."
+    elif dispersion is not None and dispersion < COLLAPSED:
+        label = "collapsed"
+        sentence = (
+            f"The generated networks are nearly one network: their errors differ by {100 * dispersion:.0f} % of what "
+            f"those of training networks do ({place}, {margin} over the front)."
+        )
     elif low > 0:
         label = "above-the-front"
         sentence = f"Above the front of the baselines: {place}, {margin} over the best baseline at equal similarity."
@@ -147,6 +173,7 @@ def verdict(
         "gain_over_averaging": _number(over_averaging[0]),
         "copied": copied,
         "outside_span": outside,
+        "dispersion": dispersion,
         "sentence": sentence,
     }
 

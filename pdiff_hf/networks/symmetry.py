@@ -85,6 +85,26 @@ class Symmetry:
         if not self.groups:
             raise UnknownSymmetryError("There are no hidden units whose tensors are all generated.")
 
+    def described(self, layout: ParameterLayout) -> dict[str, Any]:
+        """The groups as [`NeuronTransformerModel`] is told them: `units`, and `tensors` with the `axes` of each."""
+        axes: dict[int, list[list[int]]] = {}
+        for number, group in enumerate(self.groups):
+            for member in group.members:
+                axes.setdefault(member.place.start, []).append([member.axis, number, member.repeat])
+        tensors = [
+            {
+                "start": layout.slices[tensor["name"]].start,
+                "shape": list(tensor["shape"]),
+                "axes": axes.get(layout.slices[tensor["name"]].start, []),
+            }
+            for tensor in layout.tensors("generated")
+        ]
+        return {
+            "num_parameters": layout.vector_size,
+            "units": [group.units for group in self.groups],
+            "tensors": tensors,
+        }
+
     def permute(self, vectors: torch.Tensor, group: Group, orders: torch.Tensor) -> torch.Tensor:
         """Vectors `[N, P]` with the units of a group in other orders, `[N, units]` or `[units]` for all."""
         permuted = vectors.clone()

@@ -28,10 +28,16 @@ class NetworkTrainer:
     r"""
     One training run of a task's network, step by step. What happens in a step depends on the seed, the step and the
     state alone, so that a resumed run is the uninterrupted one.
+
+    Args:
+        task (`Task`): Of the network.
+        seed (`int`): Of initialization, data order and dropout.
+        epochs (`int`, *optional*): Passes over the training data; the task's own number by default.
     """
 
-    def __init__(self, task: Task, seed: int):
+    def __init__(self, task: Task, seed: int, epochs: int | None = None):
         self.task, self.seed, self.step = task, seed, 0
+        self.epochs = task.epochs if epochs is None else epochs
         self._epoch, self._order = -1, torch.empty(0)
         device = PartialState().device
         with torch.random.fork_rng():
@@ -41,6 +47,7 @@ class NetworkTrainer:
         self.optimizer = task.optimizer(list(self.network.parameters()))
         self.network.train()
         self.steps_per_epoch = -(-len(self.targets) // task.batch_size)
+        self.steps = self.epochs * self.steps_per_epoch
 
     def freeze(self, layout: ParameterLayout) -> None:
         """From now on trains the generated tensors only: the others, batch-norm statistics included, stay put."""
@@ -68,6 +75,7 @@ class NetworkTrainer:
             loss = self.task.loss(self.network(inputs), self.targets[indices])
             self.optimizer.zero_grad()
             loss.backward()
+            _set_learning_rates(self.optimizer, self.task, self.step, self.steps)
             self.optimizer.step()
         self.step += 1
 
@@ -77,22 +85,24 @@ class NetworkTrainer:
         correct = self.task.correct(self.task.predict(self.network, inputs), targets)
         return {"seed": self.seed, "step": self.step, "validation_accuracy": correct.float().mean().item()}
 
-    def trained(self, epochs: int) -> nn.Module:
-        """The network after so many epochs."""
-        while self.step < epochs * self.steps_per_epoch:
+    def trained(self) -> nn.Module:
+        """The network after all epochs."""
+        while self.step < self.steps:
             self.train_step()
         return self.network
 
     def train(
-        self, epochs: int, layout: ParameterLayout, may_differ: Sequence[str] = ()
+        self, layout: ParameterLayout, may_differ: Sequence[str] = ()
     ) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         """Trains from the beginning; the parameter vector, of NaN where it diverged, and what is to be remembered."""
-        state_dict = self.trained(epochs).state_dict()
+        initial_norm = layout.flatten(self.network.state_dict()).norm().item()
+        state_dict = self.trained().state_dict()
         try:
             layout.check_frozen(state_dict, may_differ)
         except ValueError as error:
             raise ZooError(f"Seed {self.seed}: {error} Accept it by --may-differ, or generate it too.") from error
-        return [(flatten(layout, state_dict), self.metadata(self.task.data("validation")))]
+        row = self.metadata(self.task.data("validation")) | {"initial_norm": initial_norm}
+        return [(flatten(layout, state_dict), row)]
 
     def save(self, file: Path) -> None:
         """Writes the state, whole or not at all."""
@@ -134,12 +144,13 @@ class StackedTrainer:
     Args:
         task (`Task`): Of the networks; its loss, optimizer and inputs are those of [`Task`].
         seeds (`list[int]`): One for each network.
+        epochs (`int`, *optional*): Passes over the training data; the task's own number by default.
 
     Raises:
         [`NotStackableError`]: the task or the architecture asks for one run after the other.
     """
 
-    def __init__(self, task: Task, seeds: list[int]):
+    def __init__(self, task: Task, seeds: list[int], epochs: int | None = None):
         if any(getattr(type(task), name) is not getattr(Task, name) for name in ("loss", "optimizer", "augment")):
             raise NotStackableError(f"{type(task).__name__} trains in a way of its own.")
         self.task, self.seeds = task, seeds
@@ -159,29 +170,43 @@ class StackedTrainer:
         }
         self.optimizer = task.optimizer([weight for weight in self.weights.values() if weight.requires_grad])
         self.inputs, self.targets = (tensor.to(self.device) for tensor in task.data("train"))
+        self.steps_per_epoch = -(-len(self.targets) // task.batch_size)
+        self.steps = (task.epochs if epochs is None else epochs) * self.steps_per_epoch
 
-    def train(self, epochs: int, layout: ParameterLayout) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    def train(self, layout: ParameterLayout) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         """Trains from the beginning; the parameter vector of each network and what is to be remembered of it."""
-        steps = epochs * -(-len(self.targets) // self.task.batch_size)
-        vectors = self.train_steps(steps, layout)
+        norms = self._vectors(layout).norm(dim=1).tolist()
+        vectors = self.train_steps(self.steps, layout)
         inputs, targets = self.task.data("validation")
         predictions = Predictor(self.task, layout, self.device)(vectors, inputs)
         correct = [self.task.correct(p, targets.cpu()).float().mean().item() for p in predictions]
         rows = [
-            {"seed": seed, "step": steps, "validation_accuracy": accuracy}
-            for seed, accuracy in zip(self.seeds, correct, strict=True)
+            {"seed": seed, "step": self.steps, "validation_accuracy": accuracy, "initial_norm": norm}
+            for seed, accuracy, norm in zip(self.seeds, correct, norms, strict=True)
         ]
         return list(zip(vectors, rows, strict=True))
+
+    @torch.no_grad()
+    def load(self, vectors: torch.Tensor, layout: ParameterLayout) -> None:
+        """Starts from other networks, `[N, P]`."""
+        for name, place in layout.slices.items():
+            if name in self.weights:
+                self.weights[name].copy_(vectors[:, place].view(self.weights[name].shape))
 
     def train_steps(self, steps: int, layout: ParameterLayout) -> torch.Tensor:
         """The parameter vectors `[N, P]` after the first steps."""
         size, count = self.task.batch_size, len(self.targets)
         for step in range(steps):
-            epoch, batch = divmod(step, -(-count // size))
+            epoch, batch = divmod(step, self.steps_per_epoch)
             if batch == 0:
                 orders = [torch.randperm(count, generator=generator_at(seed, epoch)) for seed in self.seeds]
                 order = torch.stack(orders).to(self.device)
+            _set_learning_rates(self.optimizer, self.task, step, self.steps)
             self.step(order[:, batch * size : (batch + 1) * size])
+        return self._vectors(layout)
+
+    def _vectors(self, layout: ParameterLayout) -> torch.Tensor:
+        """The networks as they are now, `[N, P]`."""
         state_dicts = [
             {name: weight[i].detach() for name, weight in self.weights.items()} for i in range(len(self.seeds))
         ]
@@ -198,6 +223,13 @@ class StackedTrainer:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+
+
+def _set_learning_rates(optimizer: torch.optim.Optimizer, task: Task, step: int, steps: int) -> None:
+    """Those of a step: the optimizer's own, times the task's factor."""
+    factor = task.learning_rate_factor(min(step / steps, 1.0) if steps else 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
 
 def flatten(layout: ParameterLayout, state_dict: dict[str, torch.Tensor]) -> torch.Tensor:

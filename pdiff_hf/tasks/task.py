@@ -58,6 +58,11 @@ class Task:
         """The optimizer of the training, used for the kept checkpoints too."""
         return torch.optim.AdamW(parameters, lr=self.learning_rate)
 
+    def learning_rate_factor(self, progress: float) -> float:
+        """What the optimizer's learning rates are multiplied by after this share, 0 to 1, of the epochs; checkpoints
+        of a trajectory, which come after them, are trained with the last one."""
+        return 1.0
+
     def probabilities(self, outputs: torch.Tensor) -> torch.Tensor:
         """Class probabilities `[N, classes]` of a network's outputs; an ensemble is their mean."""
         return outputs.softmax(-1)

@@ -3,7 +3,8 @@
 from ..errors import TrainingError
 from .latent_diffusion import TrainConfig, denoising_scheduler
 from .loop import LOSSES, LoopConfig, TrainingLoop
-from .objectives import AutoencoderObjective, Behaviour, DenoiserObjective
+from .neuron_diffusion import NeuronTrainConfig
+from .objectives import AutoencoderObjective, Behaviour, DenoiserObjective, FlowMatchingObjective
 from .stage import run_train
 
 
@@ -12,7 +13,9 @@ __all__ = [
     "AutoencoderObjective",
     "Behaviour",
     "DenoiserObjective",
+    "FlowMatchingObjective",
     "LoopConfig",
+    "NeuronTrainConfig",
     "TrainConfig",
     "TrainingError",
     "TrainingLoop",

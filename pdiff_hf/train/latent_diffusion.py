@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
-import psutil
 import torch
 from diffusers import DDPMScheduler
 from torch import nn
@@ -22,10 +21,10 @@ from ..pipelines.neural_network_diffusion import (
 from ..tasks.task import load_task, trusted_name
 from ..zoo import BATCH_VALUES, WeightZoo
 from .loop import LoopConfig, TrainingLoop
-from .objectives import AutoencoderObjective, Behaviour, DenoiserObjective
+from .models import check_memory, seeded
+from .objectives import VARIANCE_NETWORKS, AutoencoderObjective, Behaviour, DenoiserObjective
 
 
-Model = TypeVar("Model", bound=nn.Module)
 Autoencoder = LinearParameterAutoencoder | ParameterAutoencoderKL
 # Networks, evenly picked, that the linear autoencoder's directions are fitted to: the cost grows with their square.
 MOST_FITTED = 2048
@@ -37,6 +36,8 @@ MOST_HELD = 2**28
 class TrainConfig(LoopConfig):
     """Fits the parameter autoencoder, trains the denoiser of its latents, and saves a pipeline."""
 
+    family: Literal["latent"] = "latent"
+    """The published method, for checkpoints of one run; `--family neuron --help` shows the settings of the other."""
     checkpoint_averaging: int = 1
     """Consecutive networks of a trajectory whose averages are learned instead of single ones, for better accuracy."""
     autoencoder: Literal["kl", "linear"] = "kl"
@@ -90,27 +91,6 @@ class TrainConfig(LoopConfig):
         return self.unet_steps + (self.autoencoder_steps if self.autoencoder == "kl" else 0)
 
 
-def check_memory(config: TrainConfig, vector_size: int) -> None:
-    """Raises [`ConfigError`] for models that no optimizer step fits this machine's memory of, before any is built."""
-    try:
-        with torch.device("meta"):
-            trained: list[nn.Module] = [_denoiser(config)]
-            if config.autoencoder == "kl":
-                trained.append(ParameterAutoencoderKL(vector_size, config.latent_channels, config.latent_length))
-    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-        raise ConfigError(f"These models cannot be built: {str(error).splitlines()[0]:.300}") from error
-    # Weights, gradients, Adam's two averages and the moving one.
-    size = 5 * 4 * sum(weight.numel() for model in trained for weight in model.parameters())
-    if config.autoencoder == "linear":
-        size += 4 * config.latent_channels * config.latent_length * vector_size
-    memory = psutil.virtual_memory().total
-    if size > memory:
-        raise ConfigError(
-            f"These models take {size / 1e9:,.1f} GB, and this machine has {memory / 1e9:,.1f} GB. Fewer latents, "
-            "fewer channels or --autoencoder linear take less."
-        )
-
-
 class NormalizedNetworks:
     r"""
     The normalized vectors of a zoo's networks, or of averages of consecutive ones: `networks(indices)` is `[n, P]`.
@@ -146,28 +126,71 @@ class NormalizedNetworks:
         return self.layout.normalize(vectors.to(self.layout.device))
 
 
-def encode(
-    config: TrainConfig, zoo: WeightZoo, layout: ParameterLayout, loop: TrainingLoop
-) -> tuple[Autoencoder | None, torch.Tensor]:
-    """The autoencoder (of the main process), and the latents `[N, C, L]` of the networks, at unit scale."""
-    device = loop.accelerator.device
-    if config.autoencoder == "kl":
-        networks = NormalizedNetworks(zoo, layout.to(device), config.checkpoint_averaging)
-        trained = _train_kl(config, zoo, networks, loop)
-        return trained, from_main(lambda: _latents(trained, networks.batches()))
-    if not loop.accelerator.is_main_process:
-        # The others need the latents alone, and no memory for the rest.
-        return None, from_main(lambda: torch.empty(0))
-    fitted = _fit_linear(config, zoo, layout).to(device)
-    latents = _latents(fitted, (layout.normalize(batch) for batch in zoo.batches()))
-    # Linear: latents of averages are averages of latents.
-    return fitted, from_main(lambda: _averages(latents, config.checkpoint_averaging))
+class LatentDiffusion:
+    r"""
+    The recipe of the published method.
 
+    Args:
+        config (`TrainConfig`): Its settings.
+        zoo (`WeightZoo`): N networks.
 
-def objective(config: TrainConfig) -> DenoiserObjective:
-    """The denoiser with the noise of the published method."""
-    unet = _seeded(config.seed, lambda: _denoiser(config))
-    return DenoiserObjective(unet, denoising_scheduler(config.prediction_type))
+    Raises:
+        [`ConfigError`]: too few networks for an average, or the models do not fit this machine's memory.
+    """
+
+    slot = "unet"
+
+    def __init__(self, config: TrainConfig, zoo: WeightZoo):
+        self.config, self.zoo = config, zoo
+        if len(zoo) - config.checkpoint_averaging < 1:
+            raise ConfigError(
+                f"checkpoint_averaging {config.checkpoint_averaging} leaves fewer than two of {len(zoo)} networks."
+            )
+        latents = config.latent_channels * config.latent_length
+        check_memory(
+            self._trained,
+            more=4 * latents * zoo.vector_size if config.autoencoder == "linear" else 0,
+            remedy="Fewer latents, fewer channels or --autoencoder linear take less.",
+        )
+
+    def encode(
+        self, layout: ParameterLayout, loop: TrainingLoop
+    ) -> tuple[dict[str, nn.Module | None], Callable[[torch.Tensor], torch.Tensor], int]:
+        """The autoencoder (of the main process), and the latents `[N, C, L]` of the networks, at unit scale."""
+        config, zoo, device = self.config, self.zoo, loop.accelerator.device
+        vae: Autoencoder | None = None
+        if config.autoencoder == "kl":
+            networks = NormalizedNetworks(zoo, layout.to(device), config.checkpoint_averaging)
+            trained = vae = _train_kl(config, zoo, networks, loop)
+            latents = from_main(lambda: _latents(trained, networks.batches()))
+        elif loop.accelerator.is_main_process:
+            fitted = vae = _fit_linear(config, zoo, layout).to(device)
+            each = _latents(fitted, (layout.normalize(batch) for batch in zoo.batches()))
+            # Linear: latents of averages are averages of latents.
+            latents = from_main(lambda: _averages(each, config.checkpoint_averaging))
+        else:
+            # The others need the latents alone, and no memory for the rest.
+            latents = from_main(lambda: torch.empty(0))
+        latents = latents.to(device)
+        return {"vae": vae}, lambda indices: latents[indices], len(latents)
+
+    def objective(self, layout: ParameterLayout, loop: TrainingLoop) -> DenoiserObjective:
+        """The denoiser with the noise of the published method."""
+        unet = seeded(self.config.seed, lambda: _denoiser(self.config))
+        return DenoiserObjective(unet, denoising_scheduler(self.config.prediction_type))
+
+    @property
+    def budget(self) -> tuple[int, float]:
+        """Optimizer steps of the denoiser, and their learning rate."""
+        return self.config.unet_steps, self.config.unet_learning_rate
+
+    def _trained(self) -> list[nn.Module]:
+        config = self.config
+        trained: list[nn.Module] = [_denoiser(config)]
+        if config.autoencoder == "kl":
+            size = self.zoo.vector_size
+            trained.append(ParameterAutoencoderKL(size, config.latent_channels, config.latent_length))
+        return trained
 
 
 def _denoiser(config: TrainConfig) -> ParameterUNet1DModel:
@@ -210,7 +233,7 @@ def _train_kl(
     config: TrainConfig, zoo: WeightZoo, networks: NormalizedNetworks, loop: TrainingLoop
 ) -> ParameterAutoencoderKL:
     layout = networks.layout
-    vae = _seeded(
+    vae = seeded(
         config.seed,
         lambda: ParameterAutoencoderKL(layout.vector_size, config.latent_channels, config.latent_length),
     )
@@ -221,7 +244,8 @@ def _train_kl(
             network = StackedNetwork(task.build_network().eval())
         except NotStackableError as error:
             raise ConfigError(f"behaviour_weight needs networks that run side by side. {error}") from error
-        behaviour = Behaviour(network, layout, task.data("train")[0].to(layout.device))
+        some = networks(torch.arange(0, len(networks), -(-len(networks) // VARIANCE_NETWORKS)))
+        behaviour = Behaviour(network, layout, task.data("train")[0].to(layout.device), some)
     trained = AutoencoderObjective(
         vae, config.input_noise, config.latent_noise, config.kl_weight, behaviour, config.behaviour_weight
     )
@@ -245,9 +269,3 @@ def _latents(vae: Autoencoder, batches: Iterable[torch.Tensor]) -> torch.Tensor:
 def _averages(rows: torch.Tensor, window: int) -> torch.Tensor:
     """Means of so many consecutive rows, `[N, ...]` to `[N - window + 1, ...]`."""
     return rows if window == 1 else rows.unfold(0, window, 1).mean(-1)
-
-
-def _seeded(seed: int, build: Callable[[], Model]) -> Model:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return build()

@@ -1,12 +1,20 @@
 """What is minimized: the losses of the trained parts."""
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 from torch.nn import functional as F
 
 from ..networks.stacked import StackedNetwork, stack
-from ..pipelines.neural_network_diffusion import ParameterAutoencoderKL, ParameterLayout
+from ..pipelines.neural_network_diffusion import (
+    NeuronTransformerModel,
+    ParameterAutoencoderKL,
+    ParameterLayout,
+)
+
+
+# Inputs, evenly picked, and networks that tell the variance of outputs.
+VARIANCE_INPUTS, VARIANCE_NETWORKS = 256, 64
 
 
 class DenoiserObjective(nn.Module):
@@ -41,11 +49,23 @@ class Behaviour:
         network (`StackedNetwork`): The architecture.
         layout (`ParameterLayout`): With its statistics.
         inputs (`torch.Tensor`): Training inputs, `[E, ...]`; their targets are not needed.
+        some (`torch.Tensor`): Normalized networks, `[n, P]`, whose outputs tell the variance.
         count (`int`, *optional*, defaults to 64): Inputs a step.
     """
 
-    def __init__(self, network: StackedNetwork, layout: ParameterLayout, inputs: torch.Tensor, count: int = 64):
+    def __init__(
+        self,
+        network: StackedNetwork,
+        layout: ParameterLayout,
+        inputs: torch.Tensor,
+        some: torch.Tensor,
+        count: int = 64,
+    ):
         self.network, self.layout, self.inputs, self.count = network, layout, inputs, count
+        with torch.no_grad():
+            outputs = self.outputs(some.to(layout.device), inputs[:: -(-len(inputs) // VARIANCE_INPUTS)])
+        # One number for all: processes see other networks of a batch each.
+        self.variance = outputs.var(dim=1).mean().clamp_min(1e-12)
 
     def outputs(self, normalized: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """Of networks `[N, P]` for examples `[E, ...]`: `[N, E, ...]`."""
@@ -54,10 +74,60 @@ class Behaviour:
     def __call__(self, ours: torch.Tensor, stored: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Of normalized vectors, both `[N, P]`, on these inputs, `[E]`."""
         inputs = self.inputs[indices]
-        with torch.no_grad():
-            expected = self.outputs(stored, inputs)
-            variance = expected.var(dim=1).mean()
-        return F.mse_loss(self.outputs(ours, inputs), expected) / variance
+        with torch.autocast(ours.device.type, enabled=False):  # small products, whose errors add up
+            with torch.no_grad():
+                expected = self.outputs(stored, inputs)
+            return F.mse_loss(self.outputs(ours, inputs), expected) / self.variance
+
+    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Indices of inputs for so many networks, `[count, E]`: a row each, since processes share them, all alike."""
+        indices = torch.randint(len(self.inputs), (self.count,), generator=generator, device=generator.device)
+        return indices.expand(count, -1)
+
+
+class FlowMatchingObjective(nn.Module):
+    r"""
+    The loss of flow matching (Lipman et al. 2022, arXiv 2210.02747) on straight paths from noise to networks: squared
+    error of the predicted clean network, with the weight 1 / (sigma + 0.1), and how differently it behaves.
+
+    Args:
+        denoiser (`NeuronTransformerModel`): What is trained.
+        scheduler (`FlowMatchEulerDiscreteScheduler`): Of the sampling.
+        behaviour (`Behaviour`, *optional*): Compares the outputs.
+        behaviour_weight (`float`, *optional*, defaults to 1.0): Of that difference.
+    """
+
+    def __init__(
+        self,
+        denoiser: NeuronTransformerModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        behaviour: Behaviour | None = None,
+        behaviour_weight: float = 1.0,
+    ):
+        super().__init__()
+        self.denoiser, self.scheduler = denoiser, scheduler
+        self.behaviour, self.behaviour_weight = behaviour, behaviour_weight
+
+    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Noise `[count, 1, P]`, its levels `[count]`, and inputs `[count, E]`, the same in all."""
+        noise = torch.randn((count, 1, shape[-1]), generator=generator, device=generator.device)
+        sigmas = torch.rand(count, generator=generator, device=generator.device)
+        return (noise, sigmas) if self.behaviour is None else (noise, sigmas, self.behaviour.draw(count, generator))
+
+    def forward(
+        self, networks: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, inputs: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Of normalized networks and, behind each, its initialization where the denoiser is told: `[n, 1 or 2, P]`."""
+        clean, initial = networks[:, :1], networks[:, 1:] if networks.shape[1] > 1 else None
+        sigma = sigmas[:, None, None]
+        timesteps = sigmas * self.scheduler.config.num_train_timesteps
+        prediction = self.denoiser.predict_clean(
+            (1 - sigma) * clean + sigma * noise, timesteps, initial=initial
+        ).float()
+        loss = ((prediction - clean).square() / (sigma + 0.1)).mean()
+        if self.behaviour is not None and inputs is not None:
+            loss = loss + self.behaviour_weight * self.behaviour(prediction[:, 0], clean[:, 0], inputs[0])
+        return loss
 
 
 class AutoencoderObjective(nn.Module):
@@ -95,10 +165,7 @@ class AutoencoderObjective(nn.Module):
         noise = [torch.randn(size, generator=generator, device=generator.device) for size in sizes]
         if self.behaviour is None:
             return tuple(noise)
-        inputs = len(self.behaviour.inputs)
-        indices = torch.randint(inputs, (self.behaviour.count,), generator=generator, device=generator.device)
-        # A row a network, since processes share the rows.
-        return (*noise, indices.expand(count, -1))
+        return (*noise, self.behaviour.draw(count, generator))
 
     def forward(
         self,

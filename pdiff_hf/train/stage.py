@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, ZooError
+from ..errors import ZooError
 from ..files import explained
 from ..hub.cards import write_pipeline_card
 from ..hub.pipelines import load_pipeline
@@ -16,33 +16,34 @@ from ..parallel import from_main, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout
 from ..runs import check_same_facts, save_run
 from ..zoo import WeightZoo
-from . import latent_diffusion
-from .latent_diffusion import TrainConfig
-from .loop import RUN_SETTINGS, TrainingLoop, with_environment
+from .latent_diffusion import LatentDiffusion, TrainConfig
+from .loop import RUN_SETTINGS, LoopConfig, TrainingLoop, with_environment
+from .neuron_diffusion import NeuronDiffusion, NeuronTrainConfig
 
 
-def run_train(config: TrainConfig) -> NeuralNetworkDiffusionPipeline:
+# What trains the pipelines of each family.
+RECIPES: dict[type[LoopConfig], Any] = {TrainConfig: LatentDiffusion, NeuronTrainConfig: NeuronDiffusion}
+
+
+def run_train(config: TrainConfig | NeuronTrainConfig) -> NeuralNetworkDiffusionPipeline:
     r"""
     Learns the networks of a zoo and saves the pipeline in `config.output_dir`.
 
     Raises:
         [`ZooError`]: the zoo cannot be read, or has fewer than two networks.
         [`TrainingError`]: the training diverged, or cannot be resumed.
+        [`TaskError`]: networks of this task cannot be learned in this way.
     """
     with written(config.output_dir, "train"):
         return _train(config, Path(config.output_dir))
 
 
-def _train(config: TrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeline:
+def _train(config: TrainConfig | NeuronTrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeline:
     zoo = WeightZoo.from_pretrained(config.zoo)
     if len(zoo) < 2:
         raise ZooError(f"{config.zoo} has {len(zoo)} network: a distribution needs at least two, and better hundreds.")
-    if len(zoo) - config.checkpoint_averaging < 1:
-        raise ConfigError(
-            f"checkpoint_averaging {config.checkpoint_averaging} leaves fewer than two of {len(zoo)} networks."
-        )
     sources = zoo.repositories()  # reads all rows: what they lack is said now, and not after hours
-    latent_diffusion.check_memory(config, zoo.vector_size)
+    recipe = RECIPES[type(config)](config, zoo)
     config = with_environment(config)
     with TrainingLoop(config, config.steps) as loop:
         accelerator = loop.accelerator
@@ -56,25 +57,17 @@ def _train(config: TrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeline:
         # 1. Statistics of the parameters
         layout = _statistics(zoo)
 
-        # 2. Autoencoder
-        vae, latents = latent_diffusion.encode(config, zoo, layout, loop)
+        # 2. What is denoised
+        components, data, count = recipe.encode(layout, loop)
 
         # 3. Denoiser
-        denoiser = latent_diffusion.objective(config)
-        latents = latents.to(accelerator.device)
-        loop.fit(
-            "unet",
-            denoiser,
-            lambda indices: latents[indices],
-            len(latents),
-            config.unet_steps,
-            config.unet_learning_rate,
-        )
+        denoising = recipe.objective(layout, loop)
+        loop.fit(recipe.slot, denoising, data, count, *recipe.budget)
 
         # 4. Pipeline
         if accelerator.is_main_process:
             pipeline = NeuralNetworkDiffusionPipeline(
-                layout=layout, scheduler=denoiser.scheduler, vae=vae, unet=denoiser.denoiser
+                layout=layout, scheduler=denoising.scheduler, **components, **{recipe.slot: denoising.denoiser}
             )
             with explained(folder, "The checkpoints are whole; make room and resume from the latest."):
                 pipeline.save_pretrained(str(folder))
@@ -101,7 +94,7 @@ def _statistics(zoo: WeightZoo) -> ParameterLayout:
     return layout
 
 
-def _write_card(config: TrainConfig, zoo: WeightZoo, folder: Path, sources: set[str]) -> None:
+def _write_card(config: LoopConfig, zoo: WeightZoo, folder: Path, sources: set[str]) -> None:
     recipe = {name: value for name, value in asdict(config).items() if name not in (*RUN_SETTINGS, "zoo")}
     write_pipeline_card(
         folder,

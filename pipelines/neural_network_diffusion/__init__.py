@@ -2,6 +2,7 @@
 
 from .layout.parameter_layout import ParameterLayout
 from .pipeline import NeuralNetworkDiffusionPipeline, NeuralNetworkDiffusionPipelineOutput
+from .transformer.neuron_transformer import NeuronTransformerModel
 from .unet.parameter_unet import ParameterUNet1DModel
 from .vae.linear_autoencoder import LinearParameterAutoencoder
 from .vae.parameter_autoencoder import ParameterAutoencoderKL
@@ -11,6 +12,7 @@ __all__ = [
     "LinearParameterAutoencoder",
     "NeuralNetworkDiffusionPipeline",
     "NeuralNetworkDiffusionPipelineOutput",
+    "NeuronTransformerModel",
     "ParameterAutoencoderKL",
     "ParameterLayout",
     "ParameterUNet1DModel",

@@ -86,11 +86,14 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                 "The pipeline needs one denoiser, `unet` or `transformer`, and has "
                 f"{'none' if unet is None else 'both'}."
             )
-        if vae is not None and vae.config.num_parameters != layout.vector_size:
-            raise ValueError(
-                f"The autoencoder is made for vectors of {vae.config.num_parameters} parameters, and the layout has "
-                f"{layout.vector_size}: they belong to different networks."
-            )
+        # What takes whole networks: the autoencoder, and a denoiser of them.
+        for name, part in (("autoencoder", vae), ("denoiser", unet if transformer is None else transformer)):
+            size = None if part is None else getattr(part.config, "num_parameters", None)
+            if size not in (None, layout.vector_size):
+                raise ValueError(
+                    f"The {name} is made for vectors of {size} parameters, and the layout has {layout.vector_size}: "
+                    "they belong to different networks."
+                )
         self.register_modules(
             layout=layout,
             scheduler=scheduler,
@@ -116,6 +119,11 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     def latent_shape(self) -> tuple[int, int]:
         """C and L of what is denoised, `[B, C, L]`: the latents, or without an autoencoder 1 and P."""
         return (1, self.layout.vector_size) if self.vae is None else self.vae.latent_shape
+
+    @property
+    def takes_initial(self) -> bool:
+        """Whether the denoiser is told the initialization of a network."""
+        return bool(getattr(self.denoiser.config, "with_initial", False))
 
     @torch.no_grad()
     def encode(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -158,6 +166,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         num_inference_steps: int,
         generator: Any,
         latents: Any,
+        initial: Any,
         parameter_noise: float,
         chunk_size: int,
         output_type: str,
@@ -189,6 +198,13 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"`latents` has to be a tensor of shape {shape}, and is a {type(latents).__name__}.")
         if latents is not None and latents.shape != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}; expected {shape} for these networks.")
+        if initial is not None and not self.takes_initial:
+            raise ValueError("`initial` was passed, and this denoiser knows nothing of initializations.")
+        if initial is not None and len(initial) != num_networks:
+            raise ValueError(f"{len(initial)} initial networks were passed for {num_networks}: pass one for each.")
+        size = self.layout.vector_size
+        if isinstance(initial, torch.Tensor) and initial.shape != (num_networks, size):
+            raise ValueError(f"`initial` has shape {tuple(initial.shape)}; expected {(num_networks, size)}.")
         if output_type not in ("state_dict", "pt", "np", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}; expected 'state_dict', 'pt', 'np' or 'latent'.")
         if not set(tensor_inputs) <= set(self._callback_tensor_inputs):
@@ -204,6 +220,18 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                 "of the kind that the denoiser was trained with: DDPMScheduler, DDIMScheduler or "
                 "DPMSolverMultistepScheduler, or for flow matching FlowMatchEulerDiscreteScheduler."
             )
+
+    def _prepare_initial(
+        self, initial: Sequence[StateDict] | torch.Tensor | None, generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        """Initial networks as the denoiser takes them, `[N, C, L]`; drawn where there are none."""
+        if initial is None:
+            vectors = self.layout.draw_initial(generators)
+        elif isinstance(initial, torch.Tensor):
+            vectors = initial
+        else:
+            vectors = torch.stack([self.layout.flatten(state_dict) for state_dict in initial])
+        return self.encode(vectors).to(self._execution_device, self.denoiser.dtype)
 
     def prepare_extra_step_kwargs(self, generator: list[torch.Generator], eta: float) -> dict[str, Any]:
         """Schedulers differ in what their `step` takes; only the stochastic ones take generators, and DDIM `eta`."""
@@ -281,6 +309,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        initial: Sequence[StateDict] | torch.Tensor | None = None,
         parameter_noise: float = 0.0,
         chunk_size: int = 100,
         output_type: str = "state_dict",
@@ -293,7 +322,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
 
         Args:
             num_networks (`int`, *optional*):
-                How many. Defaults to one for each of the `generator`s or `latents`, and to 1 without a list of them.
+                How many. Defaults to one for each of the `generator`s, `latents` or `initial` networks, and to 1
+                without a list of them.
             num_inference_steps (`int`, *optional*, defaults to 50):
                 Denoising steps. Of 1000, 50, 20 and 10, the default is the smallest whose networks are as good as
                 those of 1000 steps with the default scheduler (`benchmarks/samplers.py`).
@@ -308,6 +338,10 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                 (up to rounding) whatever `chunk_size`, device and dtype are, and the first networks stay the same
                 when `num_networks` grows.
             latents (`torch.Tensor`, *optional*): Noise `[num_networks, C, L]` to start from instead of drawn noise.
+            initial (`list[dict[str, torch.Tensor]]` or `torch.Tensor`, *optional*):
+                Untrained networks, state dicts or vectors `[num_networks, P]`, where the denoiser was trained to be
+                told the initialization: each network is what training would make of its own. By default they are drawn
+                as those of the training zoo were.
             parameter_noise (`float`, *optional*, defaults to 0.0):
                 Standard deviation of Gaussian noise on each decoded parameter, in units of the parameter's own over
                 the training zoo: what a sample of the autoencoder's likelihood has over its mean. Networks become
@@ -350,12 +384,14 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             tensor_inputs = (tensor_inputs,)
         if num_networks is None:
             several: Any = generator if isinstance(generator, (list, tuple)) else latents
+            several = initial if several is None else several
             num_networks = len(several) if hasattr(several, "__len__") else 1
         self.check_inputs(
             num_networks,
             num_inference_steps,
             generator,
             latents,
+            initial,
             parameter_noise,
             chunk_size,
             output_type,
@@ -383,11 +419,15 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                     noise = randn_tensor(shape, generator=chunk_generators, device=device, dtype=torch.float32)
                 else:
                     noise = latents[start : start + chunk_size].to(device, torch.float32)
+                told = {}
+                if self.takes_initial:
+                    some = None if initial is None else initial[start : start + chunk_size]
+                    told["initial"] = self._prepare_initial(some, chunk_generators)
 
                 # 4. Denoise
                 steps = self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
                 extra = self.prepare_extra_step_kwargs(chunk_generators, eta)
-                chunk = self._denoise(noise, steps, extra, progress_bar, callback_on_step_end, tensor_inputs)
+                chunk = self._denoise(noise, told, steps, extra, progress_bar, callback_on_step_end, tensor_inputs)
 
                 # 5. Decode
                 if output_type != "latent":
@@ -413,6 +453,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     def _denoise(
         self,
         latents: torch.Tensor,
+        told: dict[str, torch.Tensor],
         timesteps: torch.Tensor,
         extra_step_kwargs: dict[str, Any],
         progress_bar: Any,
@@ -422,15 +463,14 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         # What flow-matching schedulers lack leaves the sample as it is.
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
-        condition = {}
         if self.condition_encoder is not None:
-            condition = {"condition": self.condition_encoder([{}] * len(latents))}  # nothing is asked for
+            told = {**told, "condition": self.condition_encoder([{}] * len(latents))}  # nothing is asked for
         for step, timestep in enumerate(timesteps):
             if self.interrupt:
                 break
             # predict, then take one step back, in float32: schedulers draw their noise in the dtype of the prediction
             model_input = scale_model_input(latents, timestep).to(self.denoiser.dtype)
-            prediction = self.denoiser(model_input, timestep, **condition, return_dict=False)[0].to(torch.float32)
+            prediction = self.denoiser(model_input, timestep, **told, return_dict=False)[0].to(torch.float32)
             latents = self.scheduler.step(prediction, timestep, latents, **extra_step_kwargs, return_dict=False)[0]
 
             if callback is not None:

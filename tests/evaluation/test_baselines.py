@@ -11,7 +11,7 @@ from pdiff_hf.evaluation.baselines import KINDS, StandardizedZoo
 
 
 STRENGTHS = {"noise": 0.5, "soup": 4, "interpolation": 0.3, "gaussian": 1.0, "low-rank-gaussian": 1.0}
-STRENGTHS |= {"shrinking": 0.3, "difference": 0.5}
+STRENGTHS |= {"shrinking": 0.3, "difference": 0.5, "nearest-interpolation": 0.3}
 EVERY_KIND = pytest.mark.parametrize("kind", STRENGTHS)
 
 
@@ -272,6 +272,16 @@ def test_a_difference_is_of_two_others(source):
     assert torch.cdist(made, candidates).amin(1).max() < 1e-3 * zoo.norm(dim=1).max()
     few = StandardizedZoo(source.zoo)
     assert torch.isfinite(sample(few, "difference", 0.5, 5)).all()
+
+
+def test_the_partner_is_the_nearest_of_the_others(source):
+    zoo = on_logarithms(source, source.zoo.vectors())
+    made = on_logarithms(source, sample(source, "nearest-interpolation", 0.3, 20))
+    scaled = zoo / source.layout.std.double().clamp_min(1e-12)
+    scaled[:, 0] = 0  # a constant
+    partner = torch.cdist(scaled, scaled).fill_diagonal_(torch.inf).argmin(1)
+    expected = 0.7 * zoo + 0.3 * zoo[partner]
+    assert torch.cdist(made, expected).amin(1).max() < 1e-3 * zoo.norm(dim=1).max()
 
 
 def test_every_kind_is_tested_here():

@@ -57,7 +57,7 @@ def trajectory_zoo(number: int) -> list[dict]:
     """What one network is after each of its further steps, which are larger ones."""
     run = trainer(500 + 1000 * number)
     for group in run.optimizer.param_groups:
-        group["lr"] = 2e-2
+        group["initial_lr"] = 2e-2
     zoo = []
     for step in range(20 + TRAJECTORY):
         run.train_step()

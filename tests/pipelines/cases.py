@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.nn import functional as F
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from pdiff_hf import (
     LinearParameterAutoencoder,
     NeuralNetworkDiffusionPipeline,
+    NeuronTransformerModel,
     ParameterAutoencoderKL,
     ParameterLayout,
     ParameterUNet1DModel,
@@ -62,6 +63,22 @@ def build_kl(num_parameters: int = NUM_PARAMETERS) -> ParameterAutoencoderKL:
     for block in (*vae.encoder_blocks, *vae.decoder_blocks):
         nn.init.normal_(block.conv2.weight, std=0.2)
     return vae
+
+
+def build_neuron(num_parameters: int = NUM_PARAMETERS, **settings) -> NeuronTransformerModel:
+    """Three units, two more, weights between them, and a rest; after some training, as it were."""
+    tensors = [
+        {"start": 0, "shape": [3, 4], "axes": [[0, 0, 1]]},
+        {"start": 12, "shape": [2, 3, 2], "axes": [[0, 1, 1], [1, 0, 1]]},
+        {"start": 24, "shape": [2], "axes": [[0, 1, 1]]},
+        {"start": 26, "shape": [num_parameters - 26], "axes": []},
+    ]
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "pair_channels": 4, "pair_head_dim": 2}
+    model = NeuronTransformerModel(num_parameters=num_parameters, units=[3, 2], tensors=tensors, **(sizes | settings))
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and (layer.weight == 0).all():
+            nn.init.normal_(layer.weight, std=0.2)
+    return model
 
 
 # ---- components
@@ -114,6 +131,18 @@ CASES = {
         block="ResidualBlock1D",
         graphs=1,
     ),
+    "neuron": Case(
+        lambda: build_neuron(with_initial=True, condition_dim=3),
+        lambda: {
+            "sample": randn(2, 1, NUM_PARAMETERS),
+            "timestep": torch.tensor([300, 900]),
+            "condition": randn(2, 3),
+            "initial": randn(2, 1, NUM_PARAMETERS, seed=1),
+        },
+        output_shape=(2, 1, NUM_PARAMETERS),
+        block="NeuronTransformerBlock",
+        graphs=1,
+    ),
     "layout": Case(build_layout, lambda: {"normalized": randn(2, 32)}, output_shape=(2, 32)),
 }
 
@@ -133,6 +162,7 @@ FILLINGS: dict[str, Callable[[int], dict[str, ModelMixin]]] = {
     "unet-linear": lambda size: {"unet": build_unet(), "vae": build_linear(size)},
     "unet-kl": lambda size: {"unet": build_unet(), "vae": build_kl(size)},
     "unet": lambda size: {"unet": build_unet(channels=1)},
+    "neuron": lambda size: {"transformer": build_neuron(size)},
     "transformer": lambda size: {
         "transformer": TokenDenoiser(),
         "condition_encoder": RowEncoder(),
@@ -147,6 +177,8 @@ def build_components(filling: str = "unet-linear", patterns: Sequence[str] = ("*
     models = {name: model.eval() for name, model in FILLINGS[filling](layout.vector_size).items()}
     # The velocity of a denoiser that was not trained leads to small latents; its noise would lead to huge ones.
     scheduler = DDPMScheduler(num_train_timesteps=1000, clip_sample=False, prediction_type="v_prediction")
+    if filling == "neuron":
+        scheduler = FlowMatchEulerDiscreteScheduler()
     return models | {"layout": layout, "scheduler": scheduler}
 
 
@@ -156,7 +188,7 @@ def build_pipe(filling: str = "unet-linear", **components) -> NeuralNetworkDiffu
 
 def load(folder: Path, **kwargs) -> NeuralNetworkDiffusionPipeline:
     """By the code of this package, but for components that only the folder has code of."""
-    own = not (folder / "transformer").exists()
+    own = not (folder / "transformer" / "token_denoiser.py").exists()
     return quiet(NeuralNetworkDiffusionPipeline.from_pretrained(folder, **({} if own else TRUSTED), **kwargs))
 
 

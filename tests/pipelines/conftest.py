@@ -13,7 +13,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
 
-@pytest.fixture(params=["unet", "linear", "kl"])
+@pytest.fixture(params=["unet", "linear", "kl", "neuron"])
 def trainable(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 

@@ -42,7 +42,7 @@ def test_the_layout_keeps_its_frozen_tensors_while_it_is_offloaded(tmp_path, kwa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["unet", "kl"])  # the linear autoencoder is one tensor
+@pytest.mark.parametrize("name", ["unet", "kl", "neuron"])  # the linear autoencoder is one tensor
 def test_a_model_runs_partly_from_disk_on_a_small_memory_budget(name, tmp_path):
     trainable = CASES[name]
     model = trainable.model().eval()

@@ -46,7 +46,7 @@ def test_callbacks_get_the_tensors_they_ask_for_at_each_step(pipe):
     seen = []
 
     def note(pipe, step, timestep, tensors):
-        seen.append((step, int(timestep), sorted(tensors)))
+        seen.append((step, float(timestep), sorted(tensors)))
         return tensors
 
     run(pipe, callback_on_step_end=note, callback_on_step_end_tensor_inputs=pipe._callback_tensor_inputs)

@@ -25,6 +25,7 @@ LAYOUT = {"layout/parameter_layout.py": SOURCE / "layout" / "parameter_layout.py
 UNET = {"unet/parameter_unet.py": SOURCE / "unet" / "parameter_unet.py"}
 LINEAR = {"vae/linear_autoencoder.py": SOURCE / "vae" / "linear_autoencoder.py"}
 KL = {"vae/parameter_autoencoder.py": SOURCE / "vae" / "parameter_autoencoder.py"}
+NEURON = {"transformer/neuron_transformer.py": SOURCE / "transformer" / "neuron_transformer.py"}
 OTHERS = {
     "transformer/token_denoiser.py": HERE / "token_denoiser.py",
     "condition_encoder/row_encoder.py": HERE / "row_encoder.py",
@@ -33,6 +34,7 @@ CODE = {
     "unet-linear": PIPELINE | LAYOUT | UNET | LINEAR,
     "unet-kl": PIPELINE | LAYOUT | UNET | KL,
     "unet": PIPELINE | LAYOUT | UNET,
+    "neuron": PIPELINE | LAYOUT | NEURON,
     "transformer": PIPELINE | LAYOUT | LINEAR | OTHERS,
 }
 
@@ -73,7 +75,7 @@ def test_the_index_names_the_file_and_class_of_each_filled_slot(pipe, filling, t
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index.pop("_class_name") == ["pipeline", "NeuralNetworkDiffusionPipeline"]
     assert index.pop("_diffusers_version")
-    assert index.pop("scheduler") == ["diffusers", "DDPMScheduler"]
+    assert index.pop("scheduler") == ["diffusers", type(pipe.scheduler).__name__]
     empty = {name: [None, None] for name in SLOTS - {"scheduler"}}
     modules = {Path(file).parent.name: Path(file).stem for file in CODE[filling] if "/" in file}
     filled = {name: [module, type(getattr(pipe, name)).__name__] for name, module in modules.items()}

@@ -16,10 +16,35 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
-from .cases import LATENT_SHAPE, assert_same, build_linear, build_pipe, randn, run
+from .cases import FILLINGS, LATENT_SHAPE, assert_same, build_linear, build_pipe, randn, run
 
 
 FLOW_MATCHING = [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler]
+
+
+@pytest.fixture(params=[name for name in FILLINGS if name != "neuron"])
+def filling(request):
+    """Denoisers of discrete timesteps."""
+    return request.param
+
+
+@pytest.mark.parametrize("scheduler", FLOW_MATCHING)
+def test_the_schedulers_of_flow_matching_sample_from_a_denoiser_of_networks(scheduler):
+    pipe = swapped(build_pipe("neuron"), scheduler)
+    vectors = run(pipe, num_inference_steps=5)
+    assert vectors.isfinite().all()
+    # Euler's last step goes all the way to what the denoiser takes for clean.
+    if scheduler is FlowMatchEulerDiscreteScheduler:
+        kept = []
+
+        def keep(pipe, step, timestep, tensors):
+            kept.append((tensors["latents"], timestep))
+            return {}
+
+        run(pipe, num_inference_steps=5, callback_on_step_end=keep)
+        (before, _), (last, timestep) = kept[-2:]
+        with torch.no_grad():
+            assert_same(last, pipe.transformer.predict_clean(before, timestep))
 
 
 def swapped(pipe, scheduler: type):

@@ -160,9 +160,9 @@ def test_the_behaviour_loss_is_the_difference_of_outputs_relative_to_their_varia
 
     task = load_task("digits-convnet")
     layout = digits_zoo.layout.fit(digits_zoo.batches())
-    inputs = task.data("train")[0]
-    behaviour = Behaviour(StackedNetwork(task.build_network().eval()), layout, inputs)
+    inputs = task.data("train")[0][:10]
     stored = layout.normalize(digits_zoo.vectors([0, 20]))
+    behaviour = Behaviour(StackedNetwork(task.build_network().eval()), layout, inputs, stored)
     ours = (stored + 0.3 * torch.randn(stored.shape, generator=torch.Generator().manual_seed(0))).requires_grad_()
     indices = torch.arange(10)
     loss = behaviour(ours, stored, indices)

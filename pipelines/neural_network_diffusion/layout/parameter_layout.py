@@ -19,10 +19,16 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 SMALLEST_VARIANCE = 1e-12
 GENERATED, FROZEN, TIED = "generated", "frozen", "tied"
 POSITIVE, NOT_NEGATIVE, WHOLE = "positive", "not negative", "whole"
+VALUES = ("values", "range")
 # Positive values whose mean is so many standard deviations above 0 are as good without a logarithm.
 FAR_FROM_ZERO = 10
 # Frozen tensors that count batches say nothing of a network's function.
 COUNTER = "num_batches_tracked"
+# What the values of a tensor are drawn from before training; "other" is what is known of no tensor.
+UNIFORM, NORMAL, CONSTANT, OTHER = "uniform", "normal", "constant", "other"
+KURTOSIS = {UNIFORM: 1.8, NORMAL: 3.0}
+# Of so few networks, sums of squares say nothing.
+FEW = 30
 GENERATED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Above it, all numbers that float32 holds are whole.
 LARGEST = 2**24
@@ -64,9 +70,10 @@ class ParameterLayout(ModelMixin, ConfigMixin):
     Parameters:
         tensors (`list[dict]`):
             One entry a tensor of the state dict, in its order: `{"name": str, "shape": list[int], "dtype": str,
-            "role": "generated" | "frozen" | "tied", "tied_to": str, "values": "positive" | "not negative" | "whole",
-            "range": [int, int]}` (`tied_to` only where tied, `values` where [`~ParameterLayout.fit`] found them, and
-            `range` with whole ones). Usually made by [`ParameterLayout.from_state_dict`].
+            "role": "generated" | "frozen" | "tied"}`, usually made by [`ParameterLayout.from_state_dict`]. Where tied
+            it has `"tied_to": str` too; from [`~ParameterLayout.fit`], `"values": "positive" | "not negative" |
+            "whole"` where that is so, and `"range": [int, int]` of whole ones; from [`~ParameterLayout.fit_initial`],
+            `"initial": {"distribution": "uniform" | "normal" | "constant" | "other", "mean": float, "std": float}`.
     """
 
     _no_split_modules = ["ParameterLayout"]
@@ -178,7 +185,7 @@ class ParameterLayout(ModelMixin, ConfigMixin):
     @property
     def architecture(self) -> list[dict[str, Any]]:
         """The entries of the config without what the values of a zoo told."""
-        told = ("values", "range")
+        told = (*VALUES, "initial")
         return [{key: value for key, value in entry.items() if key not in told} for entry in self.config.tensors]
 
     def tensors(self, role: str) -> list[dict[str, Any]]:
@@ -325,7 +332,7 @@ class ParameterLayout(ModelMixin, ConfigMixin):
             moments.add(raw.to(torch.float64))
         if moments.count < 2:
             raise ValueError(f"Statistics need a zoo of at least two networks, and this one has {moments.count}.")
-        tensors = self.architecture
+        tensors = [{key: value for key, value in t.items() if key not in VALUES} for t in self.config.tensors]
         self.log.zero_()
         for tensor in tensors:
             name = tensor["name"]
@@ -349,6 +356,54 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         self.mean.copy_(torch.where(constant, first, moments.mean.to(torch.float32)))
         self.std.copy_(torch.where(constant, 0.0, (moments.squares / moments.count).sqrt().to(torch.float32)))
         return self
+
+    def fit_initial(self, vectors: torch.Tensor) -> "ParameterLayout":
+        r"""
+        Finds what untrained networks are drawn from: the distribution, mean and standard deviation of each tensor.
+
+        Args:
+            vectors (`torch.Tensor`): Parameter vectors of untrained networks, `[N, P]`, at least two.
+
+        Returns:
+            `ParameterLayout`: itself.
+        """
+        tensors = [dict(tensor) for tensor in self.config.tensors]
+        for tensor in tensors:
+            if tensor["role"] == GENERATED:
+                tensor["initial"] = _distribution(vectors[:, self.slices[tensor["name"]]].to("cpu", torch.float64))
+        self.register_to_config(tensors=tensors)
+        return self
+
+    def draw_initial(self, generators: Sequence[torch.Generator]) -> torch.Tensor:
+        r"""
+        Parameter vectors of untrained networks, as [`~ParameterLayout.fit_initial`] found them to be drawn.
+
+        Args:
+            generators (`Sequence[torch.Generator]`): One a network, on the CPU.
+
+        Returns:
+            `torch.Tensor`: float32 `[N, P]`, on the CPU.
+
+        Raises:
+            `ValueError`: of some tensor it is not known how it is drawn.
+        """
+        vectors = torch.empty(len(generators), self.vector_size)
+        for tensor in self.tensors(GENERATED):
+            initial = tensor.get("initial") or {"distribution": OTHER}
+            part = vectors[:, self.slices[tensor["name"]]]
+            if initial["distribution"] == OTHER:
+                raise ValueError(
+                    f"`{tensor['name']}` is initialized in a way of its own, or it is not known how: pass `initial`."
+                )
+            for row, generator in zip(part, generators, strict=True):
+                if initial["distribution"] == UNIFORM:
+                    row.uniform_(-(3**0.5), 3**0.5, generator=generator)
+                elif initial["distribution"] == NORMAL:
+                    row.normal_(generator=generator)
+                else:
+                    row.zero_()
+            part.mul_(initial["std"]).add_(initial["mean"])
+        return vectors
 
     def normalize(self, vectors: torch.Tensor, start: int = 0) -> torch.Tensor:
         r"""
@@ -459,6 +514,8 @@ def check_tensors(tensors: list[dict[str, Any]]) -> None:
             and -LARGEST <= limits[0] <= limits[1] <= LARGEST
         ):
             raise ValueError(f"`{name}` has the range {limits!r:.200}, which is none.")
+        if "initial" in tensor and not _is_initial(tensor["initial"]):
+            raise ValueError(f"`{name}` is said to be initialized by {tensor['initial']!r:.200}, which is no way.")
         seen[name] = dict(tensor)
     if not any(tensor["role"] == GENERATED and math.prod(tensor["shape"]) for tensor in tensors):
         raise ValueError("A layout needs at least one generated parameter, and this one has none.")
@@ -479,6 +536,37 @@ class _Moments:
         self.squares = self.squares + values.sub_(batch_mean).square_().sum(0)
         self.squares.addcmul_(shift, shift, value=self.count * len(values) / total)
         self.count = total
+
+
+def _distribution(values: torch.Tensor) -> dict[str, Any]:
+    """What the values `[N, p]` of a tensor in N untrained networks are drawn from."""
+    mean = values.mean()
+    rest = values - mean
+    variance = rest.square().mean()
+    found = {"distribution": CONSTANT, "mean": mean.item(), "std": variance.sqrt().item()}
+    if (values == values[0, 0]).all():
+        return {**found, "mean": values[0, 0].item(), "std": 0.0}
+    kurtosis = (rest.square().square().mean() / variance.square()).item()
+    # Independent draws of one distribution: means over networks differ little from place to place, and sums of squares
+    # over places differ from network to network, which those of orthogonal matrices do not.
+    count, size = values.shape
+    places = rest.mean(0).square().mean() / (variance / count)
+    squares = rest.square().sum(1).var() / (size * variance.square())
+    alike = places < 1 + 8 * (2 / size) ** 0.5
+    independent = count < FEW or size == 1 or 0.25 < squares / max(kurtosis - 1, 1e-12) < 4
+    if not alike or not independent:
+        return {**found, "distribution": OTHER}
+    return {**found, "distribution": min(KURTOSIS, key=lambda name: abs(KURTOSIS[name] - kurtosis))}
+
+
+def _is_initial(initial: Any) -> bool:
+    return (
+        isinstance(initial, Mapping)
+        and set(initial) == {"distribution", "mean", "std"}
+        and initial["distribution"] in (*KURTOSIS, CONSTANT, OTHER)
+        and all(type(initial[name]) in (int, float) and abs(initial[name]) < LARGEST for name in ("mean", "std"))
+        and initial["std"] >= 0
+    )
 
 
 def _check_dense(name: str, value: Any) -> None:

@@ -1,0 +1,43 @@
+"""Building what is trained: from a seed, and not what memory does not hold."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import psutil
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def seeded(seed: int, build: Callable[[], Model]) -> Model:
+    """A model whose weights a seed draws, without a trace in the caller's randomness."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build()
+
+
+def check_memory(build: Callable[[], list[nn.Module]], more: int, remedy: str) -> None:
+    r"""
+    Raises [`ConfigError`] for models that no optimizer step fits this machine's memory of, before any is built.
+
+    Args:
+        build (`Callable[[], list[nn.Module]]`): Builds what is trained.
+        more (`int`): Bytes that are needed beside it.
+        remedy (`str`): What takes less.
+    """
+    try:
+        with torch.device("meta"):
+            models = build()
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(f"These models cannot be built: {str(error).splitlines()[0]:.300}") from error
+    # Weights, gradients, Adam's two averages and the moving one.
+    size = more + 5 * 4 * sum(weight.numel() for model in models for weight in model.parameters())
+    memory = psutil.virtual_memory().total
+    if size > memory:
+        raise ConfigError(
+            f"These models take {size / 1e9:,.1f} GB, and this machine has {memory / 1e9:,.1f} GB. {remedy}"
+        )

@@ -1,0 +1,205 @@
+"""New networks of independent ones: flow matching on the networks themselves, whose hidden units are tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+from ..config import check_above_zero, check_not_negative, check_positive
+from ..errors import ConfigError, TaskError, ZooError
+from ..networks.stacked import NotStackableError, StackedNetwork
+from ..networks.symmetry import Symmetry, UnknownSymmetryError
+from ..pipelines.neural_network_diffusion import NeuronTransformerModel, ParameterLayout
+from ..pipelines.neural_network_diffusion.layout.parameter_layout import SMALLEST_VARIANCE
+from ..pipelines.neural_network_diffusion.transformer.neuron_transformer import UnitIndex
+from ..tasks.check import check_task
+from ..tasks.task import Task, load_task, trusted_name
+from ..zoo import WeightZoo
+from .loop import LoopConfig, TrainingLoop
+from .models import check_memory, seeded
+from .objectives import VARIANCE_NETWORKS, Behaviour, FlowMatchingObjective
+
+
+# Of the initializations, evenly picked, so many tell what they are drawn from.
+INITIALS = 256
+# By how much the norm of an initialization may differ from that of its record.
+NORM_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class NeuronTrainConfig(LoopConfig):
+    """Learns networks of independent seeds: trains a transformer over their hidden units, and saves a pipeline."""
+
+    family: Literal["neuron"] = "neuron"
+    """A transformer over hidden units, for independently trained networks."""
+    batch_size: int = 128
+    """Networks drawn for each forward pass, by all processes together."""
+    ema_decay: float = 0.998
+    """Decay of the average of the trained weights that goes into the pipeline."""
+    task: str | None = None
+    """What the networks do: its training inputs are needed, not their targets. The zoo's own by default, if it is a
+    built-in one."""
+    initial: bool = True
+    """Tell the transformer each network's initialization, which the zoo has to record."""
+    behaviour_weight: float = 1.0
+    """Of the difference of the predicted networks' outputs from the stored ones', on the task's training inputs."""
+    behaviour_inputs: int = 64
+    """Training inputs of a step on which outputs are compared."""
+
+    hidden_size: int = 128
+    """Width of a token."""
+    num_layers: int = 4
+    """Blocks of the transformer."""
+    num_attention_heads: int = 4
+    """Heads of its attention."""
+    pair_channels: int = 32
+    """Features of a pair of hidden units with a weight between them."""
+    transformer_steps: int = 2500
+    """Optimizer steps of the transformer."""
+    transformer_learning_rate: float = 2e-3
+    """Peak of the one-cycle learning rate of the transformer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "behaviour_inputs", "hidden_size", "num_layers", "num_attention_heads", "pair_channels")
+        check_positive(self, "transformer_steps")
+        check_not_negative(self, "behaviour_weight")
+        check_above_zero(self, "transformer_learning_rate")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ConfigError(
+                f"hidden_size has to be an even multiple of num_attention_heads, and is {self.hidden_size} for "
+                f"{self.num_attention_heads}."
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.transformer_steps
+
+
+class NeuronDiffusion:
+    r"""
+    The recipe of networks of independent seeds.
+
+    Args:
+        config (`NeuronTrainConfig`): Its settings.
+        zoo (`WeightZoo`): N networks.
+
+    Raises:
+        [`TaskError`]: it is not known what the networks do, or their hidden units are not recognized.
+        [`ConfigError`]: the networks or the model do not fit this machine's memory, or cannot run side by side.
+    """
+
+    slot = "transformer"
+
+    def __init__(self, config: NeuronTrainConfig, zoo: WeightZoo):
+        self.config, self.zoo = config, zoo
+        name = trusted_name(config.task, zoo.task)
+        self.task: Task = load_task(name)
+        check_task(self.task, training=False)
+        with torch.random.fork_rng():
+            network = self.task.build_network().eval()
+        self.inputs = self.task.data("train")[0]
+        zoo.layout.flatten(network.state_dict())
+        try:
+            self.symmetry = Symmetry(network, zoo.layout, self.inputs[:1])
+        except UnknownSymmetryError as error:
+            raise TaskError(f"Hidden units of {name} cannot be tokens: {error}") from error
+        self.network: StackedNetwork | None = None
+        if config.behaviour_weight:
+            try:
+                self.network = StackedNetwork(network)
+            except NotStackableError as error:
+                raise ConfigError(f"The behaviour loss needs networks that run side by side. {error}") from error
+        channels = 2 if config.initial else 1
+        check_memory(
+            lambda: [self._model()],
+            more=4 * channels * len(zoo) * zoo.vector_size,
+            remedy="A smaller --hidden-size or fewer networks take less.",
+        )
+
+    def encode(
+        self, layout: ParameterLayout, loop: TrainingLoop
+    ) -> tuple[dict[str, nn.Module | None], Callable[[torch.Tensor], torch.Tensor], int]:
+        """No further components; the networks, and their initializations behind them: `[n, 1 or 2, P]` of indices."""
+        share_statistics(layout, self.symmetry)
+        data = [layout.normalize(torch.cat(list(self.zoo.batches())))]
+        if self.config.initial:
+            initial = initial_vectors(self.task, self.zoo)
+            layout.fit_initial(initial[:: -(-len(initial) // INITIALS)])
+            data.append(layout.normalize(initial))
+        networks = torch.stack(data, 1)
+        return {}, lambda indices: networks[indices.cpu()], len(networks)
+
+    def objective(self, layout: ParameterLayout, loop: TrainingLoop) -> FlowMatchingObjective:
+        """The transformer, with straight paths from noise to networks."""
+        behaviour = None
+        if self.network is not None:
+            device = loop.accelerator.device
+            inputs = self.inputs.to(device)
+            every = -(-len(self.zoo) // VARIANCE_NETWORKS)
+            some = layout.normalize(self.zoo.vectors(range(0, len(self.zoo), every)))
+            behaviour = Behaviour(self.network, layout.to(device), inputs, some, self.config.behaviour_inputs)
+        model = seeded(self.config.seed, self._model)
+        return FlowMatchingObjective(
+            model, FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), behaviour, self.config.behaviour_weight
+        )
+
+    @property
+    def budget(self) -> tuple[int, float]:
+        """Optimizer steps of the transformer, and their learning rate."""
+        return self.config.transformer_steps, self.config.transformer_learning_rate
+
+    def _model(self) -> NeuronTransformerModel:
+        config = self.config
+        return NeuronTransformerModel(
+            **self.symmetry.described(self.zoo.layout),
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            num_attention_heads=config.num_attention_heads,
+            pair_channels=config.pair_channels,
+            with_initial=config.initial,
+        )
+
+
+def share_statistics(layout: ParameterLayout, symmetry: Symmetry) -> None:
+    """Gives the parameters that exchanging units exchanges the same mean and standard deviation: those of all."""
+    for places in UnitIndex(**symmetry.described(layout)).exchangeable:
+        log, mean, std = (values[places].double() for values in (layout.log, layout.mean, layout.std))
+        logs = log.amax(0)
+        # Constants among values of which logarithms are taken are stored without.
+        mean = torch.where(logs > log, mean.clamp_min(SMALLEST_VARIANCE).log(), mean)
+        centre = mean.mean(0)
+        spread = (std.square() + (mean - centre).square()).mean(0).sqrt()
+        for target, shared in ((layout.log, logs > 0), (layout.mean, centre), (layout.std, spread)):
+            target[places] = shared.to(target.dtype).expand(places.shape)
+
+
+def initial_vectors(task: Task, zoo: WeightZoo) -> torch.Tensor:
+    r"""
+    What the networks of a zoo were before training, `[N, P]`, built again from their seeds.
+
+    Raises:
+        [`ZooError`]: the zoo does not record it, or what is built is not what was trained.
+    """
+    vectors = torch.empty(len(zoo), zoo.vector_size)
+    with torch.random.fork_rng():
+        for index, row in enumerate(zoo.rows()):
+            seed, norm = row.get("seed"), row.get("initial_norm")
+            if type(seed) is not int or not isinstance(norm, float):
+                raise ZooError(
+                    f"{zoo.folder} does not record how its networks were initialized, which `pdiff-hf collect "
+                    "--protocol independent` does. Train without: --no-initial."
+                )
+            torch.manual_seed(seed)
+            vectors[index] = zoo.layout.flatten(task.build_network().state_dict())
+            if not abs(vectors[index].norm().item() - norm) <= NORM_TOLERANCE * norm:
+                raise ZooError(
+                    f"{type(task).__name__}.build_network() with seed {seed} does not build what network {index} of "
+                    f"{zoo.folder} was trained from: it is another task, or another version of it or of torch. Train "
+                    "without: --no-initial."
+                )
+    return vectors

@@ -1,0 +1,315 @@
+"""Networks of independent seeds, learned without an autoencoder: their hidden units are tokens."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+from pdiff_hf import (
+    CollectConfig,
+    NeuronTrainConfig,
+    NeuronTransformerModel,
+    ParameterLayout,
+    TrainConfig,
+    WeightZoo,
+    load_pipeline,
+    load_task,
+    run_collect,
+    run_train,
+)
+from pdiff_hf.align import AlignConfig, run_align
+from pdiff_hf.config import parse
+from pdiff_hf.errors import ConfigError, TaskError, TrainingError, ZooError
+from pdiff_hf.networks.symmetry import Symmetry
+from pdiff_hf.tasks.digits import DigitsMLP
+from pdiff_hf.train.neuron_diffusion import initial_vectors, share_statistics
+
+from ..conftest import launch, site_without_this_package
+
+
+SETTINGS = {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "batch_size": 16, "transformer_steps": 30}
+ARGUMENTS = [
+    *("--family", "neuron", "--hidden-size", "16", "--num-layers", "2", "--num-attention-heads", "2"),
+    *("--batch-size", "16", "--transformer-steps", "30", "--checkpointing-steps", "10"),
+]
+
+
+class TwoHidden(DigitsMLP):
+    """Two hidden layers, between which are weights of pairs."""
+
+    def build_network(self):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 10))
+
+
+class Branching(DigitsMLP):
+    """No chain: what a softmax does to its units is not known."""
+
+    def build_network(self):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Softmax(1), nn.Linear(6, 10))
+
+
+class Normed(DigitsMLP):
+    """With layer norm, of which there is no stacked form."""
+
+    def build_network(self):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 10))
+
+
+def name_of(task: type) -> str:
+    return f"{__name__}:{task.__name__}"
+
+
+def collected(folder: Path, task: str, count: int = 40) -> WeightZoo:
+    return run_collect(CollectConfig(task, str(folder), num_networks=count, protocol="independent", epochs=15))
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory) -> WeightZoo:
+    return collected(tmp_path_factory.mktemp("neuron") / "zoo", name_of(TwoHidden))
+
+
+def config(zoo: WeightZoo, folder: Path, **changes) -> NeuronTrainConfig:
+    places = {"zoo": str(zoo.folder), "output_dir": str(folder), "task": zoo.task}
+    return NeuronTrainConfig(**(places | SETTINGS | changes))
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "train.losses.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(zoo, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("neuron") / "pipeline"
+    run_train(config(zoo, folder, transformer_steps=300))
+    return folder
+
+
+def sample(pipe, count: int = 3, **arguments) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    arguments = {"num_inference_steps": 5, "generator": generator, "output_type": "pt", **arguments}
+    return pipe(count, **arguments).state_dicts
+
+
+def accuracy(zoo: WeightZoo, vectors: torch.Tensor) -> float:
+    task = TwoHidden()
+    network, (inputs, targets) = task.build_network(), task.data("test")
+    total = 0.0
+    for state_dict in zoo.layout.unflatten(vectors):
+        network.load_state_dict(state_dict)
+        total += task.correct(task.predict(network, inputs), targets).double().mean().item()
+    return total / len(vectors)
+
+
+def test_the_loss_falls_and_networks_come_of_the_pipeline(trained, zoo):
+    found = losses(trained)
+    assert len(found) == 300
+    assert sum(found[-20:]) < 0.5 * sum(found[:20])
+    pipe = load_pipeline(trained)
+    assert isinstance(pipe.transformer, NeuronTransformerModel)
+    assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+    assert pipe.vae is pipe.unet is None
+    initial = initial_vectors(TwoHidden(), zoo)
+    # Far from trained yet, and no longer what it began with.
+    assert accuracy(zoo, sample(pipe, 20)) > accuracy(zoo, initial[:20]) + 0.1
+    assert accuracy(zoo, sample(pipe, 20, initial=initial[:20])) > accuracy(zoo, initial[:20]) + 0.1
+
+
+def test_the_folder_serves_without_the_package(trained, tmp_path):
+    program = """
+import sys, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+networks = pipe(2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="pt").state_dicts
+assert "pdiff_hf" not in sys.modules
+torch.save(networks, sys.argv[2])
+"""
+    finished = subprocess.run(
+        [sys.executable, "-S", "-c", program, str(trained), str(tmp_path / "networks.pt")],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": site_without_this_package(tmp_path)},
+        cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "networks.pt"), sample(load_pipeline(trained), 2))
+    again = DiffusionPipeline.from_pretrained(trained, trust_remote_code=True)
+    again.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(sample(load_pipeline(tmp_path / "again"), 2), sample(again, 2))
+
+
+def test_an_interrupted_training_resumes_with_the_losses_of_an_uninterrupted_one(zoo, tmp_path):
+    run_train(config(zoo, tmp_path / "whole", checkpointing_steps=10))
+    expected = losses(tmp_path / "whole")
+    run_train(config(zoo, tmp_path / "part", checkpointing_steps=10, checkpoints_total_limit=None))
+    for name in ("model_index.json", "checkpoint-20"):
+        path = tmp_path / "part" / name
+        path.unlink() if path.is_file() else path.rename(tmp_path / "gone")
+    run_train(config(zoo, tmp_path / "part", checkpointing_steps=10, resume_from_checkpoint="latest"))
+    assert losses(tmp_path / "part") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_pipeline_of_one(zoo, tmp_path):
+    arguments = ["train", *ARGUMENTS, "--zoo", str(zoo.folder), "--task", zoo.task]
+    for processes, name in ((1, "one"), (2, "two")):
+        launch(processes, "-m", "pdiff_hf", *arguments, "--output-dir", str(tmp_path / name))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+
+
+# ---- what it is told
+
+
+def test_initializations_are_built_again_from_their_seeds(zoo):
+    torch.manual_seed(3)
+    expected = zoo.layout.flatten(TwoHidden().build_network().state_dict())
+    assert torch.equal(initial_vectors(TwoHidden(), zoo)[3], expected)
+    assert zoo.metadata[3]["initial_norm"] == pytest.approx(expected.norm().item())
+
+
+def test_a_zoo_without_recorded_initializations_is_refused_and_learned_without(zoo, tmp_path):
+    with WeightZoo.create(tmp_path / "zoo", zoo.layout, task=zoo.task) as other:
+        for vector in zoo.vectors():
+            other.append(vector, seed=1)
+    with pytest.raises(ZooError, match=r"does not record how its networks were initialized.*--no-initial"):
+        run_train(config(other, tmp_path / "told"))
+    run_train(config(other, tmp_path / "not", initial=False))
+    pipe = load_pipeline(tmp_path / "not")
+    assert not pipe.takes_initial
+    assert sample(pipe).isfinite().all()
+
+
+class OtherHidden(TwoHidden):
+    def build_network(self):
+        network = super().build_network()
+        nn.init.normal_(network[1].weight)
+        return network
+
+
+def test_a_task_that_builds_something_else_is_refused(zoo, tmp_path):
+    with pytest.raises(ZooError, match=r"does not build what network 0 of .* was trained from"):
+        run_train(config(zoo, tmp_path / "pipeline", task=name_of(OtherHidden)))
+
+
+def test_aligned_networks_have_lost_their_initialization(zoo, tmp_path):
+    run_align(AlignConfig(str(zoo.folder), str(tmp_path), zoo.task))
+    assert "initial_norm" not in WeightZoo(tmp_path).metadata[0]
+
+
+# ---- what cannot be learned
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        (Branching, {}, "cannot be tokens: Softmax"),
+        (Normed, {}, "behaviour loss needs networks that run side by side"),
+        (TwoHidden, {"hidden_size": 2**20}, "memory|take .* GB"),
+    ],
+)
+def test_what_cannot_be_learned_is_said_before_anything_is_written(task, changes, message, tmp_path):
+    layout = ParameterLayout.from_state_dict(task().build_network().state_dict())
+    with WeightZoo.create(tmp_path / "zoo", layout, task=name_of(task)) as zoo:
+        for seed in range(3):
+            zoo.append(torch.randn(layout.vector_size, generator=torch.Generator().manual_seed(seed)))
+    with pytest.raises((TaskError, ConfigError), match=message):
+        run_train(config(zoo, tmp_path / "pipeline", **changes))
+    assert not (tmp_path / "pipeline" / "train.yaml").exists()
+
+
+def test_without_a_behaviour_loss_networks_need_no_stacked_form(tmp_path):
+    zoo = collected(tmp_path / "zoo", name_of(Normed), 8)
+    run_train(config(zoo, tmp_path / "pipeline", behaviour_weight=0.0, transformer_steps=5, batch_size=4))
+    assert sample(load_pipeline(tmp_path / "pipeline"), 2).isfinite().all()
+
+
+def test_a_zoo_whose_task_is_foreign_code_needs_its_name(zoo, tmp_path):
+    with pytest.raises(TaskError, match="pass --task"):
+        run_train(replace(config(zoo, tmp_path), task=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 18, "num_attention_heads": 4}, "even multiple of num_attention_heads"),
+        ({"transformer_steps": 0}, "steps has to be at least 1"),
+        ({"behaviour_weight": -1.0}, "behaviour_weight has to be at least 0"),
+        ({"transformer_learning_rate": 0.0}, "learning_rate has to be above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(zoo, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config(zoo, tmp_path, **changes)
+
+
+def test_a_diverged_training_says_which_rate_to_lower(zoo, tmp_path):
+    with pytest.raises(TrainingError, match=r"transformer diverged.*--transformer-learning-rate"):
+        run_train(config(zoo, tmp_path, transformer_learning_rate=1e30))
+
+
+# ---- families
+
+
+def test_the_family_chooses_the_settings(tmp_path):
+    union = TrainConfig | NeuronTrainConfig
+    assert parse(union, "train", []) == TrainConfig()
+    assert parse(union, "train", ["--family", "neuron", "--transformer-steps", "7"]) == NeuronTrainConfig(
+        transformer_steps=7
+    )
+    assert parse(union, "train", ["--family=latent"]) == TrainConfig()
+    file = tmp_path / "train.yaml"
+    file.write_text("family: neuron\ntransformer_steps: 8\n")
+    assert parse(union, "train", ["--config", str(file), "--seed", "3"]) == NeuronTrainConfig(
+        transformer_steps=8, seed=3
+    )
+    with pytest.raises(ConfigError, match="no family 'gan': latent, neuron"):
+        parse(union, "train", ["--family", "gan"])
+    file.write_text("unet_steps: 8\n")
+    with pytest.raises(ConfigError, match="unet_steps unknown"):
+        parse(union, "train", ["--config", str(file), "--family", "neuron"])
+
+
+def test_a_run_can_be_made_again_from_its_file(trained):
+    again = parse(TrainConfig | NeuronTrainConfig, "train", ["--config", str(trained / "train.yaml"), "--task", "x"])
+    assert isinstance(again, NeuronTrainConfig)
+    assert again.steps == 300
+
+
+# ---- statistics
+
+
+def test_exchangeable_units_share_their_statistics():
+    network = load_task("digits-convnet").build_network()
+    layout = ParameterLayout.from_state_dict(network.state_dict())
+    vectors = torch.randn(50, layout.vector_size, generator=torch.Generator().manual_seed(0))
+    vectors = vectors * torch.rand(layout.vector_size) + torch.rand(layout.vector_size)
+    symmetry = Symmetry(network, layout, torch.zeros(1, 1, 8, 8))
+    share_statistics(layout.fit([vectors]), symmetry)
+    generator = torch.Generator().manual_seed(1)
+    expected = layout.normalize(vectors)
+    for group in symmetry.groups:
+        order = torch.randperm(group.units, generator=generator)
+        moved = layout.normalize(symmetry.permute(vectors, group, order))
+        torch.testing.assert_close(moved, symmetry.permute(expected, group, order))
+    assert expected.square().mean().item() == pytest.approx(1, abs=0.05)
+    # Over all exchangeable values of all networks, mean 0 and standard deviation 1.
+    weight = expected[:, layout.slices["0.weight"]].view(50, *network[0].weight.shape)
+    torch.testing.assert_close(weight.mean((0, 1)), torch.zeros(weight.shape[2:]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(weight.std((0, 1), correction=0), torch.ones(weight.shape[2:]), atol=1e-4, rtol=0)
+
+
+def test_logarithms_are_shared_too():
+    network = nn.Sequential(nn.Linear(5, 7, bias=False), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3)).eval()
+    layout = ParameterLayout.from_state_dict(network.state_dict())
+    vectors = torch.randn(20, layout.vector_size)
+    place = layout.slices["1.running_var"]
+    vectors[:, place] = vectors[:, place].exp()
+    vectors[:, place.start] = 2.0  # one unit's is the same in all networks
+    share_statistics(layout.fit([vectors]), Symmetry(network, layout, torch.zeros(2, 5)))
+    torch.testing.assert_close(layout(layout.normalize(vectors)).vectors, vectors, atol=1e-4, rtol=1e-4)
+    assert layout.log[place].all()
