@@ -4,6 +4,7 @@ The data are those of `benchmarks.images`; images are averaged down, and each pi
 images.
 """
 
+import itertools
 import math
 from functools import cache
 
@@ -57,7 +58,7 @@ class Seeds(Task):
 
 def _mlp(*sizes: int) -> nn.Module:
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -33,8 +33,8 @@ class GenerateConfig:
     """Folder of the zoo. Where it holds an unfinished one of the same configuration, sampling goes on."""
     num_networks: int = 100
     """Networks to sample."""
-    num_inference_steps: int = 50
-    """Denoising steps."""
+    num_inference_steps: int | None = None
+    """Denoising steps; by default 50, and 10 with flow matching."""
     scheduler: str | None = None
     """A scheduler class of diffusers, such as DPMSolverMultistepScheduler, instead of the pipeline's own."""
     parameter_noise: float = 0.0
@@ -51,9 +51,10 @@ class GenerateConfig:
     """Name of the dataset repository that the zoo is pushed to in the end."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "num_networks", "num_inference_steps")
-        if self.batch_size is not None:
-            check_positive(self, "batch_size")
+        check_positive(self, "num_networks")
+        for name in ("num_inference_steps", "batch_size"):
+            if getattr(self, name) is not None:
+                check_positive(self, name)
         check_not_negative(self, "parameter_noise")
         check_seed(self)
 
@@ -88,8 +89,9 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
     if config.scheduler is not None:
         pipe.scheduler = replacement(config.scheduler, pipe.scheduler)
     most = pipe.scheduler.config.num_train_timesteps
-    if config.num_inference_steps > most:
-        raise ConfigError(f"num_inference_steps is {config.num_inference_steps}; the scheduler has {most} timesteps.")
+    num_steps = config.num_inference_steps or pipe.default_inference_steps
+    if num_steps > most:
+        raise ConfigError(f"num_inference_steps is {num_steps}; the scheduler has {most} timesteps.")
     check_room_for(folder, config.num_networks - present, pipe.layout, config.dtype)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -105,7 +107,7 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
             else {"pipeline": config.pipeline, "revision": source.name}
         ),
         "scheduler": type(pipe.scheduler).__name__,
-        "num_inference_steps": config.num_inference_steps,
+        "num_inference_steps": num_steps,
         "parameter_noise": config.parameter_noise,
     }
 
@@ -113,7 +115,7 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
         seeds = [config.seed + index for index in indices]
         vectors = pipe(
             num_networks=len(seeds),
-            num_inference_steps=config.num_inference_steps,
+            num_inference_steps=num_steps,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             parameter_noise=config.parameter_noise,
             chunk_size=len(seeds),

@@ -298,7 +298,7 @@ class Study:
         if self.pipeline is None or not self.pipeline.takes_initial:
             return None
         pipeline, steps = self.pipeline, next(self.generated.rows()).get("num_inference_steps")
-        steps = steps if isinstance(steps, int) and 1 <= steps <= MOST_STEPS else 50
+        steps = steps if isinstance(steps, int) and 1 <= steps <= MOST_STEPS else pipeline.default_inference_steps
         found = from_main(lambda: train_as_long(self.scorer.task, pipeline, steps))
         if found is None:
             return None

@@ -17,7 +17,7 @@ from ..hub.pipelines import load_pipeline, pipeline_folder, weights_sha256
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout
 from ..tasks import Task, check_task, load_task
-from ..tasks.task import trusted_name
+from ..tasks.task import shown_name, trusted_name
 from ..zoo import WeightZoo, check_room_for, make_layout
 from .baselines import Baseline
 
@@ -115,7 +115,7 @@ def opened(
         if origin is not None:
             _check_origin(made, pipeline_folder(origin))
         new = None if fresh is None else _open(fresh, scratch / "fresh", like=zoo)
-        yield Subjects(loaded, _shown(name), zoo, made, new, used, origin, scratch)
+        yield Subjects(loaded, shown_name(name), zoo, made, new, used, origin, scratch)
 
 
 def holds_pipeline(name_or_path: str | Path) -> bool:
@@ -143,12 +143,6 @@ def _check_origin(generated: WeightZoo, pipeline: Path) -> None:
 
 def _load(name_or_path: str | Path) -> NeuralNetworkDiffusionPipeline:
     return load_pipeline(name_or_path).to(processes().device)
-
-
-def _shown(name: str) -> str:
-    """The name of a task without the path of its file, which says nothing to anyone else."""
-    place, _, class_name = name.rpartition(":")
-    return f"{Path(place).name}:{class_name}" if place.endswith(".py") else name
 
 
 def _open(networks: NetworksLike, scratch: Path, like: WeightZoo | None = None) -> WeightZoo:

@@ -95,6 +95,12 @@ def trusted_name(given: str | None, of_zoo: str | None) -> str:
     return of_zoo
 
 
+def shown_name(name: str) -> str:
+    """The name of a task without the path of its file, which says nothing to anyone else."""
+    place, _, class_name = name.rpartition(":")
+    return f"{Path(place).name}:{class_name}" if place.endswith(".py") else name
+
+
 def load_task(name_or_path: str | Task) -> Task:
     r"""
     A task by name or from a file.

@@ -39,6 +39,9 @@ RUN_SETTINGS = ("output_dir", "resume_from_checkpoint", "checkpoints_total_limit
 class Objective(Protocol):
     """What the loop minimizes: a module whose `forward` is the loss of some data and of what was drawn for them."""
 
+    def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
+        """What trains it."""
+
     def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Random tensors, a row for each of so many data of this shape."""
 
@@ -210,8 +213,9 @@ class TrainingLoop:
             objective.eval()
             return
         self.progress.set_description(f"train {name}")
-        optimizer = torch.optim.AdamW(objective.parameters(), lr=learning_rate, fused=True)
-        model, optimizer = accelerator.prepare(objective, optimizer)
+        made = objective.optimizers(learning_rate)
+        peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in made]
+        model, *optimizers = accelerator.prepare(objective, *made)
         ema = EMAModel(objective.parameters(), decay=config.ema_decay, foreach=True)
         if self.step > first:
             assert self.resume_from is not None
@@ -220,9 +224,16 @@ class TrainingLoop:
                 _load_average(ema, self.resume_from / AVERAGE)
             ema.to(accelerator.device)
         # Not prepared: accelerate would take a step of the schedule for every process.
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer.optimizer, learning_rate, total_steps=steps, last_epoch=self.step - first - 1
-        )
+        schedules = [
+            torch.optim.lr_scheduler.OneCycleLR(
+                optimizer.optimizer,
+                peak,
+                total_steps=steps,
+                cycle_momentum="betas" in optimizer.optimizer.defaults,
+                last_epoch=self.step - first - 1,
+            )
+            for optimizer, peak in zip(optimizers, peaks, strict=True)
+        ]
 
         model.train()
         while self.step < last:
@@ -233,10 +244,12 @@ class TrainingLoop:
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    for optimizer in optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad()
                 losses.append(loss.detach())
-            schedule.step()
+            for schedule in schedules:
+                schedule.step()
             ema.step(objective.parameters())
             self.step += 1
             self._log(name, accelerator.reduce(torch.stack(losses).mean(), "mean").item())

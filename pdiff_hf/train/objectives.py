@@ -15,9 +15,19 @@ from ..pipelines.neural_network_diffusion import (
 
 # Inputs, evenly picked, and networks that tell the variance of outputs.
 VARIANCE_INPUTS, VARIANCE_NETWORKS = 256, 64
+# Muon's learning rate in units of AdamW's.
+MUON = 2.5
 
 
-class DenoiserObjective(nn.Module):
+class Objective(nn.Module):
+    """A loss with the model that it is of."""
+
+    def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
+        """What trains it: AdamW, as the published method's."""
+        return [torch.optim.AdamW(self.parameters(), lr=learning_rate, fused=True)]
+
+
+class DenoiserObjective(Objective):
     """The loss of the denoiser: squared error of what the scheduler's prediction type asks for."""
 
     def __init__(self, denoiser: nn.Module, scheduler: DDPMScheduler):
@@ -85,7 +95,7 @@ class Behaviour:
         return indices.expand(count, -1)
 
 
-class FlowMatchingObjective(nn.Module):
+class FlowMatchingObjective(Objective):
     r"""
     The loss of flow matching (Lipman et al. 2022, arXiv 2210.02747) on straight paths from noise to networks: squared
     error of the predicted clean network, with the weight 1 / (sigma + 0.1), and how differently it behaves.
@@ -107,6 +117,17 @@ class FlowMatchingObjective(nn.Module):
         super().__init__()
         self.denoiser, self.scheduler = denoiser, scheduler
         self.behaviour, self.behaviour_weight = behaviour, behaviour_weight
+
+    def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
+        """Muon (Jordan et al. 2024) for the matrices of the blocks, its steps in units of Adam's (Liu et al. 2025,
+        arXiv 2502.16982), and AdamW for the rest."""
+        matrices = [weight for weight in self.denoiser.blocks.parameters() if weight.ndim == 2]
+        chosen = {id(weight) for weight in matrices}
+        rest = [weight for weight in self.parameters() if id(weight) not in chosen]
+        return [
+            torch.optim.AdamW(rest, lr=learning_rate, fused=True),
+            torch.optim.Muon(matrices, lr=MUON * learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        ]
 
     def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Noise `[count, 1, P]`, its levels `[count]`, and inputs `[count, E]`, the same in all."""
@@ -130,7 +151,7 @@ class FlowMatchingObjective(nn.Module):
         return loss
 
 
-class AutoencoderObjective(nn.Module):
+class AutoencoderObjective(Objective):
     r"""
     The loss of the parameter autoencoder: squared error of the reconstruction, KL divergence of the posterior from a
     standard normal distribution (Kingma and Welling 2013, arXiv 1312.6114), with noise on parameters and latents as

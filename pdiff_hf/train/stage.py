@@ -15,6 +15,7 @@ from ..hub.push import push
 from ..parallel import from_main, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout
 from ..runs import check_same_facts, save_run
+from ..tasks.task import shown_name
 from ..zoo import WeightZoo
 from .latent_diffusion import LatentDiffusion, TrainConfig
 from .loop import RUN_SETTINGS, LoopConfig, TrainingLoop, with_environment
@@ -96,6 +97,8 @@ def _statistics(zoo: WeightZoo) -> ParameterLayout:
 
 def _write_card(config: LoopConfig, zoo: WeightZoo, folder: Path, sources: set[str]) -> None:
     recipe = {name: value for name, value in asdict(config).items() if name not in (*RUN_SETTINGS, "zoo")}
+    if recipe["task"] is not None:
+        recipe["task"] = shown_name(recipe["task"])
     write_pipeline_card(
         folder,
         recipe,

@@ -18,6 +18,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -26,6 +27,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
 # In the folder of a pipeline, while it is saved.
 UNFINISHED = ".unfinished-pipeline"
+FLOW_MATCHING = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
 StateDict = dict[str, torch.Tensor]
 Networks = TypeVar("Networks", list[StateDict], torch.Tensor, np.ndarray)
 Callback = Callable[["NeuralNetworkDiffusionPipeline", int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -119,6 +121,11 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     def latent_shape(self) -> tuple[int, int]:
         """C and L of what is denoised, `[B, C, L]`: the latents, or without an autoencoder 1 and P."""
         return (1, self.layout.vector_size) if self.vae is None else self.vae.latent_shape
+
+    @property
+    def default_inference_steps(self) -> int:
+        """Denoising steps where their number is not passed."""
+        return 10 if isinstance(self.scheduler, FLOW_MATCHING) else 50
 
     @property
     def takes_initial(self) -> bool:
@@ -260,7 +267,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     def __call__(
         self,
         num_networks: int | None = ...,
-        num_inference_steps: int = ...,
+        num_inference_steps: int | None = ...,
         *,
         return_dict: Literal[False],
         **arguments: Any,
@@ -270,7 +277,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     def __call__(
         self,
         num_networks: int | None = ...,
-        num_inference_steps: int = ...,
+        num_inference_steps: int | None = ...,
         *,
         output_type: Literal["pt", "latent"],
         return_dict: Literal[True] = ...,
@@ -281,7 +288,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     def __call__(
         self,
         num_networks: int | None = ...,
-        num_inference_steps: int = ...,
+        num_inference_steps: int | None = ...,
         *,
         output_type: Literal["np"],
         return_dict: Literal[True] = ...,
@@ -292,7 +299,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     def __call__(
         self,
         num_networks: int | None = ...,
-        num_inference_steps: int = ...,
+        num_inference_steps: int | None = ...,
         *,
         output_type: Literal["state_dict"] = ...,
         return_dict: Literal[True] = ...,
@@ -303,7 +310,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     def __call__(
         self,
         num_networks: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         eta: float = 0.0,
@@ -324,9 +331,10 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             num_networks (`int`, *optional*):
                 How many. Defaults to one for each of the `generator`s, `latents` or `initial` networks, and to 1
                 without a list of them.
-            num_inference_steps (`int`, *optional*, defaults to 50):
-                Denoising steps. Of 1000, 50, 20 and 10, the default is the smallest whose networks are as good as
-                those of 1000 steps with the default scheduler (`benchmarks/samplers.py`).
+            num_inference_steps (`int`, *optional*):
+                Denoising steps. Defaults to 50: of 1000, 50, 20 and 10, the smallest whose networks are as good as
+                those of 1000 steps with the scheduler of the training (`benchmarks/samplers.py`). With flow matching,
+                10.
             timesteps (`list[int]`, *optional*): The timesteps themselves, where the scheduler takes them.
             sigmas (`list[float]`, *optional*): The noise levels themselves, where the scheduler takes them.
             eta (`float`, *optional*, defaults to 0.0):
@@ -386,6 +394,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             several: Any = generator if isinstance(generator, (list, tuple)) else latents
             several = initial if several is None else several
             num_networks = len(several) if hasattr(several, "__len__") else 1
+        if num_inference_steps is None:
+            num_inference_steps = self.default_inference_steps
         self.check_inputs(
             num_networks,
             num_inference_steps,

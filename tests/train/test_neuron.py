@@ -19,6 +19,7 @@ from pdiff_hf import (
     ParameterLayout,
     TrainConfig,
     WeightZoo,
+    evaluate,
     load_pipeline,
     load_task,
     run_collect,
@@ -27,7 +28,9 @@ from pdiff_hf import (
 from pdiff_hf.align import AlignConfig, run_align
 from pdiff_hf.config import parse
 from pdiff_hf.errors import ConfigError, TaskError, TrainingError, ZooError
+from pdiff_hf.evaluation.equal_time import train_as_long
 from pdiff_hf.networks.symmetry import Symmetry
+from pdiff_hf.networks.trainer import NetworkTrainer
 from pdiff_hf.tasks.digits import DigitsMLP
 from pdiff_hf.train.neuron_diffusion import initial_vectors, share_statistics
 
@@ -162,6 +165,14 @@ def test_two_processes_train_the_pipeline_of_one(zoo, tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
+def test_the_card_says_what_the_networks_are(trained):
+    card = (trained / "README.md").read_text()
+    assert "pipe(initial=state_dicts)" in card
+    assert "independent seeds" in card
+    assert "consecutive checkpoints" not in card
+    assert "| family | neuron |" in card
+
+
 # ---- what it is told
 
 
@@ -199,6 +210,24 @@ def test_a_task_that_builds_something_else_is_refused(zoo, tmp_path):
 def test_aligned_networks_have_lost_their_initialization(zoo, tmp_path):
     run_align(AlignConfig(str(zoo.folder), str(tmp_path), zoo.task))
     assert "initial_norm" not in WeightZoo(tmp_path).metadata[0]
+
+
+def test_an_evaluation_trains_as_long_from_the_same_initializations(trained, zoo, tmp_path):
+    report = evaluate(TwoHidden(), trained=zoo, generated=trained, num_networks=10, networks_per_point=5)
+    training = report["training"]
+    assert training["steps"] >= 1
+    assert training["seconds"] > 0
+    assert training["accuracy"]["min"] <= training["accuracy"]["mean"] <= 1
+    assert "reconstructed" not in report["groups"]
+    pipe = load_pipeline(trained)
+    facts, vectors = train_as_long(TwoHidden(), pipe, 2)
+    initial = pipe.layout.draw_initial([torch.Generator().manual_seed(seed) for seed in range(50)])
+    alone = NetworkTrainer(TwoHidden(), 0, epochs=1)
+    alone.network.load_state_dict(pipe.layout.unflatten(initial[:1])[0])
+    for _ in range(facts["steps"]):
+        alone.train_step()
+    found = zoo.layout.flatten(alone.network.state_dict())
+    torch.testing.assert_close(vectors[0], found, atol=1e-3, rtol=1e-2)
 
 
 # ---- what cannot be learned

@@ -213,6 +213,7 @@ class NeuronTransformerBlock(nn.Module):
             inner = 2 * pair_channels * pair_head_dim
             self.pair_norm = nn.LayerNorm(pair_channels)
             self.to_bias = nn.Linear(pair_channels, heads)
+            self.to_weights = nn.Linear(pair_channels, pair_channels)
             self.to_messages = nn.Linear(hidden_size, inner)
             self.from_messages = nn.Linear(inner, hidden_size)
             self.to_products = nn.Linear(hidden_size, inner)
@@ -250,7 +251,8 @@ class NeuronTransformerBlock(nn.Module):
         for (one, other), values in pairs.items():
             first, second = places[one], places[other]
             normed = self.pair_norm(values)
-            of_heads, weights = self.to_bias(normed).permute(0, 3, 1, 2), normed.permute(0, 3, 1, 2)
+            # Messages follow the values as they are, as activations do the weights of the network.
+            of_heads, weights = (x.permute(0, 3, 1, 2) for x in (self.to_bias(normed), self.to_weights(values)))
             bias[:, :, first, second] += of_heads
             bias[:, :, second, first] += of_heads.mT
             received[0, :, :, first] += weights @ sent[0, :, :, second] / weights.shape[3] ** 0.5

@@ -1,0 +1,187 @@
+"""New networks of zoos of independent seeds: does the transformer over hidden units lie above the front?
+
+For each zoo: `pdiff-hf collect --protocol independent` for the training networks and for fresh ones, `train --family
+neuron` with each seed, 300 generated networks, and `evaluate` with all baselines on the canonical form. Prints the
+verdict; accuracy (mean, minimum) and similarity of the generated networks and of fresh ones; the gain of both over the
+front, points, with the 99 % interval; the share of the way from the front to fresh networks; accuracy of ensembles of
+64 networks; minutes of the training; what generating a network costs, in steps of training from the same
+initialization, and what so many steps come to.
+
+A killed benchmark goes on where it was: every stage resumes. Data for MNIST and Fashion-MNIST: see
+`benchmarks/images.py`.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks import write
+from pdiff_hf import (
+    CollectConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    NeuronTrainConfig,
+    run_collect,
+    run_evaluate,
+    run_generate,
+    run_train,
+)
+
+
+# Name: its task, networks of the zoo, settings of the training.
+ROWS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "fashion-mlp": ("benchmarks.seeds:FashionMLP", 12_000, {"hidden_size": 160, "transformer_steps": 5000}),
+    "digits-mlp": ("digits-mlp", 4000, {"transformer_steps": 2500}),
+    "fashion-mlp2": ("benchmarks.seeds:FashionMLP2", 8000, {"transformer_steps": 12_000}),
+    "fashion-convnet": ("benchmarks.seeds:FashionConvNet", 8000, {"transformer_steps": 6000}),
+    "mnist-mlp32": ("benchmarks.seeds:MNISTMLP32", 100, {"transformer_steps": 2500}),
+}
+FRESH, FRESH_SEED = 300, 10**6
+ENSEMBLE = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """Generates networks of independent seeds, and evaluates them."""
+
+    rows: tuple[str, ...] = tuple(ROWS)
+    """Zoos."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the generators."""
+    num_networks: int = 300
+    """Generated networks."""
+    mixed_precision: str = "bf16"
+    """Of the training."""
+    threads: int = 2
+    """Of torch."""
+    work_dir: str = "runs/independent"
+    """Folder of zoos, pipelines and reports."""
+    output: str | None = None
+    """Where the figures go: a JSON file."""
+
+
+def collected(config: Config, name: str) -> tuple[Path, Path]:
+    """The training networks and fresh ones."""
+    task, count, _ = ROWS[name]
+    folder = Path(config.work_dir, name)
+    for zoo, networks, seed in (("zoo", count, 0), ("fresh", FRESH, FRESH_SEED)):
+        run_collect(
+            CollectConfig(
+                task=task,
+                output_dir=str(folder / zoo),
+                num_networks=networks,
+                protocol="independent",
+                seed=seed,
+            )
+        )
+    return folder / "zoo", folder / "fresh"
+
+
+def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
+    """The figures of one generator."""
+    zoo, fresh = collected(config, name)
+    task, count, settings = ROWS[name]
+    folder = zoo.parent / f"seed-{seed}"
+    clock = folder / "minutes.json"
+    if not (folder / "pipeline" / "model_index.json").exists():
+        started = time.perf_counter()
+        run_train(
+            NeuronTrainConfig(
+                zoo=str(zoo),
+                output_dir=str(folder / "pipeline"),
+                task=task,
+                seed=seed,
+                mixed_precision=config.mixed_precision,  # type: ignore[arg-type]
+                checkpointing_steps=10**9,
+                **settings,
+            )
+        )
+        clock.write_text(json.dumps((time.perf_counter() - started) / 60))
+    run_generate(
+        GenerateConfig(
+            pipeline=str(folder / "pipeline"),
+            output_dir=str(folder / "generated"),
+            num_networks=config.num_networks,
+            task=task,
+        )
+    )
+    report = run_evaluate(
+        EvaluateConfig(
+            task=task,
+            trained=str(zoo),
+            generated=str(folder / "generated"),
+            fresh=str(fresh),
+            pipeline=str(folder / "pipeline"),
+            output_dir=str(folder / "report"),
+        )
+    )
+    groups, verdict = report["groups"], report["verdict"]
+    ensembles = {
+        group: next(row["accuracy"] for row in rows if row["size"] == ENSEMBLE)
+        for group, rows in report["ensembles"].items()
+    }
+    return {
+        "zoo": name,
+        "networks": count,
+        "seed": seed,
+        "verdict": verdict["label"],
+        "accuracy": groups["generated"]["accuracy"]["mean"],
+        "minimum": groups["generated"]["accuracy"]["min"],
+        "similarity": groups["generated"]["maximum_similarity"]["mean"],
+        "fresh_accuracy": groups["fresh"]["accuracy"]["mean"],
+        "fresh_minimum": groups["fresh"]["accuracy"]["min"],
+        "fresh_similarity": groups["fresh"]["maximum_similarity"]["mean"],
+        "gain": verdict["accuracy_gain"],
+        "interval": verdict["interval"],
+        "fresh_gain": verdict["fresh_accuracy_gain"],
+        "share_of_gap": verdict["share_of_gap"],
+        "share_of_gap_interval": verdict["share_of_gap_interval"],
+        "ensembles": ensembles,
+        "minutes": json.loads(clock.read_text()),
+        "training": report["training"],
+        "settings": settings,
+    }
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+
+    def percent(*values: float | None) -> str:
+        return ", ".join("-" if value is None else f"{100 * value:.2f}" for value in values)
+
+    training = row["training"]
+    return [
+        row["zoo"],
+        str(row["seed"]),
+        row["verdict"],
+        f"{percent(row['accuracy'], row['minimum'])}, {row['similarity']:.3f}",
+        f"{percent(row['fresh_accuracy'], row['fresh_minimum'])}, {row['fresh_similarity']:.3f}",
+        f"{percent(row['gain'])} ({percent(*row['interval'])})",
+        percent(row["fresh_gain"]),
+        percent(row["share_of_gap"]),
+        percent(row["ensembles"]["generated"], row["ensembles"]["fresh"]),
+        f"{row['minutes']:.1f}",
+        f"{training['steps']}, {percent(training['accuracy']['mean'])}" if training else "-",
+    ]
+
+
+def main(config: Config) -> None:
+    """Prints a line a generator."""
+    torch.set_num_threads(config.threads)
+    print("zoo | seed | verdict | generated: mean, min, similarity | fresh | gain | fresh | share", end="")
+    print(" | ensembles: generated, fresh | minutes | steps of training, their accuracy")
+    rows = []
+    for name in config.rows:
+        for seed in config.seeds:
+            rows.append(measure(config, name, seed))
+            print(" | ".join(cells(rows[-1])), flush=True)
+    write(config, rows=rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
