@@ -55,6 +55,8 @@ class Config:
     """Of the generators."""
     num_networks: int = 300
     """Generated networks."""
+    networks_per_point: int = 300
+    """Of each baseline, at each strength."""
     mixed_precision: str = "bf16"
     """Of the training."""
     threads: int = 2
@@ -118,6 +120,7 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
             fresh=str(fresh),
             pipeline=str(folder / "pipeline"),
             output_dir=str(folder / "report"),
+            networks_per_point=config.networks_per_point,
         )
     )
     groups, verdict = report["groups"], report["verdict"]

@@ -17,7 +17,7 @@ from pdiff_hf import Task
 from .images import VALIDATION, load
 
 
-TEST = 2000
+TEST = 10_000
 
 
 @cache

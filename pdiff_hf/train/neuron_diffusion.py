@@ -1,5 +1,6 @@
 """New networks of independent ones: flow matching on the networks themselves, whose hidden units are tokens."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,7 @@ from ..config import check_above_zero, check_not_negative, check_positive
 from ..errors import ConfigError, TaskError, ZooError
 from ..networks.stacked import NotStackableError, StackedNetwork
 from ..networks.symmetry import Symmetry, UnknownSymmetryError
+from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuronTransformerModel, ParameterLayout
 from ..pipelines.neural_network_diffusion.layout.parameter_layout import SMALLEST_VARIANCE
 from ..pipelines.neural_network_diffusion.transformer.neuron_transformer import UnitIndex
@@ -103,7 +105,10 @@ class NeuronDiffusion:
         with torch.random.fork_rng():
             network = self.task.build_network().eval()
         self.inputs = self.task.data("train")[0]
-        zoo.layout.flatten(network.state_dict())
+        try:
+            zoo.layout.flatten(network.state_dict())
+        except ValueError as error:
+            raise TaskError(f"The networks of {zoo.folder} are no networks of {name}: {error}") from error
         try:
             self.symmetry = Symmetry(network, zoo.layout, self.inputs[:1])
         except UnknownSymmetryError as error:
@@ -120,6 +125,7 @@ class NeuronDiffusion:
             more=4 * channels * len(zoo) * zoo.vector_size,
             remedy="A smaller --hidden-size or fewer networks take less.",
         )
+        self.initial = initial_vectors(self.task, zoo) if config.initial else None
 
     def encode(
         self, layout: ParameterLayout, loop: TrainingLoop
@@ -127,12 +133,22 @@ class NeuronDiffusion:
         """No further components; the networks, and their initializations behind them: `[n, 1 or 2, P]` of indices."""
         share_statistics(layout, self.symmetry)
         data = [layout.normalize(torch.cat(list(self.zoo.batches())))]
-        if self.config.initial:
-            initial = initial_vectors(self.task, self.zoo)
-            layout.fit_initial(initial[:: -(-len(initial) // INITIALS)])
-            data.append(layout.normalize(initial))
+        if self.initial is not None:
+            layout.fit_initial(self.initial[:: -(-len(self.initial) // INITIALS)])
+            data.append(layout.normalize(self.initial))
+            self._warn(layout)
         networks = torch.stack(data, 1)
         return {}, lambda indices: networks[indices.cpu()], len(networks)
+
+    def _warn(self, layout: ParameterLayout) -> None:
+        """Says what the pipeline will not be able to draw."""
+        others = [t["name"] for t in layout.tensors("generated") if t["initial"]["distribution"] == "other"]
+        if others and processes().is_main_process:
+            print(
+                f"{', '.join(others):.200}: no independent draws of one distribution before training. The pipeline "
+                "will need `initial=` to generate.",
+                file=sys.stderr,
+            )
 
     def objective(self, layout: ParameterLayout, loop: TrainingLoop) -> FlowMatchingObjective:
         """The transformer, with straight paths from noise to networks."""
@@ -189,7 +205,7 @@ def initial_vectors(task: Task, zoo: WeightZoo) -> torch.Tensor:
     with torch.random.fork_rng():
         for index, row in enumerate(zoo.rows()):
             seed, norm = row.get("seed"), row.get("initial_norm")
-            if type(seed) is not int or not isinstance(norm, float):
+            if type(seed) is not int or not 0 <= seed < 2**63 or not isinstance(norm, float):
                 raise ZooError(
                     f"{zoo.folder} does not record how its networks were initialized, which `pdiff-hf collect "
                     "--protocol independent` does. Train without: --no-initial."

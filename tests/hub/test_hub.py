@@ -27,6 +27,7 @@ from pdiff_hf.hub.cards import GENERATED
 
 from ..conftest import SMALL_TRAINING, random_network, site_without_this_package
 from ..hub_server import NOTHING_IS_LARGE, HubClient, HubClientError, HubServer, client_environment
+from ..pipelines.cases import build_layout, build_neuron, build_pipe
 from ..test_readme import commands, containing
 
 
@@ -104,6 +105,17 @@ def test_a_pushed_pipeline_is_complete_and_anyone_loads_it(server, alice, digits
     assert len(alice(commits, "alice/diffusers-way")) == 2  # the one that made the repository, and one
     expected = sample(load_pipeline(digits_pipeline))
     assert torch.equal(alice(load_and_sample, "alice/diffusers-way"), expected)
+
+
+def test_a_denoiser_of_hidden_units_travels_with_what_initializations_are_drawn_from(alice, tmp_path):
+    layout = build_layout(("*",))
+    layout.fit_initial(torch.randn(40, layout.vector_size))
+    pipe = build_pipe("neuron", layout=layout, transformer=build_neuron(with_initial=True).eval())
+    pipe.save_pretrained(tmp_path)
+    files = alice(push_as_diffusers_does, tmp_path, "alice/neurons")
+    assert {"transformer/neuron_transformer.py", "layout/config.json"} < set(files)
+    for load in (load_and_sample, load_with_the_package_and_sample):
+        torch.testing.assert_close(alice(load, "alice/neurons"), sample(pipe))
 
 
 def test_remote_code_is_neither_run_nor_downloaded_by_the_package(server, alice, digits_pipeline):

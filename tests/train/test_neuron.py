@@ -207,6 +207,33 @@ def test_a_task_that_builds_something_else_is_refused(zoo, tmp_path):
         run_train(config(zoo, tmp_path / "pipeline", task=name_of(OtherHidden)))
 
 
+@pytest.mark.parametrize("row", [{"seed": -1}, {"seed": 2**64}, {"seed": True}, {"initial_norm": "1"}])
+def test_rows_that_are_no_record_are_refused(zoo, tmp_path, row):
+    with WeightZoo.create(tmp_path / "zoo", zoo.layout, task=zoo.task) as other:
+        for vector in zoo.vectors():
+            other.append(vector, **({"seed": 1, "initial_norm": 1.0} | row))
+    with pytest.raises(ZooError, match="does not"):
+        run_train(config(other, tmp_path / "told"))
+
+
+class Orthogonal(TwoHidden):
+    def build_network(self):
+        network = super().build_network()
+        nn.init.orthogonal_(network[3].weight)
+        return network
+
+
+def test_what_cannot_be_drawn_is_said_in_training_and_has_to_be_passed(tmp_path, capsys):
+    zoo = collected(tmp_path / "zoo", name_of(Orthogonal))
+    run_train(config(zoo, tmp_path / "pipeline", transformer_steps=5))
+    assert "3.weight: no independent draws" in capsys.readouterr().err
+    pipe = load_pipeline(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match="pass `initial`"):
+        sample(pipe)
+    initial = initial_vectors(Orthogonal(), zoo)[:3]
+    assert sample(pipe, initial=initial).isfinite().all()
+
+
 def test_aligned_networks_have_lost_their_initialization(zoo, tmp_path):
     run_align(AlignConfig(str(zoo.folder), str(tmp_path), zoo.task))
     assert "initial_norm" not in WeightZoo(tmp_path).metadata[0]
@@ -239,6 +266,8 @@ def test_an_evaluation_trains_as_long_from_the_same_initializations(trained, zoo
         (Branching, {}, "cannot be tokens: Softmax"),
         (Normed, {}, "behaviour loss needs networks that run side by side"),
         (TwoHidden, {"hidden_size": 2**20}, "memory|take .* GB"),
+        (TwoHidden, {"task": "digits-mlp"}, "are no networks of digits-mlp"),
+        (TwoHidden, {}, "does not record how its networks were initialized"),
     ],
 )
 def test_what_cannot_be_learned_is_said_before_anything_is_written(task, changes, message, tmp_path):
@@ -246,7 +275,7 @@ def test_what_cannot_be_learned_is_said_before_anything_is_written(task, changes
     with WeightZoo.create(tmp_path / "zoo", layout, task=name_of(task)) as zoo:
         for seed in range(3):
             zoo.append(torch.randn(layout.vector_size, generator=torch.Generator().manual_seed(seed)))
-    with pytest.raises((TaskError, ConfigError), match=message):
+    with pytest.raises((TaskError, ConfigError, ZooError), match=message):
         run_train(config(zoo, tmp_path / "pipeline", **changes))
     assert not (tmp_path / "pipeline" / "train.yaml").exists()
 
