@@ -26,7 +26,8 @@ def independent(tmp_path_factory) -> WeightZoo:
 def test_an_aligned_zoo_predicts_the_same_and_lies_nearer_together(independent, tmp_path):
     said = run_align(AlignConfig(zoo=str(independent.folder), output_dir=str(tmp_path / "aligned")))
     aligned = WeightZoo(tmp_path / "aligned")
-    assert aligned.metadata == independent.metadata
+    rows = [{key: value for key, value in row.items() if key != "initial_norm"} for row in independent.metadata]
+    assert aligned.metadata == rows  # the units of the initialization are in their old order
     assert aligned.task == independent.task
     task = load_task("digits-mlp")
     predict, inputs = Predictor(task, aligned.layout, torch.device("cpu")), task.data("test")[0]

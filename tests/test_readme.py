@@ -86,10 +86,11 @@ def test_the_python_example_samples_networks(digits_pipeline, tmp_path):
 
 
 def test_the_tour_names_every_stage_with_arguments_that_exist():
-    from pdiff_hf import CollectConfig, EvaluateConfig, GenerateConfig, TrainConfig
+    from pdiff_hf import CollectConfig, EvaluateConfig, GenerateConfig, NeuronTrainConfig, TrainConfig
     from pdiff_hf.config import parse
 
-    configs = {"collect": CollectConfig, "train": TrainConfig, "generate": GenerateConfig, "evaluate": EvaluateConfig}
+    train = TrainConfig | NeuronTrainConfig
+    configs = {"collect": CollectConfig, "train": train, "generate": GenerateConfig, "evaluate": EvaluateConfig}
     tour = [arguments for block in blocks("bash") for arguments in commands(block) if "pdiff-hf" in arguments[0]]
     assert {arguments[1] for arguments in tour} >= set(configs)
     for _, stage, *arguments in tour:

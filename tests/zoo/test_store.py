@@ -285,6 +285,7 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_leaves_no_zoo(tmp_path, con
     assert not (tmp_path / "zoo").exists()
 
 
+@pytest.mark.slow
 def test_one_network_of_a_large_zoo_is_read_alone(tmp_path):
     script = textwrap.dedent("""
         import resource, sys, torch
