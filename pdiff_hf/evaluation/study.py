@@ -241,46 +241,48 @@ class Study:
 
     def _nearest(self) -> dict[str, Any]:
         every = torch.arange(len(self.generated))
-        away, matched = self._distances(self.generated, every, self.similarity["generated"])
+        away = self._distances(self.generated, every, self.similarity["generated"].indices)
         # Their own nearest neighbours, of those that are compared and of those that generated networks lie near to.
-        some = torch.cat([self.compared, *(indices for _, indices in matched)]).unique()
-        similar = most_similar(
-            self.scores["trained"].wrong[some], self.scores["trained"].wrong, ALIGNED_CANDIDATES, own=some
-        )
-        own, _ = self._distances(self.trained, some, similar, own=some)
+        some = torch.cat([self.compared, *(indices for _, indices in away.values())]).unique()
+        own = self._distances(self.trained, some, self._similar(some), own=some)
         copies = torch.zeros(len(every), dtype=torch.bool)
-        # A copy stays one when its hidden units are in another order.
-        for (_, distances), (_, of_trained), (_, indices) in zip(away, own, matched, strict=True):
-            copies |= distances <= COPY_RATIO * of_trained[torch.searchsorted(some, indices)]
-        spreads = {name: (_spread(a), _spread(b)) for (name, a), (_, b) in zip(own, away, strict=True)}
-        aligned = spreads.get("aligned")
+        for form, (distances, indices) in away.items():
+            # A copy stays one when its hidden units are in another order.
+            copies |= distances <= COPY_RATIO * own[form][0][torch.searchsorted(some, indices)]
+        pairs = {"trained": own, "generated": away}
+        spreads = {form: {name: _spread(of[form][0]) for name, of in pairs.items()} for form in away}
+        distances, indices = away["stored"]
         return {
-            "trained": spreads["stored"][0],
-            "generated": spreads["stored"][1],
-            "aligned": aligned and dict(zip(("trained", "generated"), aligned, strict=True)),
+            **spreads["stored"],
+            "aligned": spreads.get("aligned"),
             "copied": copies.double().mean().item(),
-            "outside_span": outside_span(self.trained, self.generated, matched[0][1], away[0][1]),
+            "outside_span": outside_span(self.trained, self.generated, indices, distances),
         }
 
+    def _similar(self, some: torch.Tensor) -> torch.Tensor:
+        """Training networks with the most similar errors, `[n, k]`, to these; all that are compared are among them."""
+        wrong, known = self.scores["trained"].wrong, torch.isin(some, self.compared)
+        rest = some[~known]
+        similar = torch.empty(len(some), self.similarity["trained"].indices.shape[1], dtype=torch.long)
+        similar[known] = self.similarity["trained"].indices
+        similar[~known] = most_similar(wrong[rest], wrong, ALIGNED_CANDIDATES, own=rest).indices
+        return similar
+
     def _distances(
-        self, zoo: WeightZoo, some: torch.Tensor, similar: Nearest, own: torch.Tensor | None = None
-    ) -> tuple[list[tuple[str, torch.Tensor]], list[tuple[str, torch.Tensor]]]:
+        self, zoo: WeightZoo, some: torch.Tensor, similar: torch.Tensor, own: torch.Tensor | None = None
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Distances `[n]` of some networks to the nearest training networks, and which those are: as they are stored,
-        and up to permutations of hidden units where the architecture's are recognized."""
-        found = nearest(zoo, self.trained, some, own)
-        away, indices = [("stored", found.values[:, 0])], [("stored", found.indices[:, 0])]
-        if self.symmetry is not None and self.trained.vector_size * len(some) <= MOST_ALIGNED_VALUES:
-            candidates = torch.cat([found.indices, similar.indices], 1)
+        and, where hidden units are recognized, up to permutations."""
+        closest = nearest(zoo, self.trained, some, own)
+        found = {"stored": (closest.values[:, 0], closest.indices[:, 0])}
+        values = self.trained.vector_size * (len(self.trained) + len(self.generated))
+        if self.symmetry is not None and values <= MOST_ALIGNED_VALUES:
+            candidates = torch.cat([closest.indices, similar], 1)
             places = candidates.unique()
-            distances, which = aligned_distances(
-                self.symmetry,
-                zoo.vectors(some.tolist()).double(),
-                self.trained.vectors(places.tolist()).double(),
-                torch.searchsorted(places, candidates),
-            )
-            away.append(("aligned", distances))
-            indices.append(("aligned", places[which]))
-        return away, indices
+            ours, theirs = zoo.vectors(some.tolist()).double(), self.trained.vectors(places.tolist()).double()
+            distances, which = aligned_distances(self.symmetry, ours, theirs, torch.searchsorted(places, candidates))
+            found["aligned"] = distances, places[which]
+        return found
 
     @cached_property
     def _pairwise(self) -> dict[str, float | None]:

@@ -111,6 +111,15 @@ def test_an_evaluation_of_some_networks_says_what_one_of_all_says(most, monkeypa
     assert found["groups"]["generated"] == expected["groups"]["generated"]
 
 
+def test_networks_that_are_too_many_to_align_are_evaluated_without(monkeypatch):
+    zoo = independent_zoo(0)
+    size = sum(tensor.numel() for tensor in zoo[0].values())
+    monkeypatch.setattr("pdiff_hf.evaluation.study.MOST_ALIGNED_VALUES", 10 * size)
+    found = pdiff_hf.evaluate(HardDigits(), trained=zoo, generated=noisy(zoo, 0, 0.2)[:4])
+    assert found["nearest_l2"]["aligned"] is None
+    assert found["nearest_l2"]["generated"]["min"] > 0
+
+
 @pytest.mark.slow
 def test_memory_grows_with_the_number_of_networks_and_not_with_its_square(tmp_path):
     """Twice the square of 30,000 would be 7 GB in single precision."""
