@@ -15,7 +15,7 @@ from .parallel import processes, written
 from .runs import save_run
 from .tasks import check_task, load_task
 from .tasks.task import trusted_name
-from .zoo import WeightZoo, check_room_for
+from .zoo import WeightZoo, check_room_for, evenly
 
 
 EXAMPLES = 100
@@ -69,8 +69,7 @@ def _align(config: AlignConfig, folder: Path) -> str:
     predict = Predictor(task, zoo.layout, processes().device)
     check_room_for(folder, len(zoo), zoo.layout, str(zoo.dtype).removeprefix("torch."))  # type: ignore[arg-type]
 
-    every = -(-len(zoo) // REFERENCE_NETWORKS)
-    reference = symmetry.reference(zoo.vectors(range(0, len(zoo), every)))
+    reference = symmetry.reference(zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS)))
     mean = torch.stack([batch.sum(0) for batch in zoo.batches()]).sum(0) / len(zoo)
     largest = before = after = 0.0
     rows = zoo.rows()

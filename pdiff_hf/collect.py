@@ -160,19 +160,21 @@ def _train(trainer: NetworkTrainer, until: int, folder: Path, zoo: WeightZoo | N
 
 
 def _collect_independent(config: CollectConfig, task: Task, folder: Path, layout: ParameterLayout) -> WeightZoo:
-    epochs = config.epochs
     if any(not name.endswith("num_batches_tracked") for name in layout.frozen_state_dict()):
         # Flags and the like are as they are after training.
-        layout.load_frozen(from_main(lambda: NetworkTrainer(task, config.seed, epochs).trained().state_dict()))
+        layout.load_frozen(from_main(lambda: NetworkTrainer(task, config.seed, config.epochs).trained().state_dict()))
     stackable = from_main(lambda: is_stackable(task, layout))
 
     def train(indices: range) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         seeds = [config.seed + index for index in indices]
-        trained = StackedTrainer(task, seeds, epochs).train(layout) if stackable else [alone(seed) for seed in seeds]
+        if stackable:
+            trained = StackedTrainer(task, seeds, config.epochs).train(layout)
+        else:
+            trained = [alone(seed) for seed in seeds]
         return [kept(seed, *one) for seed, one in zip(seeds, trained, strict=True)]
 
     def alone(seed: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        return NetworkTrainer(task, seed, epochs).train(layout, config.may_differ)[0]
+        return NetworkTrainer(task, seed, config.epochs).train(layout, config.may_differ)[0]
 
     def kept(seed: int, vector: torch.Tensor, row: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         for attempt in range(1, RETRIES + 1):

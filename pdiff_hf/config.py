@@ -33,7 +33,7 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str]) -> Config
         [`ConfigError`]: the file cannot be read, or does not describe the stage.
     """
     defaults: dict[str, Any] = {}
-    families = _families(config_class)
+    families, file = _families(config_class), None
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in args:
         place = args.index("--config")
@@ -41,19 +41,19 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str]) -> Config
             raise ConfigError("--config needs the path of a YAML file.")
         file = args[place + 1]
         del args[place : place + 2]
-        config_class = _chosen(families, args, file) if families else config_class
+    if families:
+        config_class = _chosen(families, args, file)
+    if file is not None:
         defaults["default"] = load_config(config_class, file)
         if not any(arg.partition("=")[0] == "--task" for arg in args):
             _check_origin(getattr(defaults["default"], "task", None), Path(file))
-    elif families:
-        config_class = _chosen(families, args, None)
     return tyro.cli(config_class, prog=f"pdiff-hf {stage}", args=args, **defaults)
 
 
 def _families(config_class: Any) -> dict[str, Any]:
     """The classes of a stage that has several, by their `family`."""
     classes = typing.get_args(config_class) if _is_union(config_class) else ()
-    return {getattr(one, "family"): one for one in classes}  # noqa: B009
+    return {one.family: one for one in classes}
 
 
 def _chosen(families: dict[str, Any], args: Sequence[str], file: str | None) -> Any:

@@ -12,11 +12,18 @@ from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipelineO
 from ..zoo import WeightZoo
 
 
+# Networks of which the nearest is taken.
+CANDIDATES = 300
+
+
 @dataclass(frozen=True)
 class StandardizedZoo:
     """A zoo with the statistics that baselines need; fitted once for all of them."""
 
     zoo: WeightZoo
+
+    def __len__(self) -> int:
+        return len(self.zoo)
 
     @cached_property
     def layout(self) -> ParameterLayout:
@@ -32,59 +39,67 @@ class StandardizedZoo:
         return self.layout(total).vectors
 
 
-def _copies(count: int, strength: float, draw: torch.Generator) -> torch.Tensor:
-    return torch.nn.functional.one_hot(torch.randint(count, (), generator=draw), count).float()
+def _copies(zoo: StandardizedZoo, strength: float, draw: torch.Generator) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.randint(len(zoo), (), generator=draw), len(zoo)).float()
 
 
-def _mean(count: int, strength: float, draw: torch.Generator) -> torch.Tensor:
-    return torch.zeros(count)  # of standardized parameters
+def _mean(zoo: StandardizedZoo, strength: float, draw: torch.Generator) -> torch.Tensor:
+    return torch.zeros(len(zoo))  # of standardized parameters
 
 
-def _soup(count: int, strength: float, draw: torch.Generator) -> torch.Tensor:
-    chosen = torch.randperm(count, generator=draw)[: int(strength)]
-    return torch.zeros(count).index_fill_(0, chosen, 1 / len(chosen))
+def _soup(zoo: StandardizedZoo, strength: float, draw: torch.Generator) -> torch.Tensor:
+    chosen = torch.randperm(len(zoo), generator=draw)[: int(strength)]
+    return torch.zeros(len(zoo)).index_fill_(0, chosen, 1 / len(chosen))
 
 
-def _pair(count: int, strength: float, draw: torch.Generator) -> torch.Tensor:
-    first, second = torch.randperm(count, generator=draw)[:2].tolist()
-    weights = torch.zeros(count)
-    weights[first], weights[second] = 1 - strength, strength
+def _pair(zoo: StandardizedZoo, strength: float, draw: torch.Generator) -> torch.Tensor:
+    first, second = torch.randperm(len(zoo), generator=draw)[:2].tolist()
+    return _between(zoo, first, second, strength)
+
+
+def _nearest_pair(zoo: StandardizedZoo, strength: float, draw: torch.Generator) -> torch.Tensor:
+    first = int(torch.randperm(len(zoo), generator=draw)[0])
+    others = torch.randperm(len(zoo), generator=draw)[: CANDIDATES + 1]
+    others = others[others != first][:CANDIDATES]
+    network, *candidates = zoo.layout.normalize(zoo.zoo.vectors([first, *others.tolist()]))
+    nearest = others[(torch.stack(candidates) - network).square().sum(1).argmin()]
+    return _between(zoo, first, int(nearest), strength)
+
+
+def _between(zoo: StandardizedZoo, first: int, second: int, share: float) -> torch.Tensor:
+    weights = torch.zeros(len(zoo))
+    weights[first], weights[second] = 1 - share, share
     return weights
 
 
-def _deviations(count: int, strength: float, draw: torch.Generator) -> torch.Tensor:
+def _deviations(zoo: StandardizedZoo, strength: float, draw: torch.Generator) -> torch.Tensor:
     # The covariance of sum_i z_i (x_i - mean) / sqrt(count) is that of the zoo: its rank is count - 1 at most.
-    normal = torch.randn(count, generator=draw)
-    return 1 / count + strength * (normal - normal.mean()) / count**0.5
+    normal = torch.randn(len(zoo), generator=draw)
+    return 1 / len(zoo) + strength * (normal - normal.mean()) / len(zoo) ** 0.5
 
 
-def _shrunk(count: int, strength: float, draw: torch.Generator) -> torch.Tensor:
-    return (1 - strength) * _copies(count, strength, draw)  # the mean is 0
+def _shrunk(zoo: StandardizedZoo, strength: float, draw: torch.Generator) -> torch.Tensor:
+    return (1 - strength) * _copies(zoo, strength, draw)  # the mean is 0
 
 
-def _difference(count: int, strength: float, draw: torch.Generator) -> torch.Tensor:
-    weights = torch.zeros(count)
+def _difference(zoo: StandardizedZoo, strength: float, draw: torch.Generator) -> torch.Tensor:
+    weights = torch.zeros(len(zoo))
     for place, weight in zip(
-        torch.randperm(count, generator=draw)[:3].tolist(), (1, strength, -strength), strict=False
+        torch.randperm(len(zoo), generator=draw)[:3].tolist(), (1, strength, -strength), strict=False
     ):
         weights[place] = weight
     return weights
 
 
-# Networks of which the nearest is taken.
-CANDIDATES = 300
-
-
 class Kind(NamedTuple):
-    """How a baseline weights the training networks, whether it adds noise, its first strength, its name, whether it is
-    for independent networks alone, and whether the second of two networks is to be the nearest of many."""
+    """How a baseline weights the training networks, whether it adds noise, its first strength, its name, and whether
+    it is for independent networks alone."""
 
-    weights: Callable[[int, float, torch.Generator], torch.Tensor]
+    weights: Callable[[StandardizedZoo, float, torch.Generator], torch.Tensor]
     noisy: bool
     first: float
     label: str
     independent: bool = False
-    nearest: bool = False
 
 
 KINDS = {
@@ -95,7 +110,7 @@ KINDS = {
     "low-rank-gaussian": Kind(_deviations, False, 1 / 4, "low-rank Gaussian"),
     "shrinking": Kind(_shrunk, False, 0.1, "shrunk to the mean", True),
     "difference": Kind(_difference, False, 1 / 16, "plus a difference of two others", True),
-    "nearest-interpolation": Kind(_pair, False, 0.1, "interpolation with the nearest of many", True, nearest=True),
+    "nearest-interpolation": Kind(_nearest_pair, False, 0.1, "interpolation with the nearest of many", True),
 }
 
 
@@ -125,7 +140,7 @@ class Baseline:
         if kind not in KINDS:
             raise ValueError(f"There is no baseline {kind!r}: {', '.join(KINDS)}.")
         self.standardized = StandardizedZoo(zoo) if isinstance(zoo, WeightZoo) else zoo
-        count = len(self.standardized.zoo)
+        count = len(self.standardized)
         if kind == "soup" and (strength != int(strength) or not 1 <= strength <= count):
             raise ValueError(f"A soup is of 1 to {count} training networks, and not of {strength}.")
         self.kind, self.strength = kind, strength
@@ -173,23 +188,9 @@ class Baseline:
         """Vectors `[n, P]`, a network a seed."""
         kind = KINDS[self.kind]
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        weights = torch.stack([kind.weights(len(self.standardized.zoo), self.strength, draw) for draw in draws])
-        if kind.nearest:
-            weights = torch.stack([self._with_nearest(row, draw) for row, draw in zip(weights, draws, strict=True)])
+        weights = torch.stack([kind.weights(self.standardized, self.strength, draw) for draw in draws])
         noise = None
         if kind.noisy:
             size = self.standardized.zoo.vector_size
             noise = self.strength * torch.stack([torch.randn(size, generator=draw) for draw in draws])
         return self.standardized.combine(weights, noise)
-
-    def _with_nearest(self, weights: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        """Weights `[N]` of two networks, with the nearest of many others to the first in place of the second."""
-        zoo = self.standardized.zoo
-        first = int(weights.argmax())
-        others = torch.randperm(len(zoo), generator=draw)[: CANDIDATES + 1]
-        others = others[others != first][:CANDIDATES]
-        network, *candidates = self.layout.normalize(zoo.vectors([first, *others.tolist()]))
-        nearest = others[(torch.stack(candidates) - network).square().sum(1).argmin()]
-        pair = torch.zeros_like(weights)
-        pair[first], pair[nearest] = weights[first], 1 - weights[first]
-        return pair

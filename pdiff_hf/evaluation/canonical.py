@@ -6,7 +6,7 @@ import torch
 
 from ..networks.predictor import Predictor
 from ..networks.symmetry import REFERENCE_NETWORKS, Symmetry, UnknownSymmetryError
-from ..zoo import WeightZoo
+from ..zoo import WeightZoo, evenly
 
 
 # Matching the units of larger networks, or of all networks together, takes minutes.
@@ -30,7 +30,7 @@ def canonical_zoo(zoo: WeightZoo, symmetry: Symmetry | None, folder: Path) -> We
     """The zoo in canonical form, in a folder of its own; None where its networks have one order of units already."""
     if symmetry is None or len(zoo) * zoo.vector_size > MOST_ALIGNED_VALUES:
         return None
-    some = zoo.vectors(range(0, len(zoo), -(-len(zoo) // REFERENCE_NETWORKS)))
+    some = zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS))
     balanced = symmetry.balance(some)
     reference = symmetry.reference(some)
     before = (balanced - balanced.mean(0)).norm(dim=1).mean()

@@ -29,16 +29,20 @@ def train_as_long(
 
     Returns:
         `tuple`: the number of `steps`, and the `seconds` a network that both take; and the trained networks `[N, P]`.
-        None where the initialization is not told or not known, or networks are not trained many at once.
+        None where it is not known how to draw initializations, or networks are not trained many at once.
     """
     layout = pipeline.layout
     seeds = list(range(NETWORKS))
+
+    def begin() -> StackedTrainer:
+        trainer = StackedTrainer(task, seeds)
+        trainer.load(initial, layout)
+        return trainer
+
     try:
-        trainer = StackedTrainer(task, seeds) if pipeline.takes_initial else None
         initial = layout.draw_initial([torch.Generator().manual_seed(seed) for seed in seeds])
+        timed = begin()
     except (NotStackableError, ValueError):
-        return None
-    if trainer is None:
         return None
     pipeline.set_progress_bar_config(disable=True)
 
@@ -49,13 +53,11 @@ def train_as_long(
 
     generate(2)  # whatever is done once
     seconds = generate(NETWORKS)
-    trainer.load(initial, layout)
-    trainer.train_steps(2, layout)
+    timed.train_steps(2, layout)
     started = time.perf_counter()
-    trainer.train_steps(TIMED, layout)
+    timed.train_steps(TIMED, layout)
     of_step = (time.perf_counter() - started) / TIMED
-    trainer = StackedTrainer(task, seeds)
-    trainer.load(initial, layout)
-    trainer.steps = max(1, round(seconds / of_step))
+    trainer = begin()
+    trainer.steps = max(1, round(seconds / of_step))  # over which the learning rate follows the task's schedule
     trained = trainer.train_steps(trainer.steps, layout)
     return {"steps": trainer.steps, "seconds": seconds / NETWORKS}, trained

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..extras import require
-from ..zoo import BATCH_VALUES, WeightZoo
+from ..zoo import BATCH_VALUES, WeightZoo, evenly
 
 
 CONFIDENCE = 0.95
@@ -67,7 +67,7 @@ def most_similar(a: torch.Tensor, b: torch.Tensor, count: int = 1, own: torch.Te
 
 def picked(count: int) -> torch.Tensor:
     """Indices of so many networks, or of `MOST_COMPARED` of them, evenly picked."""
-    return torch.arange(0, count, max(1, -(-count // MOST_COMPARED)))
+    return torch.tensor(evenly(count, MOST_COMPARED))
 
 
 def resample(count: int, seed: int) -> torch.Tensor:
@@ -154,8 +154,7 @@ def outside_span(trained: WeightZoo, generated: WeightZoo, nearest: torch.Tensor
     of_trained, of_generated = torch.zeros(()), torch.zeros(())
     some = torch.cat([picked(len(trained)), nearest]).unique()
     nearest = torch.searchsorted(some, nearest)
-    for y, x in columns(generated, trained):
-        x = x[some]
+    for x, y in columns(trained, generated, some=some):
         centre = x.mean(0)
         of_trained = of_trained + (x - centre) @ (x - centre).T
         of_generated = of_generated + (x - centre) @ (y - centre).T

@@ -10,7 +10,7 @@ import torch
 
 from ..extras import require
 from ..text import plain
-from ..zoo import WeightZoo
+from ..zoo import WeightZoo, evenly
 from .baselines import KINDS
 from .measures import columns, picked, similarity, tensor_values
 from .report import LABELS
@@ -86,7 +86,7 @@ def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.
 def parameters(trained: WeightZoo, generated: WeightZoo, folder: Path) -> list[Path]:
     """Histograms of the values of the first tensors."""
     values = list(tensor_values(trained, generated).items())
-    values = values[:: -(-len(values) // MOST_TENSORS)]
+    values = [values[index] for index in evenly(len(values), MOST_TENSORS)]
     columns = min(3, len(values))
     lines = -(-len(values) // columns)
     figure, axes = _figure(2.6 * columns, 1.9 * lines + 0.4, nrows=lines, ncols=columns, squeeze=False)
@@ -107,7 +107,7 @@ def parameters(trained: WeightZoo, generated: WeightZoo, folder: Path) -> list[P
 
 def overlap(trained: torch.Tensor, generated: torch.Tensor, folder: Path) -> list[Path]:
     """A heat map of the overlap of wrong predictions, training networks first, evenly picked."""
-    parts = [wrong[:: -(-len(wrong) // MOST_ROWS)] for wrong in (trained, generated)]
+    parts = [wrong[list(evenly(len(wrong), MOST_ROWS))] for wrong in (trained, generated)]
     figure, ax = _figure(5.4, 4.6)
     both = torch.cat(parts)
     image = ax.imshow(similarity(both, both).numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")

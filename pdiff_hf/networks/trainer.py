@@ -15,7 +15,7 @@ from ..pipelines.neural_network_diffusion import ParameterLayout
 from ..runs import generator_at
 from ..tasks import Task
 from .predictor import Predictor
-from .stacked import NotStackableError, StackedNetwork
+from .stacked import NotStackableError, StackedNetwork, stack
 
 
 # Optimizer steps that tell whether networks that are trained at once are those that are trained one by one, and by
@@ -189,9 +189,9 @@ class StackedTrainer:
     @torch.no_grad()
     def load(self, vectors: torch.Tensor, layout: ParameterLayout) -> None:
         """Starts from other networks, `[N, P]`."""
-        for name, place in layout.slices.items():
+        for name, values in stack(layout, vectors).items():
             if name in self.weights:
-                self.weights[name].copy_(vectors[:, place].view(self.weights[name].shape))
+                self.weights[name].copy_(values)
 
     def train_steps(self, steps: int, layout: ParameterLayout) -> torch.Tensor:
         """The parameter vectors `[N, P]` after the first steps."""

@@ -19,7 +19,7 @@ from ..pipelines.neural_network_diffusion import (
     ParameterUNet1DModel,
 )
 from ..tasks.task import load_task, trusted_name
-from ..zoo import BATCH_VALUES, WeightZoo
+from ..zoo import BATCH_VALUES, WeightZoo, evenly
 from .loop import LoopConfig, TrainingLoop
 from .models import check_memory, seeded
 from .objectives import VARIANCE_NETWORKS, AutoencoderObjective, Behaviour, DenoiserObjective
@@ -244,7 +244,7 @@ def _train_kl(
             network = StackedNetwork(task.build_network().eval())
         except NotStackableError as error:
             raise ConfigError(f"behaviour_weight needs networks that run side by side. {error}") from error
-        some = networks(torch.arange(0, len(networks), -(-len(networks) // VARIANCE_NETWORKS)))
+        some = networks(torch.tensor(evenly(len(networks), VARIANCE_NETWORKS)))
         behaviour = Behaviour(network, layout, task.data("train")[0].to(layout.device), some)
     trained = AutoencoderObjective(
         vae, config.input_noise, config.latent_noise, config.kl_weight, behaviour, config.behaviour_weight

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO, TypeVar
+from typing import Literal, TextIO, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -25,6 +25,7 @@ from ..errors import ConfigError, MissingExtraError, TrainingError
 from ..files import explained, is_pipeline
 from ..parallel import processes
 from ..runs import check_same_run, generator_at
+from .objectives import Objective
 
 
 Config = TypeVar("Config", bound="LoopConfig")
@@ -34,16 +35,6 @@ LOSSES = "train.losses.jsonl"
 AVERAGE, FINISHED = "average.safetensors", "finished.safetensors"
 # They may change from a run to the one that resumes it, and say nothing of the result.
 RUN_SETTINGS = ("output_dir", "resume_from_checkpoint", "checkpoints_total_limit", "report_to", "push_to_hub")
-
-
-class Objective(Protocol):
-    """What the loop minimizes: a module whose `forward` is the loss of some data and of what was drawn for them."""
-
-    def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
-        """What trains it."""
-
-    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """Random tensors, a row for each of so many data of this shape."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +171,7 @@ class TrainingLoop:
     def fit(
         self,
         name: str,
-        objective: Any,
+        objective: Objective,
         data: Callable[[torch.Tensor], torch.Tensor],
         count: int,
         steps: int,

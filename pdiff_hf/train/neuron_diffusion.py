@@ -19,7 +19,7 @@ from ..pipelines.neural_network_diffusion.layout.parameter_layout import SMALLES
 from ..pipelines.neural_network_diffusion.transformer.neuron_transformer import UnitIndex
 from ..tasks.check import check_task
 from ..tasks.task import Task, load_task, trusted_name
-from ..zoo import WeightZoo
+from ..zoo import WeightZoo, evenly
 from .loop import LoopConfig, TrainingLoop
 from .models import check_memory, seeded
 from .objectives import VARIANCE_NETWORKS, Behaviour, FlowMatchingObjective
@@ -134,7 +134,7 @@ class NeuronDiffusion:
         share_statistics(layout, self.symmetry)
         data = [layout.normalize(torch.cat(list(self.zoo.batches())))]
         if self.initial is not None:
-            layout.fit_initial(self.initial[:: -(-len(self.initial) // INITIALS)])
+            layout.fit_initial(self.initial[list(evenly(len(self.initial), INITIALS))])
             data.append(layout.normalize(self.initial))
             self._warn(layout)
         networks = torch.stack(data, 1)
@@ -156,8 +156,7 @@ class NeuronDiffusion:
         if self.network is not None:
             device = loop.accelerator.device
             inputs = self.inputs.to(device)
-            every = -(-len(self.zoo) // VARIANCE_NETWORKS)
-            some = layout.normalize(self.zoo.vectors(range(0, len(self.zoo), every)))
+            some = layout.normalize(self.zoo.vectors(evenly(len(self.zoo), VARIANCE_NETWORKS)))
             behaviour = Behaviour(self.network, layout.to(device), inputs, some, self.config.behaviour_inputs)
         model = seeded(self.config.seed, self._model)
         return FlowMatchingObjective(

@@ -11,6 +11,7 @@ from ..pipelines.neural_network_diffusion import (
     ParameterAutoencoderKL,
     ParameterLayout,
 )
+from ..zoo import evenly
 
 
 # Inputs, evenly picked, and networks that tell the variance of outputs.
@@ -20,7 +21,11 @@ MUON = 2.5
 
 
 class Objective(nn.Module):
-    """A loss with the model that it is of."""
+    """What the loop minimizes: `forward` is the loss of some data and of what was drawn for them."""
+
+    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Random tensors, a row for each of so many data of this shape."""
+        raise NotImplementedError
 
     def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
         """What trains it: AdamW, as the published method's."""
@@ -73,7 +78,7 @@ class Behaviour:
     ):
         self.network, self.layout, self.inputs, self.count = network, layout, inputs, count
         with torch.no_grad():
-            outputs = self.outputs(some.to(layout.device), inputs[:: -(-len(inputs) // VARIANCE_INPUTS)])
+            outputs = self.outputs(some.to(layout.device), inputs[list(evenly(len(inputs), VARIANCE_INPUTS))])
         # One number for all: processes see other networks of a batch each.
         self.variance = outputs.var(dim=1).mean().clamp_min(1e-12)
 

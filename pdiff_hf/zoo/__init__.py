@@ -1,7 +1,7 @@
 """A zoo: many networks of one architecture."""
 
 from ..errors import ZooError
-from .store import BATCH_VALUES, WeightZoo, ZooDtype, check_room_for, make_layout, networks_per_batch
+from .store import BATCH_VALUES, WeightZoo, ZooDtype, check_room_for, evenly, make_layout, networks_per_batch
 
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ZooDtype",
     "ZooError",
     "check_room_for",
+    "evenly",
     "make_layout",
     "networks_per_batch",
 ]

@@ -544,6 +544,11 @@ def networks_per_batch(vector_size: int, most: int = 64, values: int = BATCH_VAL
     return max(1, min(most, values // max(1, vector_size)))
 
 
+def evenly(count: int, most: int) -> range:
+    """Indices of so many things, or of at most so many of them at equal distances."""
+    return range(0, count, max(1, -(-count // most)))
+
+
 def check_room_for(folder: Path, networks: int, layout: ParameterLayout, dtype: ZooDtype) -> None:
     """Raises [`WriteError`] where the disk of a folder has no room for so many networks more."""
     check_room(folder, networks * layout.vector_size * getattr(torch, dtype).itemsize)

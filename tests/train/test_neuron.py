@@ -78,6 +78,14 @@ def zoo(tmp_path_factory) -> WeightZoo:
     return collected(tmp_path_factory.mktemp("neuron") / "zoo", name_of(TwoHidden))
 
 
+def with_rows(zoo: WeightZoo, folder: Path, **row) -> WeightZoo:
+    """The same networks, each with this row."""
+    with WeightZoo.create(folder, zoo.layout, task=zoo.task) as other:
+        for vector in zoo.vectors():
+            other.append(vector, **row)
+    return other
+
+
 def config(zoo: WeightZoo, folder: Path, **changes) -> NeuronTrainConfig:
     places = {"zoo": str(zoo.folder), "output_dir": str(folder), "task": zoo.task}
     return NeuronTrainConfig(**(places | SETTINGS | changes))
@@ -184,9 +192,7 @@ def test_initializations_are_built_again_from_their_seeds(zoo):
 
 
 def test_a_zoo_without_recorded_initializations_is_refused_and_learned_without(zoo, tmp_path):
-    with WeightZoo.create(tmp_path / "zoo", zoo.layout, task=zoo.task) as other:
-        for vector in zoo.vectors():
-            other.append(vector, seed=1)
+    other = with_rows(zoo, tmp_path / "zoo", seed=1)
     with pytest.raises(ZooError, match=r"does not record how its networks were initialized.*--no-initial"):
         run_train(config(other, tmp_path / "told"))
     run_train(config(other, tmp_path / "not", initial=False))
@@ -209,9 +215,7 @@ def test_a_task_that_builds_something_else_is_refused(zoo, tmp_path):
 
 @pytest.mark.parametrize("row", [{"seed": -1}, {"seed": 2**64}, {"seed": True}, {"initial_norm": "1"}])
 def test_rows_that_are_no_record_are_refused(zoo, tmp_path, row):
-    with WeightZoo.create(tmp_path / "zoo", zoo.layout, task=zoo.task) as other:
-        for vector in zoo.vectors():
-            other.append(vector, **({"seed": 1, "initial_norm": 1.0} | row))
+    other = with_rows(zoo, tmp_path / "zoo", **({"seed": 1, "initial_norm": 1.0} | row))
     with pytest.raises(ZooError, match="does not"):
         run_train(config(other, tmp_path / "told"))
 

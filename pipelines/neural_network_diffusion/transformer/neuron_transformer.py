@@ -87,7 +87,7 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
             )
         self.index = UnitIndex(num_parameters, units, tensors)
         channels = 2 if with_initial else 1
-        self.time_proj = Timesteps(hidden_size // 2 * 2, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_proj = Timesteps(hidden_size, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(hidden_size, hidden_size)
         self.condition_embedding = None if condition_dim is None else nn.Linear(condition_dim, hidden_size)
         sizes = self.index.token_sizes
