@@ -185,6 +185,7 @@ def test_an_evaluation_goes_on_where_it_was_killed(digits_zoo, digits_pipeline, 
     assert_close(report_of(folder), report_of(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_a_damaged_part_is_named(digits_pipeline, generated, tmp_path):
     zoo = WeightZoo(generated)
     folder = tmp_path / "zoo"

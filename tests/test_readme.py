@@ -57,6 +57,7 @@ def own_task(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_ones_own_network_goes_through_all_stages(own_task):
     stages = commands(containing("bash", "my_task.py:"))
     assert [arguments[1] for arguments in stages] == ["collect", "train", "generate", "evaluate"]
