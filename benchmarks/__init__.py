@@ -55,7 +55,7 @@ def fit_denoiser(objective: DenoiserObjective, latents: torch.Tensor, config: Tr
         loop.fit(
             "unet",
             objective,
-            lambda indices: latents[indices],
+            lambda indices: {"latents": latents[indices]},
             len(latents),
             config.unet_steps,
             config.unet_learning_rate,

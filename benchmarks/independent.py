@@ -15,7 +15,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import tyro
@@ -33,13 +33,21 @@ from pdiff_hf import (
 )
 
 
-# Name: its task, networks of the zoo, settings of the training.
-ROWS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "fashion-mlp": ("benchmarks.seeds:FashionMLP", 12_000, {"hidden_size": 160, "transformer_steps": 5000}),
-    "digits-mlp": ("digits-mlp", 4000, {"transformer_steps": 2500}),
-    "fashion-mlp2": ("benchmarks.seeds:FashionMLP2", 8000, {"transformer_steps": 12_000}),
-    "fashion-convnet": ("benchmarks.seeds:FashionConvNet", 8000, {"transformer_steps": 6000}),
-    "mnist-mlp32": ("benchmarks.seeds:MNISTMLP32", 100, {"transformer_steps": 2500}),
+class Row(NamedTuple):
+    """A zoo: its task, its networks, settings of the training, denoising steps."""
+
+    task: str
+    networks: int
+    settings: dict[str, Any]
+    steps: int = 20
+
+
+ROWS = {
+    "fashion-mlp": Row("benchmarks.seeds:FashionMLP", 12_000, {"hidden_size": 160, "transformer_steps": 5000}),
+    "digits-mlp": Row("digits-mlp", 4000, {"transformer_steps": 2500}),
+    "fashion-mlp2": Row("benchmarks.seeds:FashionMLP2", 24_000, {"transformer_steps": 8000}, steps=40),
+    "fashion-convnet": Row("benchmarks.seeds:FashionConvNet", 8000, {"transformer_steps": 4000}),
+    "mnist-mlp32": Row("benchmarks.seeds:MNISTMLP32", 100, {"transformer_steps": 2500}),
 }
 FRESH, FRESH_SEED = 300, 10**6
 ENSEMBLE = 64
@@ -69,12 +77,12 @@ class Config:
 
 def collected(config: Config, name: str) -> tuple[Path, Path]:
     """The training networks and fresh ones."""
-    task, count, _ = ROWS[name]
+    row = ROWS[name]
     folder = Path(config.work_dir, name)
-    for zoo, networks, seed in (("zoo", count, 0), ("fresh", FRESH, FRESH_SEED)):
+    for zoo, networks, seed in (("zoo", row.networks, 0), ("fresh", FRESH, FRESH_SEED)):
         run_collect(
             CollectConfig(
-                task=task,
+                task=row.task,
                 output_dir=str(folder / zoo),
                 num_networks=networks,
                 protocol="independent",
@@ -87,7 +95,7 @@ def collected(config: Config, name: str) -> tuple[Path, Path]:
 def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
     """The figures of one generator."""
     zoo, fresh = collected(config, name)
-    task, count, settings = ROWS[name]
+    row = ROWS[name]
     folder = zoo.parent / f"seed-{seed}"
     clock = folder / "minutes.json"
     if not (folder / "pipeline" / "model_index.json").exists():
@@ -96,11 +104,11 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
             NeuronTrainConfig(
                 zoo=str(zoo),
                 output_dir=str(folder / "pipeline"),
-                task=task,
+                task=row.task,
                 seed=seed,
                 mixed_precision=config.mixed_precision,  # type: ignore[arg-type]
                 checkpointing_steps=10**9,
-                **settings,
+                **row.settings,
             )
         )
         clock.write_text(json.dumps((time.perf_counter() - started) / 60))
@@ -109,12 +117,13 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
             pipeline=str(folder / "pipeline"),
             output_dir=str(folder / "generated"),
             num_networks=config.num_networks,
-            task=task,
+            num_inference_steps=row.steps,
+            task=row.task,
         )
     )
     report = run_evaluate(
         EvaluateConfig(
-            task=task,
+            task=row.task,
             trained=str(zoo),
             generated=str(folder / "generated"),
             fresh=str(fresh),
@@ -125,12 +134,12 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
     )
     groups, verdict = report["groups"], report["verdict"]
     ensembles = {
-        group: next(row["accuracy"] for row in rows if row["size"] == ENSEMBLE)
-        for group, rows in report["ensembles"].items()
+        group: next(one["accuracy"] for one in sizes if one["size"] == ENSEMBLE)
+        for group, sizes in report["ensembles"].items()
     }
     return {
         "zoo": name,
-        "networks": count,
+        "networks": row.networks,
         "seed": seed,
         "verdict": verdict["label"],
         "accuracy": groups["generated"]["accuracy"]["mean"],
@@ -147,7 +156,8 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
         "ensembles": ensembles,
         "minutes": json.loads(clock.read_text()),
         "training": report["training"],
-        "settings": settings,
+        "settings": row.settings,
+        "steps": row.steps,
     }
 
 

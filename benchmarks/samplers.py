@@ -45,6 +45,7 @@ from pdiff_hf import (
 )
 from pdiff_hf.networks.predictor import Predictor
 from pdiff_hf.train import DenoiserObjective
+from pdiff_hf.train.objectives import Batch
 
 
 TASKS = {"digits-convnet": "digits-convnet", "fashion-mlp3": "benchmarks.images:FashionMLP3"}
@@ -83,12 +84,14 @@ class Config:
 class FlowObjective(DenoiserObjective):
     """Squared error of the velocity `noise - x` at a random time between data (0) and noise (1)."""
 
-    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """Noise `[count, *shape]` and times `[count]`."""
-        noise = torch.randn((count, *shape), generator=generator)
-        return noise, torch.randn(count, generator=generator).sigmoid()
+    def draw(self, count: int, data: Batch, generator: torch.Generator) -> Batch:
+        """Noise `[count, C, L]` and times `[count]`."""
+        noise = torch.randn((count, *data["latents"].shape[1:]), generator=generator)
+        return {"noise": noise, "times": torch.randn(count, generator=generator).sigmoid()}
 
-    def forward(self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    def forward(  # type: ignore[override]
+        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
+    ) -> torch.Tensor:
         noisy = torch.lerp(latents, noise, times[:, None, None])
         return F.mse_loss(self.denoiser(noisy, 1000 * times).sample, noise - latents)
 

@@ -83,7 +83,7 @@ def training(config: Config, name: str, task: Task, epochs: int) -> dict[str, An
         return torch.stack([NetworkTrainer(task, seed, epochs).train(layout)[0][0] for seed in range(fewer)])
 
     def at_once() -> torch.Tensor:
-        trained = StackedTrainer(task, list(range(config.num_trained)), epochs).train(layout)
+        trained = StackedTrainer([task] * config.num_trained, list(range(config.num_trained)), epochs).train(layout)
         return torch.stack([vector for vector, _ in trained])
 
     inputs, targets = task.data("test")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # `as`: exported, for type checkers too
     from .generate import GenerateConfig as GenerateConfig
     from .generate import run_generate as run_generate
     from .hub import load_pipeline as load_pipeline
+    from .pipelines.neural_network_diffusion import ConditionEncoder as ConditionEncoder
     from .pipelines.neural_network_diffusion import LinearParameterAutoencoder as LinearParameterAutoencoder
     from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline as NeuralNetworkDiffusionPipeline
     from .pipelines.neural_network_diffusion import NeuronTransformerModel as NeuronTransformerModel
@@ -37,6 +38,7 @@ _HOMES = {
     "generate": ("GenerateConfig", "run_generate"),
     "hub": ("load_pipeline",),
     "pipelines.neural_network_diffusion": (
+        "ConditionEncoder",
         "LinearParameterAutoencoder",
         "NeuralNetworkDiffusionPipeline",
         "NeuronTransformerModel",

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,8 @@ from .networks.trainer import NetworkTrainer, StackedTrainer, is_stackable
 from .parallel import Saving, from_main, processes, written
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .runs import check_not_fewer, check_same_run, save_run
-from .tasks import Task, check_task, load_task
+from .tasks import Task, TaskFamily, check_family, load_family
+from .tasks.family import OneTask
 from .zoo import WeightZoo, ZooDtype, check_room_for, make_layout, networks_per_batch
 from .zoo.fill import fill
 
@@ -31,11 +32,15 @@ class CollectConfig:
     """Trains networks of a task and keeps their checkpoints."""
 
     task: str = "digits-convnet"
-    """A built-in task, or a class of your own: path/to/file.py:MyTask."""
+    """A built-in task or family of tasks, or a class of your own: path/to/file.py:MyTask."""
     output_dir: str = "runs/zoo"
     """Folder of the zoo. Where it holds an unfinished one of the same configuration, collection goes on."""
     num_networks: int = 200
     """Checkpoints to keep."""
+    networks_per_task: int = 6
+    """Of a family of tasks: independent networks of each of its tasks, instead of num_networks."""
+    split: Literal["train", "validation", "test"] = "train"
+    """Of a family: which of its conditions."""
     protocol: Literal["trajectory", "independent"] = "trajectory"
     """Consecutive checkpoints of one run (as in the paper), or one network a seed."""
     save_every: int = 1
@@ -56,7 +61,9 @@ class CollectConfig:
     """Name of the dataset repository that the zoo is pushed to in the end."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "num_networks", "save_every")
+        check_positive(self, "num_networks", "networks_per_task", "save_every")
+        if self.split not in ("train", "validation", "test"):
+            raise ConfigError(f"The split is {self.split!r}; expected 'train', 'validation' or 'test'.")
         if self.epochs is not None:
             check_not_negative(self, "epochs")
         if self.protocol not in ("trajectory", "independent"):
@@ -81,10 +88,16 @@ def run_collect(config: CollectConfig) -> WeightZoo:
 
 def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
     state = processes()
-    task = load_task(config.task)
+    family = load_family(config.task)
     if is_zoo(folder) or (folder / STATE_FILE).exists():
-        check_same_run(folder, "collect", config, but_for=("output_dir", "num_networks", "push_to_hub"))
-    check_task(task, state.device)
+        more = ("output_dir", "num_networks", "networks_per_task", "push_to_hub")
+        check_same_run(folder, "collect", config, but_for=more)
+    check_family(family, state.device)
+    conditions = family.conditions(config.split)
+    task = family.task(conditions[0])
+    asked = config
+    if not isinstance(family, OneTask):
+        config = replace(config, protocol="independent", num_networks=config.networks_per_task * len(conditions))
     with torch.random.fork_rng():
         network = task.build_network()
     layout = make_layout(network.state_dict(), config.patterns or task.patterns)
@@ -100,16 +113,17 @@ def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
         )
     state.wait_for_everyone()
     if state.is_main_process:
-        save_run(folder, "collect", config)
+        save_run(folder, "collect", asked)
     if config.protocol == "independent":
-        zoo = _collect_independent(config, task, folder, layout)
+        zoo = _collect_independent(config, family, conditions, folder, layout)
     else:
         if state.is_main_process:
             _collect_trajectory(config, task, folder, layout)
         state.wait_for_everyone()
         zoo = WeightZoo(folder)
     if state.is_main_process:
-        zoo.write_card(f"A {config.protocol} zoo of the task `{config.task}`, collected with seed {config.seed}.")
+        what = "task" if isinstance(family, OneTask) else f"{len(conditions)} tasks"
+        zoo.write_card(f"A {config.protocol} zoo of the {what} `{config.task}`, collected with seed {config.seed}.")
         if config.push_to_hub is not None:
             zoo.push_to_hub(config.push_to_hub)
     return zoo
@@ -159,30 +173,43 @@ def _train(trainer: NetworkTrainer, until: int, folder: Path, zoo: WeightZoo | N
         saving.when_due()
 
 
-def _collect_independent(config: CollectConfig, task: Task, folder: Path, layout: ParameterLayout) -> WeightZoo:
+def _collect_independent(
+    config: CollectConfig,
+    family: TaskFamily,
+    conditions: list[dict[str, Any]],
+    folder: Path,
+    layout: ParameterLayout,
+) -> WeightZoo:
+    """Networks of all conditions in turn, so that more networks come after those that are there."""
+    task = family.task(conditions[0])
     if any(not name.endswith("num_batches_tracked") for name in layout.frozen_state_dict()):
         # Flags and the like are as they are after training.
         layout.load_frozen(from_main(lambda: NetworkTrainer(task, config.seed, config.epochs).trained().state_dict()))
-    stackable = from_main(lambda: is_stackable(task, layout))
+    stackable = from_main(lambda: is_stackable([task, family.task(conditions[-1])], layout))
 
     def train(indices: range) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         seeds = [config.seed + index for index in indices]
+        asked = [conditions[index % len(conditions)] for index in indices]
+        tasks = [family.task(condition) for condition in asked]
         if stackable:
-            trained = StackedTrainer(task, seeds, config.epochs).train(layout)
+            trained = StackedTrainer(tasks, seeds, config.epochs).train(layout)
         else:
-            trained = [alone(seed) for seed in seeds]
-        return [kept(seed, *one) for seed, one in zip(seeds, trained, strict=True)]
+            trained = [alone(one, seed) for one, seed in zip(tasks, seeds, strict=True)]
+        return [
+            (vector, {"source": config.task, **condition, **row})
+            for (vector, row), condition in zip(map(finite, tasks, seeds, trained), asked, strict=True)
+        ]
 
-    def alone(seed: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        return NetworkTrainer(task, seed, config.epochs).train(layout, config.may_differ)[0]
+    def alone(one: Task, seed: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        return NetworkTrainer(one, seed, config.epochs).train(layout, config.may_differ)[0]
 
-    def kept(seed: int, vector: torch.Tensor, row: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    def finite(one: Task, seed: int, trained: tuple[torch.Tensor, dict[str, Any]]) -> tuple[torch.Tensor, Any]:
         for attempt in range(1, RETRIES + 1):
-            if torch.isfinite(vector).all():
-                return vector, {"source": config.task, **row}
+            if torch.isfinite(trained[0]).all():
+                return trained
             other = seed + attempt * FAR
             print(f"The network of seed {seed} diverged; one of seed {other} takes its place.", file=sys.stderr)
-            vector, row = alone(other)
+            trained = alone(one, other)
         raise ZooError(
             f"The network of seed {seed} diverged, and so did {RETRIES} others in its place. What was kept is safe: "
             "lower the task's learning rate, and choose another --output-dir."

@@ -1,5 +1,7 @@
 """Stage 3: sample networks from a pipeline into a zoo."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,15 @@ class GenerateConfig:
     num_networks: int = 100
     """Networks to sample."""
     num_inference_steps: int | None = None
-    """Denoising steps; by default 50, and 10 with flow matching."""
+    """Denoising steps; by default 50, and 20 with flow matching."""
     scheduler: str | None = None
     """A scheduler class of diffusers, such as DPMSolverMultistepScheduler, instead of the pipeline's own."""
+    condition: str | None = None
+    """What is asked for, as JSON: '{"classes": [0, 1, 1]}'."""
+    conditions: str | None = None
+    """A file with such a condition a line, for one network after the other, and again from the first."""
+    guidance_scale: float = 1.0
+    """By how much the condition is followed more than it was learned; 1 is off."""
     parameter_noise: float = 0.0
     """Noise on each parameter, in units of its standard deviation over the zoo: more novel, less accurate networks."""
     batch_size: int | None = None
@@ -55,8 +63,10 @@ class GenerateConfig:
         for name in ("num_inference_steps", "batch_size"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
-        check_not_negative(self, "parameter_noise")
+        check_not_negative(self, "parameter_noise", "guidance_scale")
         check_seed(self)
+        if self.condition is not None and self.conditions is not None:
+            raise ConfigError("condition and conditions both say what is asked for: pass one of them.")
 
 
 def run_generate(config: GenerateConfig) -> WeightZoo:
@@ -73,6 +83,30 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
         return _generate(config, Path(config.output_dir))
 
 
+def _conditions(config: GenerateConfig) -> list[dict[str, Any]]:
+    """What is asked for, one network after the other; nothing where nothing is."""
+    if config.conditions is not None:
+        try:
+            lines = Path(config.conditions).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"conditions: {config.conditions} cannot be read: {error}.") from error
+        texts = {f"line {number} of {config.conditions}": line for number, line in enumerate(lines, 1) if line.strip()}
+        if not texts:
+            raise ConfigError(f"conditions: {config.conditions} is empty.")
+    else:
+        texts = {} if config.condition is None else {"condition": config.condition}
+    found = []
+    for where, text in texts.items():
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where} is no JSON: {error}: {text!r:.200}.") from error
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where} has to be a JSON object, and is {text!r:.200}.")
+        found.append(row)
+    return found
+
+
 def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
     state = processes()
     exists = is_zoo(folder)
@@ -83,11 +117,21 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
         check_not_fewer(folder, present, config.num_networks)
     source = pipeline_folder(config.pipeline, config.revision)
     pipe = load_pipeline(source).to(state.device)
-    facts = {"weights_sha256": weights_sha256(source)}
-    if exists:
-        check_same_facts(folder, "generate", facts)
+    facts: dict[str, Any] = {"weights_sha256": weights_sha256(source)}
     if config.scheduler is not None:
         pipe.scheduler = replacement(config.scheduler, pipe.scheduler)
+    asked = _conditions(config)
+    if asked:
+        facts["conditions_sha256"] = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    if exists:
+        check_same_facts(folder, "generate", facts)
+    if pipe.condition_encoder is not None:
+        try:
+            pipe.condition_encoder(asked or [{}])
+        except ValueError as error:
+            raise ConfigError(f"{source} cannot be asked for this: {error}") from error
+    elif asked:
+        raise ConfigError(f"{source} cannot be asked for anything: it was trained without --condition.")
     most = pipe.scheduler.config.num_train_timesteps
     num_steps = config.num_inference_steps or pipe.default_inference_steps
     if num_steps > most:
@@ -109,19 +153,25 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
         "scheduler": type(pipe.scheduler).__name__,
         "num_inference_steps": num_steps,
         "parameter_noise": config.parameter_noise,
+        **({"guidance_scale": config.guidance_scale} if asked else {}),
     }
 
     def sample(indices: range) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         seeds = [config.seed + index for index in indices]
+        rows = [asked[index % len(asked)] if asked else {} for index in indices]
         vectors = pipe(
             num_networks=len(seeds),
             num_inference_steps=num_steps,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **({"condition": rows, "guidance_scale": config.guidance_scale} if asked else {}),
             parameter_noise=config.parameter_noise,
             chunk_size=len(seeds),
             output_type="pt",
         ).state_dicts
-        return [(vector, {"seed": seed, **origin}) for seed, vector in zip(seeds, vectors.cpu(), strict=True)]
+        return [
+            (vector, {**row, "seed": seed, **origin})
+            for seed, row, vector in zip(seeds, rows, vectors.cpu(), strict=True)
+        ]
 
     zoo = fill(
         folder,

@@ -195,7 +195,7 @@ def test_a_killed_collection_leaves_a_zoo_and_goes_on_as_if_nothing_had_happened
 def test_networks_trained_at_once_are_those_trained_one_by_one(name):
     task = load_task(name)
     layout = ParameterLayout.from_state_dict(task.build_network().state_dict())
-    stacked = StackedTrainer(task, [3, 4, 5], 1).train(layout)
+    stacked = StackedTrainer([task] * 3, [3, 4, 5], 1).train(layout)
     for seed, (vector, row) in zip([3, 4, 5], stacked, strict=True):
         ((expected, expected_row),) = NetworkTrainer(task, seed, 1).train(layout)
         torch.testing.assert_close(vector, expected, atol=1e-4, rtol=1e-3)
@@ -210,7 +210,7 @@ class Cooling(DigitsMLP):
 def test_learning_rates_follow_the_task_at_once_and_one_by_one():
     task, plain = Cooling(), DigitsMLP()
     layout = ParameterLayout.from_state_dict(task.build_network().state_dict())
-    stacked = StackedTrainer(task, [3, 4], 2).train(layout)
+    stacked = StackedTrainer([task] * 2, [3, 4], 2).train(layout)
     for seed, (vector, _) in zip([3, 4], stacked, strict=True):
         trainer = NetworkTrainer(task, seed, 2)
         ((expected, _),) = trainer.train(layout)

@@ -1,13 +1,14 @@
-"""What training makes of the same initializations in the time that generating takes."""
+"""What training makes of networks in the time that generating takes."""
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..networks.stacked import NotStackableError
 from ..networks.trainer import StackedTrainer
-from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
+from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout
 from ..tasks import Task
 
 
@@ -17,47 +18,64 @@ TIMED = 10
 
 
 def train_as_long(
-    task: Task, pipeline: NeuralNetworkDiffusionPipeline, num_inference_steps: int
-) -> tuple[dict[str, Any], torch.Tensor] | None:
+    tasks: Sequence[Task],
+    layout: ParameterLayout,
+    generate: Callable[[int], Any],
+    starts: dict[str, tuple[torch.Tensor, int]],
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
     r"""
-    Trains from initializations as long as the pipeline takes to generate from them, many networks at once in both.
+    Trains as long as a pipeline takes to generate, many networks at once in both.
 
     Args:
-        task (`Task`): Of the networks.
-        pipeline (`NeuralNetworkDiffusionPipeline`): Is told initializations.
-        num_inference_steps (`int`): Of its sampling.
+        tasks (`Sequence[Task]`): Of N networks.
+        layout (`ParameterLayout`): Theirs.
+        generate (`Callable[[int], Any]`): Generates so many of them.
+        starts (`dict[str, tuple[torch.Tensor, int]]`):
+            Vectors `[N, P]` to train from, and how many times as long, by name.
 
     Returns:
-        `tuple`: the number of `steps`, and the `seconds` a network that both take; and the trained networks `[N, P]`.
-        None where it is not known how to draw initializations, or networks are not trained many at once.
+        `tuple`: the number of `steps`, and the `seconds` a network that both take; and the trained networks `[N, P]`
+        of each start. None where networks are not trained many at once.
     """
-    layout = pipeline.layout
-    seeds = list(range(NETWORKS))
-
-    def begin() -> StackedTrainer:
-        trainer = StackedTrainer(task, seeds)
-        trainer.load(initial, layout)
-        return trainer
-
     try:
-        initial = layout.draw_initial([torch.Generator().manual_seed(seed) for seed in seeds])
-        timed = begin()
-    except (NotStackableError, ValueError):
+        timed = StackedTrainer(tasks, list(range(len(tasks))))
+    except NotStackableError:
         return None
-    pipeline.set_progress_bar_config(disable=True)
 
-    def generate(count: int) -> float:
+    def seconds(count: int) -> float:
         started = time.perf_counter()
-        pipeline(initial=initial[:count], num_inference_steps=num_inference_steps, output_type="pt")
+        generate(count)
         return time.perf_counter() - started
 
-    generate(2)  # whatever is done once
-    seconds = generate(NETWORKS)
+    seconds(2)  # whatever is done once
+    taken = seconds(len(tasks))
     timed.train_steps(2, layout)
     started = time.perf_counter()
     timed.train_steps(TIMED, layout)
-    of_step = (time.perf_counter() - started) / TIMED
-    trainer = begin()
-    trainer.steps = max(1, round(seconds / of_step))  # over which the learning rate follows the task's schedule
-    trained = trainer.train_steps(trainer.steps, layout)
-    return {"steps": trainer.steps, "seconds": seconds / NETWORKS}, trained
+    steps = max(1, round(taken / ((time.perf_counter() - started) / TIMED)))
+    trained = {}
+    for name, (vectors, times) in starts.items():
+        trainer = StackedTrainer(tasks, list(range(len(tasks))))
+        trainer.load(vectors, layout)
+        trainer.steps = times * steps  # over which the learning rate follows the task's schedule
+        trained[name] = trainer.train_steps(trainer.steps, layout)
+    return {"steps": steps, "seconds": taken / len(tasks)}, trained
+
+
+def from_the_same(
+    task: Task, pipeline: NeuralNetworkDiffusionPipeline, num_inference_steps: int
+) -> tuple[dict[str, Any], torch.Tensor] | None:
+    """What [`train_as_long`] makes of initializations that the pipeline, too, generates from; None where it is not
+    known how to draw them."""
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        initial = pipeline.layout.draw_initial([torch.Generator().manual_seed(seed) for seed in range(NETWORKS)])
+    except ValueError:
+        return None
+    found = train_as_long(
+        [task] * NETWORKS,
+        pipeline.layout,
+        lambda count: pipeline(initial=initial[:count], num_inference_steps=num_inference_steps, output_type="pt"),
+        {"scratch": (initial, 1)},
+    )
+    return None if found is None else (found[0], found[1]["scratch"])

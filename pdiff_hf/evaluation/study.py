@@ -16,7 +16,7 @@ from ..zoo import WeightZoo
 from . import pictures
 from .baselines import KINDS, Baseline, StandardizedZoo
 from .canonical import MOST_ALIGNED_VALUES, canonical_zoo, symmetry_of
-from .equal_time import train_as_long
+from .equal_time import from_the_same
 from .measures import Nearest, mean, most_similar, nearest, outside_span, parameter_statistics, picked
 from .scoring import Scorer, Scores
 from .subjects import Subjects
@@ -301,7 +301,7 @@ class Study:
             return None
         pipeline, steps = self.pipeline, next(self.generated.rows()).get("num_inference_steps")
         steps = steps if isinstance(steps, int) and 1 <= steps <= MOST_STEPS else pipeline.default_inference_steps
-        found = from_main(lambda: train_as_long(self.scorer.task, pipeline, steps))
+        found = from_main(lambda: from_the_same(self.scorer.task, pipeline, steps))
         if found is None:
             return None
         facts, vectors = found

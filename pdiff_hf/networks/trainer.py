@@ -1,6 +1,6 @@
 """Training runs of a task's networks: one of them, resumable at every step, or those of many seeds at once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..files import own_name, whole
 from ..pipelines.neural_network_diffusion import ParameterLayout
 from ..runs import generator_at
 from ..tasks import Task
+from ..tasks.family import is_shared
 from .predictor import Predictor
 from .stacked import NotStackableError, StackedNetwork, stack
 
@@ -142,7 +143,9 @@ class StackedTrainer:
     once. Long trainings amplify it, as they do that of another library of convolutions (`benchmarks/stacked.py`).
 
     Args:
-        task (`Task`): Of the networks; its loss, optimizer and inputs are those of [`Task`].
+        tasks (`Sequence[Task]`):
+            One for each network, of one architecture and one schedule; loss, optimizer and inputs are those of
+            [`Task`].
         seeds (`list[int]`): One for each network.
         epochs (`int`, *optional*): Passes over the training data; the task's own number by default.
 
@@ -150,14 +153,15 @@ class StackedTrainer:
         [`NotStackableError`]: the task or the architecture asks for one run after the other.
     """
 
-    def __init__(self, task: Task, seeds: list[int], epochs: int | None = None):
-        if any(getattr(type(task), name) is not getattr(Task, name) for name in ("loss", "optimizer", "augment")):
-            raise NotStackableError(f"{type(task).__name__} trains in a way of its own.")
-        self.task, self.seeds = task, seeds
+    def __init__(self, tasks: Sequence[Task], seeds: list[int], epochs: int | None = None):
+        self.tasks, self.task, self.seeds = tasks, tasks[0], seeds
+        for kind in {type(task) for task in tasks}:
+            if any(getattr(kind, name) is not getattr(Task, name) for name in ("loss", "optimizer", "augment")):
+                raise NotStackableError(f"{kind.__name__} trains in a way of its own.")
         self.device = PartialState().device
         networks = []
         with torch.random.fork_rng():
-            for seed in seeds:
+            for task, seed in zip(tasks, seeds, strict=True):
                 torch.manual_seed(seed)
                 networks.append(task.build_network().to(self.device).train())
         self.network = StackedNetwork(networks[0])
@@ -168,18 +172,22 @@ class StackedTrainer:
             name: nn.Parameter(torch.stack([weights[name].detach() for weights in trained]), first.requires_grad)
             for name, first in trained[0].items()
         }
-        self.optimizer = task.optimizer([weight for weight in self.weights.values() if weight.requires_grad])
-        self.inputs, self.targets = (tensor.to(self.device) for tensor in task.data("train"))
-        self.steps_per_epoch = -(-len(self.targets) // task.batch_size)
-        self.steps = (task.epochs if epochs is None else epochs) * self.steps_per_epoch
+        self.optimizer = self.task.optimizer([weight for weight in self.weights.values() if weight.requires_grad])
+        inputs, targets = zip(*data_of(tasks, "train"), strict=True)
+        # [1 or N, E, ...]: most often, networks share their examples.
+        self.inputs, self.targets = (_stacked(tensors).to(self.device) for tensors in (inputs, targets))
+        self.examples = self.targets.shape[1]
+        self.steps_per_epoch = -(-self.examples // self.task.batch_size)
+        self.steps = (self.task.epochs if epochs is None else epochs) * self.steps_per_epoch
 
     def train(self, layout: ParameterLayout) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         """Trains from the beginning; the parameter vector of each network and what is to be remembered of it."""
         norms = self._vectors(layout).norm(dim=1).tolist()
         vectors = self.train_steps(self.steps, layout)
-        inputs, targets = self.task.data("validation")
-        predictions = Predictor(self.task, layout, self.device)(vectors, inputs)
-        correct = [self.task.correct(p, targets.cpu()).float().mean().item() for p in predictions]
+        correct = [
+            right.float().mean().item()
+            for right in correct_of(self.tasks, vectors, Predictor(self.task, layout, self.device), "validation")
+        ]
         rows = [
             {"seed": seed, "step": self.steps, "validation_accuracy": accuracy, "initial_norm": norm}
             for seed, accuracy, norm in zip(self.seeds, correct, norms, strict=True)
@@ -195,7 +203,7 @@ class StackedTrainer:
 
     def train_steps(self, steps: int, layout: ParameterLayout) -> torch.Tensor:
         """The parameter vectors `[N, P]` after the first steps."""
-        size, count = self.task.batch_size, len(self.targets)
+        size, count = self.task.batch_size, self.examples
         for step in range(steps):
             epoch, batch = divmod(step, self.steps_per_epoch)
             if batch == 0:
@@ -214,15 +222,50 @@ class StackedTrainer:
 
     def step(self, indices: torch.Tensor) -> None:
         """One optimizer step of each network, on these training examples: `[N, batch size]`."""
-        outputs = self.network(self.weights, self.inputs[indices])
-        if outputs.ndim != 3 or self.targets.ndim != 1:
+        outputs = self.network(self.weights, self._picked(self.inputs, indices))
+        if outputs.ndim != 3 or self.targets.ndim != 2:
             raise NotStackableError("Outputs that are no scores of classes.")
         # The mean over a network's examples, and the sum over networks, which leaves their gradients apart.
-        targets = self.targets[indices].flatten()
+        targets = self._picked(self.targets, indices).flatten()
         loss = F.cross_entropy(outputs.flatten(0, 1), targets, reduction="sum") / indices.shape[1]
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+
+    def _picked(self, examples: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Of examples `[1 or N, E, ...]` those of each network, `[N, batch size, ...]`."""
+        if len(examples) == 1:
+            return examples[0][indices]
+        return examples[torch.arange(len(indices), device=indices.device)[:, None], indices]
+
+
+def data_of(tasks: Sequence[Task], split: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and targets of each task, made once for each."""
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for task in tasks:
+        if id(task) not in found:
+            found[id(task)] = task.data(split)
+    return [found[id(task)] for task in tasks]
+
+
+def correct_of(tasks: Sequence[Task], vectors: torch.Tensor, predict: Predictor, split: str) -> Iterator[torch.Tensor]:
+    """Which examples of its own task each network `[N, P]` gets right, boolean `[E]`."""
+    data = data_of(tasks, split)
+    if is_shared([inputs for inputs, _ in data]):
+        predictions = list(predict(vectors, data[0][0]))
+    else:
+        predictions = [predict(vector[None], inputs)[0] for vector, (inputs, _) in zip(vectors, data, strict=True)]
+    for task, prediction, (_, targets) in zip(tasks, predictions, data, strict=True):
+        yield task.correct(prediction, targets.cpu())
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`[1, E, ...]` where all are the same, `[N, E, ...]` elsewhere."""
+    if is_shared(tensors):
+        return tensors[0][None]
+    if len({tensor.shape for tensor in tensors}) > 1:
+        raise NotStackableError("Tasks with different numbers of examples.")
+    return torch.stack(list(tensors))
 
 
 def _set_learning_rates(optimizer: torch.optim.Optimizer, task: Task, step: int, steps: int) -> None:
@@ -239,14 +282,14 @@ def flatten(layout: ParameterLayout, state_dict: dict[str, torch.Tensor]) -> tor
     return layout.flatten(state_dict).cpu()
 
 
-def is_stackable(task: Task, layout: ParameterLayout) -> bool:
-    """Whether networks that are trained at once are those that are trained one by one."""
+def is_stackable(tasks: Sequence[Task], layout: ParameterLayout) -> bool:
+    """Whether networks of two tasks that are trained at once are those that are trained one by one."""
     seeds = [0, 1]
     try:
-        together = StackedTrainer(task, seeds).train_steps(TRIED_STEPS, layout)
+        together = StackedTrainer(tasks, seeds).train_steps(TRIED_STEPS, layout)
     except Exception:  # whatever a network of the user's own makes of the tracer and of stacked weights
         return False
-    trainers = [NetworkTrainer(task, seed) for seed in seeds]
+    trainers = [NetworkTrainer(task, seed) for task, seed in zip(tasks, seeds, strict=True)]
 
     def vectors() -> torch.Tensor:
         return torch.stack([layout.flatten(trainer.network.state_dict()).cpu() for trainer in trainers])

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ BUILT_IN = {
     "digits-convnet": "pdiff_hf.tasks.digits:DigitsConvNet",
     "digits-mlp": "pdiff_hf.tasks.digits:DigitsMLP",
     "digits-resnet": "pdiff_hf.tasks.digits:DigitsResNet",
+    "digits-subsets": "pdiff_hf.tasks.digits:DigitsSubsets",
     "cifar100-resnet18": "pdiff_hf.tasks.cifar100:CIFAR100ResNet18",
 }
 
@@ -112,10 +114,16 @@ def load_task(name_or_path: str | Task) -> Task:
             `build_network` and `data`; what else a [`Task`] has is added where it is missing.
 
     Raises:
-        [`TaskError`]: there is no such task, or it lacks one of the two methods.
+        [`TaskError`]: there is no such task, it lacks one of the two methods, or it is a family of tasks.
     """
-    if not isinstance(name_or_path, str):
-        return name_or_path
+    found = load(name_or_path) if isinstance(name_or_path, str) else name_or_path
+    if not isinstance(found, Task):
+        raise TaskError(f"{name_or_path} is a family of tasks, and one task is needed here.")
+    return found
+
+
+def load(name_or_path: str) -> Any:
+    """A task, or a family of tasks, by name or from a file, as [`load_task`] describes it."""
     place, _, class_name = BUILT_IN.get(name_or_path, name_or_path).rpartition(":")
     if not place:
         raise TaskError(
@@ -146,6 +154,8 @@ def load_task(name_or_path: str | Task) -> Task:
     task_class = getattr(module, class_name, None)
     if not isinstance(task_class, type):
         raise TaskError(f"{place} has no class {class_name!r}.")
+    if all(hasattr(task_class, name) for name in ("conditions", "task")):
+        return task_class()
     lacking = [name for name in ("build_network", "data") if not hasattr(task_class, name)]
     if lacking:
         raise TaskError(f"{class_name} in {place} is no task: it lacks {' and '.join(lacking)}.")

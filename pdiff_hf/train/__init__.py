@@ -4,14 +4,13 @@ from ..errors import TrainingError
 from .latent_diffusion import TrainConfig, denoising_scheduler
 from .loop import LOSSES, LoopConfig, TrainingLoop
 from .neuron_diffusion import NeuronTrainConfig
-from .objectives import AutoencoderObjective, Behaviour, DenoiserObjective, FlowMatchingObjective
+from .objectives import AutoencoderObjective, DenoiserObjective, FlowMatchingObjective
 from .stage import run_train
 
 
 __all__ = [
     "LOSSES",
     "AutoencoderObjective",
-    "Behaviour",
     "DenoiserObjective",
     "FlowMatchingObjective",
     "LoopConfig",

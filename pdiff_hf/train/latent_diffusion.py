@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config import check_above_zero, check_not_negative, check_positive
 from ..errors import ConfigError
+from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
 from ..networks.stacked import NotStackableError, StackedNetwork
 from ..parallel import from_main
 from ..pipelines.neural_network_diffusion import (
@@ -21,8 +22,8 @@ from ..pipelines.neural_network_diffusion import (
 from ..tasks.task import load_task, trusted_name
 from ..zoo import BATCH_VALUES, WeightZoo, evenly
 from .loop import LoopConfig, TrainingLoop
-from .models import check_memory, seeded
-from .objectives import VARIANCE_NETWORKS, AutoencoderObjective, Behaviour, DenoiserObjective
+from .models import check_memory, condition_encoder, seeded, selected
+from .objectives import AutoencoderObjective, Batch, DenoiserObjective
 
 
 Autoencoder = LinearParameterAutoencoder | ParameterAutoencoderKL
@@ -146,6 +147,10 @@ class LatentDiffusion:
             raise ConfigError(
                 f"checkpoint_averaging {config.checkpoint_averaging} leaves fewer than two of {len(zoo)} networks."
             )
+        self.encoder = condition_encoder(zoo, config.condition, config.seed)
+        words = [] if self.encoder is None else [c["name"] for c in self.encoder.config.columns if c["kind"] == "word"]
+        if words and config.checkpoint_averaging > 1:
+            raise ConfigError(f"checkpoint_averaging averages what is asked for, too, and {words[0]!r} holds words.")
         latents = config.latent_channels * config.latent_length
         check_memory(
             self._trained,
@@ -155,7 +160,7 @@ class LatentDiffusion:
 
     def encode(
         self, layout: ParameterLayout, loop: TrainingLoop
-    ) -> tuple[dict[str, nn.Module | None], Callable[[torch.Tensor], torch.Tensor], int]:
+    ) -> tuple[dict[str, nn.Module | None], Callable[[torch.Tensor], Batch], int]:
         """The autoencoder (of the main process), and the latents `[N, C, L]` of the networks, at unit scale."""
         config, zoo, device = self.config, self.zoo, loop.accelerator.device
         vae: Autoencoder | None = None
@@ -171,13 +176,16 @@ class LatentDiffusion:
         else:
             # The others need the latents alone, and no memory for the rest.
             latents = from_main(lambda: torch.empty(0))
-        latents = latents.to(device)
-        return {"vae": vae}, lambda indices: latents[indices], len(latents)
+        data = {"latents": latents.to(device)}
+        if self.encoder is not None:
+            codes = self.encoder.codes(selected(zoo, config.condition))
+            data["codes"] = _averages(codes, config.checkpoint_averaging).to(device)
+        return {"vae": vae}, lambda indices: {name: rows[indices] for name, rows in data.items()}, len(latents)
 
     def objective(self, layout: ParameterLayout, loop: TrainingLoop) -> DenoiserObjective:
         """The denoiser with the noise of the published method."""
-        unet = seeded(self.config.seed, lambda: _denoiser(self.config))
-        return DenoiserObjective(unet, denoising_scheduler(self.config.prediction_type))
+        unet = seeded(self.config.seed, self._denoiser)
+        return DenoiserObjective(unet, denoising_scheduler(self.config.prediction_type), self.encoder)
 
     @property
     def budget(self) -> tuple[int, float]:
@@ -186,20 +194,21 @@ class LatentDiffusion:
 
     def _trained(self) -> list[nn.Module]:
         config = self.config
-        trained: list[nn.Module] = [_denoiser(config)]
+        trained: list[nn.Module] = [self._denoiser()]
         if config.autoencoder == "kl":
             size = self.zoo.vector_size
             trained.append(ParameterAutoencoderKL(size, config.latent_channels, config.latent_length))
         return trained
 
-
-def _denoiser(config: TrainConfig) -> ParameterUNet1DModel:
-    return ParameterUNet1DModel(
-        in_channels=config.latent_channels,
-        out_channels=config.latent_channels,
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
-    )
+    def _denoiser(self) -> ParameterUNet1DModel:
+        config = self.config
+        return ParameterUNet1DModel(
+            in_channels=config.latent_channels,
+            out_channels=config.latent_channels,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            condition_dim=None if self.encoder is None else self.encoder.config.embedding_dim,
+        )
 
 
 def denoising_scheduler(prediction_type: str) -> DDPMScheduler:
@@ -252,7 +261,7 @@ def _train_kl(
     loop.fit(
         "autoencoder",
         trained,
-        networks,
+        lambda indices: {"vectors": networks(indices)},
         len(networks),
         config.autoencoder_steps,
         config.autoencoder_learning_rate,

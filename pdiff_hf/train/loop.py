@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TextIO, TypeVar
+from typing import Annotated, Literal, TextIO, TypeVar
 
 import torch
+import tyro
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
@@ -25,7 +26,7 @@ from ..errors import ConfigError, MissingExtraError, TrainingError
 from ..files import explained, is_pipeline
 from ..parallel import processes
 from ..runs import check_same_run, generator_at
-from .objectives import Objective
+from .objectives import Batch, Objective
 
 
 Config = TypeVar("Config", bound="LoopConfig")
@@ -47,6 +48,9 @@ class LoopConfig:
     """Folder of the pipeline; checkpoints of the training go there too."""
     seed: int = 0
     """Of initialization, batches and noise."""
+    condition: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A column of the zoo's rows that the pipeline can be asked for: numbers, lists of numbers of one length, or
+    words. Once for each of several."""
     batch_size: int = 64
     """Networks drawn for each forward pass, by all processes together."""
     gradient_accumulation_steps: int | None = None
@@ -172,7 +176,7 @@ class TrainingLoop:
         self,
         name: str,
         objective: Objective,
-        data: Callable[[torch.Tensor], torch.Tensor],
+        data: Callable[[torch.Tensor], Batch],
         count: int,
         steps: int,
         learning_rate: float,
@@ -184,7 +188,8 @@ class TrainingLoop:
         Args:
             name (`str`): What is trained, as in the names of its settings: `<name>_learning_rate`.
             objective (`Objective`): A module.
-            data (`Callable[[torch.Tensor], torch.Tensor]`): Gives the data `[n, ...]` of indices `[n]`.
+            data (`Callable[[torch.Tensor], dict[str, torch.Tensor]]`):
+                Gives what the objective takes, by name, each `[n, ...]`, of indices `[n]`.
             count (`int`): How many data there are.
             steps (`int`): Optimizer steps.
             learning_rate (`float`): The peak of a one-cycle schedule (Smith and Topin 2017, arXiv 1708.07120).
@@ -231,7 +236,7 @@ class TrainingLoop:
             losses = []
             for accumulation in range(self.accumulation):
                 with accelerator.accumulate(model):
-                    loss = model(*self._draw(objective, data, count, accumulation))
+                    loss = model(**self._draw(objective, data, count, accumulation))
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -255,16 +260,17 @@ class TrainingLoop:
             self._save_checkpoint(None)
 
     def _draw(
-        self, objective: Objective, data: Callable[[torch.Tensor], torch.Tensor], count: int, accumulation: int
-    ) -> list[torch.Tensor]:
+        self, objective: Objective, data: Callable[[torch.Tensor], Batch], count: int, accumulation: int
+    ) -> Batch:
         """This process's share of what the objective takes in this step."""
         accelerator, config = self.accelerator, self.config
         position = self.step * self.accumulation + accumulation
         generator = generator_at(config.seed, position, accelerator.device)
         indices = torch.randint(count, (config.batch_size,), generator=generator, device=accelerator.device)
         share = slice(accelerator.process_index, None, accelerator.num_processes)
-        batch = data(indices[share]).to(accelerator.device)
-        return [batch, *(values[share] for values in objective.draw(len(indices), batch.shape[1:], generator))]
+        batch = {name: values.to(accelerator.device) for name, values in data(indices[share]).items()}
+        drawn = objective.draw(len(indices), batch, generator)
+        return batch | {name: values[share] for name, values in drawn.items()}
 
     def _is_due(self) -> bool:
         return self.step % self.config.checkpointing_steps == 0

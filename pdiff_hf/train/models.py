@@ -1,13 +1,15 @@
 """Building what is trained: from a seed, and not what memory does not hold."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..pipelines.neural_network_diffusion import ConditionEncoder
+from ..zoo import WeightZoo
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -18,6 +20,22 @@ def seeded(seed: int, build: Callable[[], Model]) -> Model:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return build()
+
+
+def condition_encoder(zoo: WeightZoo, names: Sequence[str], seed: int) -> ConditionEncoder | None:
+    """That of some columns of a zoo; nothing without columns. Raises [`ConfigError`] for what cannot be asked for."""
+    if not names:
+        return None
+    try:
+        return seeded(seed, lambda: ConditionEncoder.from_rows(selected(zoo, names), names))
+    except ValueError as error:
+        columns = ", ".join(sorted({name for row in zoo.rows() for name in row}))
+        raise ConfigError(f"--condition: {error} The zoo's columns are {columns}.") from error
+
+
+def selected(zoo: WeightZoo, names: Sequence[str]) -> list[dict[str, Any]]:
+    """These columns of the rows of a zoo."""
+    return [{name: row.get(name) for name in names} for row in zoo.rows()]
 
 
 def check_memory(build: Callable[[], list[nn.Module]], more: int, remedy: str) -> None:

@@ -11,20 +11,23 @@ from torch import nn
 
 from ..config import check_above_zero, check_not_negative, check_positive
 from ..errors import ConfigError, TaskError, ZooError
+from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
 from ..networks.stacked import NotStackableError, StackedNetwork
 from ..networks.symmetry import Symmetry, UnknownSymmetryError
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuronTransformerModel, ParameterLayout
 from ..pipelines.neural_network_diffusion.layout.parameter_layout import SMALLEST_VARIANCE
 from ..pipelines.neural_network_diffusion.transformer.neuron_transformer import UnitIndex
-from ..tasks.check import check_task
-from ..tasks.task import Task, load_task, trusted_name
+from ..tasks.family import check_family, load_family, training_inputs
+from ..tasks.task import Task, trusted_name
 from ..zoo import WeightZoo, evenly
 from .loop import LoopConfig, TrainingLoop
-from .models import check_memory, seeded
-from .objectives import VARIANCE_NETWORKS, Behaviour, FlowMatchingObjective
+from .models import check_memory, condition_encoder, seeded, selected
+from .objectives import Batch, FlowMatchingObjective
 
 
+# The noise from which the last step leads to the network: below it, errors of the steps are no longer mended.
+LAST_SIGMA = 0.2
 # Of the initializations, evenly picked, so many tell what they are drawn from.
 INITIALS = 256
 # By how much the norm of an initialization may differ from that of its record.
@@ -100,11 +103,12 @@ class NeuronDiffusion:
     def __init__(self, config: NeuronTrainConfig, zoo: WeightZoo):
         self.config, self.zoo = config, zoo
         name = trusted_name(config.task, zoo.task)
-        self.task: Task = load_task(name)
-        check_task(self.task, training=False)
+        family = load_family(name)
+        check_family(family, training=False)
+        task = family.task(family.conditions("train")[0])
         with torch.random.fork_rng():
-            network = self.task.build_network().eval()
-        self.inputs = self.task.data("train")[0]
+            network = task.build_network().eval()
+        self.inputs = training_inputs(family)
         try:
             zoo.layout.flatten(network.state_dict())
         except ValueError as error:
@@ -119,26 +123,28 @@ class NeuronDiffusion:
                 self.network = StackedNetwork(network)
             except NotStackableError as error:
                 raise ConfigError(f"The behaviour loss needs networks that run side by side. {error}") from error
+        self.encoder = condition_encoder(zoo, config.condition, config.seed)
         channels = 2 if config.initial else 1
         check_memory(
             lambda: [self._model()],
             more=4 * channels * len(zoo) * zoo.vector_size,
             remedy="A smaller --hidden-size or fewer networks take less.",
         )
-        self.initial = initial_vectors(self.task, zoo) if config.initial else None
+        self.initial = initial_vectors(task, zoo) if config.initial else None
 
     def encode(
         self, layout: ParameterLayout, loop: TrainingLoop
-    ) -> tuple[dict[str, nn.Module | None], Callable[[torch.Tensor], torch.Tensor], int]:
-        """No further components; the networks, and their initializations behind them: `[n, 1 or 2, P]` of indices."""
+    ) -> tuple[dict[str, nn.Module | None], Callable[[torch.Tensor], Batch], int]:
+        """No further components; the networks, and their initializations, both `[n, 1, P]` of indices."""
         share_statistics(layout, self.symmetry)
-        data = [layout.normalize(torch.cat(list(self.zoo.batches())))]
+        data = {"networks": layout.normalize(torch.cat(list(self.zoo.batches())))[:, None]}
         if self.initial is not None:
             layout.fit_initial(self.initial[list(evenly(len(self.initial), INITIALS))])
-            data.append(layout.normalize(self.initial))
+            data["initial"] = layout.normalize(self.initial)[:, None]
             self._warn(layout)
-        networks = torch.stack(data, 1)
-        return {}, lambda indices: networks[indices.cpu()], len(networks)
+        if self.encoder is not None:
+            data["codes"] = self.encoder.codes(selected(self.zoo, self.config.condition))
+        return {}, lambda indices: {name: rows[indices.cpu()] for name, rows in data.items()}, len(self.zoo)
 
     def _warn(self, layout: ParameterLayout) -> None:
         """Says what the pipeline will not be able to draw."""
@@ -160,7 +166,11 @@ class NeuronDiffusion:
             behaviour = Behaviour(self.network, layout.to(device), inputs, some, self.config.behaviour_inputs)
         model = seeded(self.config.seed, self._model)
         return FlowMatchingObjective(
-            model, FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), behaviour, self.config.behaviour_weight
+            model,
+            FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift_terminal=LAST_SIGMA),
+            self.encoder,
+            behaviour,
+            self.config.behaviour_weight,
         )
 
     @property
@@ -177,6 +187,7 @@ class NeuronDiffusion:
             num_attention_heads=config.num_attention_heads,
             pair_channels=config.pair_channels,
             with_initial=config.initial,
+            condition_dim=None if self.encoder is None else self.encoder.config.embedding_dim,
         )
 
 

@@ -1,30 +1,35 @@
 """What is minimized: the losses of the trained parts."""
 
+from typing import Any
+
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 from torch.nn import functional as F
 
-from ..networks.stacked import StackedNetwork, stack
+from ..networks.behaviour import Behaviour
 from ..pipelines.neural_network_diffusion import (
+    ConditionEncoder,
     NeuronTransformerModel,
     ParameterAutoencoderKL,
-    ParameterLayout,
 )
-from ..zoo import evenly
 
 
-# Inputs, evenly picked, and networks that tell the variance of outputs.
-VARIANCE_INPUTS, VARIANCE_NETWORKS = 256, 64
 # Muon's learning rate in units of AdamW's.
 MUON = 2.5
+# At so many steps the denoiser is told its own prediction, as while sampling.
+TOLD_BEFORE = 0.5
+# Of so many networks the condition is not told, and, where there are several columns, each of them.
+UNTOLD = 0.1
+# What an objective takes, by name.
+Batch = dict[str, torch.Tensor]
 
 
 class Objective(nn.Module):
-    """What the loop minimizes: `forward` is the loss of some data and of what was drawn for them."""
+    """What the loop minimizes: `forward` is the loss of some data and of what was drawn for them, by name."""
 
-    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """Random tensors, a row for each of so many data of this shape."""
+    def draw(self, count: int, data: Batch, generator: torch.Generator) -> Batch:
+        """Random tensors, a row for each of so many data like these."""
         raise NotImplementedError
 
     def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -32,21 +37,50 @@ class Objective(nn.Module):
         return [torch.optim.AdamW(self.parameters(), lr=learning_rate, fused=True)]
 
 
-class DenoiserObjective(Objective):
+class ConditionalObjective(Objective):
+    """What trains a denoiser and, where it is told a condition, the encoder of that."""
+
+    def __init__(self, denoiser: nn.Module, scheduler: Any, condition_encoder: ConditionEncoder | None = None):
+        super().__init__()
+        self.denoiser, self.scheduler, self.condition_encoder = denoiser, scheduler, condition_encoder
+
+    def draw_asked(self, count: int, generator: torch.Generator) -> Batch:
+        """Which columns of the condition are told, `[count, columns]`: for guidance (Ho and Salimans 2022, arXiv
+        2207.12598) none of them of some networks, and not each of them of others."""
+        if self.condition_encoder is None:
+            return {}
+        columns = len(self.condition_encoder.config.columns)
+        told = torch.rand(count, 1 + columns, generator=generator, device=generator.device) >= UNTOLD
+        return {"asked": told[:, :1] & (told[:, 1:] | (columns == 1))}
+
+    def told(self, codes: torch.Tensor | None, asked: torch.Tensor | None) -> Batch:
+        """What the denoiser takes beside noisy networks and timesteps."""
+        if self.condition_encoder is None or codes is None:
+            return {}
+        return {"condition": self.condition_encoder.embed(codes, asked)}
+
+
+class DenoiserObjective(ConditionalObjective):
     """The loss of the denoiser: squared error of what the scheduler's prediction type asks for."""
 
-    def __init__(self, denoiser: nn.Module, scheduler: DDPMScheduler):
-        super().__init__()
-        self.denoiser, self.scheduler = denoiser, scheduler
-
-    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """Noise `[count, *shape]` and timesteps `[count]`."""
-        noise = torch.randn((count, *shape), generator=generator, device=generator.device)
+    def draw(self, count: int, data: Batch, generator: torch.Generator) -> Batch:
+        """Noise `[count, C, L]`, timesteps `[count]` and what is told of the condition, `[count, columns]`."""
+        size = (count, *data["latents"].shape[1:])
+        noise = torch.randn(size, generator=generator, device=generator.device)
         steps = self.scheduler.config.num_train_timesteps
-        return noise, torch.randint(steps, (count,), generator=generator, device=generator.device)
+        timesteps = torch.randint(steps, (count,), generator=generator, device=generator.device)
+        return {"noise": noise, "timesteps": timesteps, **self.draw_asked(count, generator)}
 
-    def forward(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        prediction = self.denoiser(self.scheduler.add_noise(latents, noise, timesteps), timesteps).sample
+    def forward(
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        codes: torch.Tensor | None = None,
+        asked: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        prediction = self.denoiser(noisy, timesteps, **self.told(codes, asked)).sample
         target = {
             "epsilon": lambda: noise,
             "sample": lambda: latents,
@@ -55,72 +89,31 @@ class DenoiserObjective(Objective):
         return F.mse_loss(prediction.float(), target)
 
 
-class Behaviour:
-    r"""
-    How differently networks behave: the mean squared difference of their outputs, relative to the variance of the
-    outputs over examples.
-
-    Args:
-        network (`StackedNetwork`): The architecture.
-        layout (`ParameterLayout`): With its statistics.
-        inputs (`torch.Tensor`): Training inputs, `[E, ...]`; their targets are not needed.
-        some (`torch.Tensor`): Normalized networks, `[n, P]`, whose outputs tell the variance.
-        count (`int`, *optional*, defaults to 64): Inputs a step.
-    """
-
-    def __init__(
-        self,
-        network: StackedNetwork,
-        layout: ParameterLayout,
-        inputs: torch.Tensor,
-        some: torch.Tensor,
-        count: int = 64,
-    ):
-        self.network, self.layout, self.inputs, self.count = network, layout, inputs, count
-        with torch.no_grad():
-            outputs = self.outputs(some.to(layout.device), inputs[list(evenly(len(inputs), VARIANCE_INPUTS))])
-        # One number for all: processes see other networks of a batch each.
-        self.variance = outputs.var(dim=1).mean().clamp_min(1e-12)
-
-    def outputs(self, normalized: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """Of networks `[N, P]` for examples `[E, ...]`: `[N, E, ...]`."""
-        return self.network(stack(self.layout, self.layout(normalized.float()).vectors), inputs[None])
-
-    def __call__(self, ours: torch.Tensor, stored: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Of normalized vectors, both `[N, P]`, on these inputs, `[E]`."""
-        inputs = self.inputs[indices]
-        with torch.autocast(ours.device.type, enabled=False):  # small products, whose errors add up
-            with torch.no_grad():
-                expected = self.outputs(stored, inputs)
-            return F.mse_loss(self.outputs(ours, inputs), expected) / self.variance
-
-    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Indices of inputs for so many networks, `[count, E]`: a row each, since processes share them, all alike."""
-        indices = torch.randint(len(self.inputs), (self.count,), generator=generator, device=generator.device)
-        return indices.expand(count, -1)
-
-
-class FlowMatchingObjective(Objective):
+class FlowMatchingObjective(ConditionalObjective):
     r"""
     The loss of flow matching (Lipman et al. 2022, arXiv 2210.02747) on straight paths from noise to networks: squared
-    error of the predicted clean network, with the weight 1 / (sigma + 0.1), and how differently it behaves.
+    error of the predicted clean network, with the weight 1 / (sigma + 0.1), and how differently it behaves. At half of
+    the steps the denoiser is told what it predicts without (self-conditioning, Chen et al. 2022, arXiv 2208.04202).
 
     Args:
         denoiser (`NeuronTransformerModel`): What is trained.
         scheduler (`FlowMatchEulerDiscreteScheduler`): Of the sampling.
+        condition_encoder (`ConditionEncoder`, *optional*): Trained with it.
         behaviour (`Behaviour`, *optional*): Compares the outputs.
         behaviour_weight (`float`, *optional*, defaults to 1.0): Of that difference.
     """
+
+    denoiser: NeuronTransformerModel
 
     def __init__(
         self,
         denoiser: NeuronTransformerModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
+        condition_encoder: ConditionEncoder | None = None,
         behaviour: Behaviour | None = None,
         behaviour_weight: float = 1.0,
     ):
-        super().__init__()
-        self.denoiser, self.scheduler = denoiser, scheduler
+        super().__init__(denoiser, scheduler, condition_encoder)
         self.behaviour, self.behaviour_weight = behaviour, behaviour_weight
 
     def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -134,25 +127,45 @@ class FlowMatchingObjective(Objective):
             torch.optim.Muon(matrices, lr=MUON * learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         ]
 
-    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """Noise `[count, 1, P]`, its levels `[count]`, and inputs `[count, E]`, the same in all."""
-        noise = torch.randn((count, 1, shape[-1]), generator=generator, device=generator.device)
-        sigmas = torch.rand(count, generator=generator, device=generator.device)
-        return (noise, sigmas) if self.behaviour is None else (noise, sigmas, self.behaviour.draw(count, generator))
+    def draw(self, count: int, data: Batch, generator: torch.Generator) -> Batch:
+        """Noise `[count, 1, P]`, its levels `[count]`, whether predictions are told, `[count]`, what is told of the
+        condition, `[count, columns]`, and inputs `[count, E]`; predictions and inputs are the same in all."""
+        size = (count, 1, data["networks"].shape[-1])
+        drawn = {
+            "noise": torch.randn(size, generator=generator, device=generator.device),
+            "sigmas": torch.rand(count, generator=generator, device=generator.device),
+            "again": torch.rand((), generator=generator, device=generator.device).lt(TOLD_BEFORE).expand(count),
+            **self.draw_asked(count, generator),
+        }
+        if self.behaviour is not None:
+            drawn["inputs"] = self.behaviour.draw(count, generator)
+        return drawn
 
     def forward(
-        self, networks: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, inputs: torch.Tensor | None = None
+        self,
+        networks: torch.Tensor,
+        noise: torch.Tensor,
+        sigmas: torch.Tensor,
+        again: torch.Tensor,
+        inputs: torch.Tensor | None = None,
+        initial: torch.Tensor | None = None,
+        codes: torch.Tensor | None = None,
+        asked: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Of normalized networks and, behind each, its initialization where the denoiser is told: `[n, 1 or 2, P]`."""
-        clean, initial = networks[:, :1], networks[:, 1:] if networks.shape[1] > 1 else None
+        """Of normalized networks and, where the denoiser is told, their initializations, both `[n, 1, P]`, and the
+        codes of their conditions, `[n, K]`."""
         sigma = sigmas[:, None, None]
         timesteps = sigmas * self.scheduler.config.num_train_timesteps
-        prediction = self.denoiser.predict_clean(
-            (1 - sigma) * clean + sigma * noise, timesteps, initial=initial
-        ).float()
-        loss = ((prediction - clean).square() / (sigma + 0.1)).mean()
+        noisy = (1 - sigma) * networks + sigma * noise
+        told = self.told(codes, asked)
+        previous = None
+        if again[0]:
+            with torch.no_grad():
+                previous = self.denoiser.predict_clean(noisy, timesteps, initial=initial, **told).float()
+        prediction = self.denoiser.predict_clean(noisy, timesteps, initial=initial, previous=previous, **told).float()
+        loss = ((prediction - networks).square() / (sigma + 0.1)).mean()
         if self.behaviour is not None and inputs is not None:
-            loss = loss + self.behaviour_weight * self.behaviour(prediction[:, 0], clean[:, 0], inputs[0])
+            loss = loss + self.behaviour_weight * self.behaviour(prediction[:, 0], networks[:, 0], inputs[0])
         return loss
 
 
@@ -185,13 +198,16 @@ class AutoencoderObjective(Objective):
         self.parameter_noise, self.latent_noise, self.kl_weight = parameter_noise, latent_noise, kl_weight
         self.behaviour, self.behaviour_weight = behaviour, behaviour_weight
 
-    def draw(self, count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def draw(self, count: int, data: Batch, generator: torch.Generator) -> Batch:
         """Noise on parameters `[count, P]`, on latents `[count, C, L]`, and inputs `[count, E]`, the same in all."""
-        sizes = ((count, *shape), (count, *self.vae.latent_shape))
-        noise = [torch.randn(size, generator=generator, device=generator.device) for size in sizes]
-        if self.behaviour is None:
-            return tuple(noise)
-        return (*noise, self.behaviour.draw(count, generator))
+        sizes = {
+            "parameter_noise": (count, *data["vectors"].shape[1:]),
+            "latent_noise": (count, *self.vae.latent_shape),
+        }
+        drawn = {name: torch.randn(size, generator=generator, device=generator.device) for name, size in sizes.items()}
+        if self.behaviour is not None:
+            drawn["inputs"] = self.behaviour.draw(count, generator)
+        return drawn
 
     def forward(
         self,

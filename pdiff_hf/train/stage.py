@@ -68,7 +68,11 @@ def _train(config: TrainConfig | NeuronTrainConfig, folder: Path) -> NeuralNetwo
         # 4. Pipeline
         if accelerator.is_main_process:
             pipeline = NeuralNetworkDiffusionPipeline(
-                layout=layout, scheduler=denoising.scheduler, **components, **{recipe.slot: denoising.denoiser}
+                layout=layout,
+                scheduler=denoising.scheduler,
+                condition_encoder=denoising.condition_encoder,
+                **components,
+                **{recipe.slot: denoising.denoiser},
             )
             with explained(folder, "The checkpoints are whole; make room and resume from the latest."):
                 pipeline.save_pretrained(str(folder))

@@ -1,5 +1,6 @@
 """Neural Network Diffusion: the pipeline and its components."""
 
+from .condition_encoder.condition_encoder import ConditionEncoder
 from .layout.parameter_layout import ParameterLayout
 from .pipeline import NeuralNetworkDiffusionPipeline, NeuralNetworkDiffusionPipelineOutput
 from .transformer.neuron_transformer import NeuronTransformerModel
@@ -9,6 +10,7 @@ from .vae.parameter_autoencoder import ParameterAutoencoderKL
 
 
 __all__ = [
+    "ConditionEncoder",
     "LinearParameterAutoencoder",
     "NeuralNetworkDiffusionPipeline",
     "NeuralNetworkDiffusionPipelineOutput",

@@ -125,7 +125,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     @property
     def default_inference_steps(self) -> int:
         """Denoising steps where their number is not passed."""
-        return 10 if isinstance(self.scheduler, FLOW_MATCHING) else 50
+        return 20 if isinstance(self.scheduler, FLOW_MATCHING) else 50
 
     @property
     def takes_initial(self) -> bool:
@@ -174,6 +174,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         generator: Any,
         latents: Any,
         initial: Any,
+        condition: Any,
+        guidance_scale: float,
         parameter_noise: float,
         chunk_size: int,
         output_type: str,
@@ -187,8 +189,9 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         ):
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"`{name}` has to be a positive integer, and is {value!r}.")
-        if not 0 <= parameter_noise < math.inf:
-            raise ValueError(f"`parameter_noise` has to be at least 0, and is {parameter_noise!r}.")
+        for name, strength in (("parameter_noise", parameter_noise), ("guidance_scale", guidance_scale)):
+            if not 0 <= strength < math.inf:
+                raise ValueError(f"`{name}` has to be at least 0, and is {strength!r}.")
         generators = generator if isinstance(generator, (list, tuple)) else [generator]
         for one in generators:
             if not isinstance(one, torch.Generator | None):
@@ -212,6 +215,16 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         size = self.layout.vector_size
         if isinstance(initial, torch.Tensor) and initial.shape != (num_networks, size):
             raise ValueError(f"`initial` has shape {tuple(initial.shape)}; expected {(num_networks, size)}.")
+        if self.condition_encoder is None:
+            for name, asked in (("condition", condition is not None), ("guidance_scale", guidance_scale != 1)):
+                if asked:
+                    raise ValueError(f"`{name}` was passed, and this pipeline cannot be asked for anything.")
+        elif condition is None and guidance_scale != 1:
+            raise ValueError("`guidance_scale` is for what is asked for: pass `condition`.")
+        if isinstance(condition, (list, tuple)) and len(condition) != num_networks:
+            raise ValueError(f"{len(condition)} conditions were passed for {num_networks} networks: one for each.")
+        if not isinstance(condition, dict | list | tuple | None):
+            raise ValueError(f"`condition` has to be a dict, or a list of them, and is {condition!r:.200}.")
         if output_type not in ("state_dict", "pt", "np", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}; expected 'state_dict', 'pt', 'np' or 'latent'.")
         if not set(tensor_inputs) <= set(self._callback_tensor_inputs):
@@ -317,6 +330,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         initial: Sequence[StateDict] | torch.Tensor | None = None,
+        condition: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+        guidance_scale: float = 1.0,
         parameter_noise: float = 0.0,
         chunk_size: int = 100,
         output_type: str = "state_dict",
@@ -329,12 +344,12 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
 
         Args:
             num_networks (`int`, *optional*):
-                How many. Defaults to one for each of the `generator`s, `latents` or `initial` networks, and to 1
-                without a list of them.
+                How many. Defaults to one for each of the `generator`s, `latents`, `initial` networks or conditions,
+                and to 1 without a list of them.
             num_inference_steps (`int`, *optional*):
                 Denoising steps. Defaults to 50: of 1000, 50, 20 and 10, the smallest whose networks are as good as
                 those of 1000 steps with the scheduler of the training (`benchmarks/samplers.py`). With flow matching,
-                10.
+                20.
             timesteps (`list[int]`, *optional*): The timesteps themselves, where the scheduler takes them.
             sigmas (`list[float]`, *optional*): The noise levels themselves, where the scheduler takes them.
             eta (`float`, *optional*, defaults to 0.0):
@@ -350,6 +365,12 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                 Untrained networks, state dicts or vectors `[num_networks, P]`, where the denoiser was trained to be
                 told the initialization: each network is what training would make of its own. By default they are drawn
                 as those of the training zoo were.
+            condition (`dict` or `list[dict]`, *optional*):
+                What is asked for, such as `{"classes": [0, 1, 1], "validation_accuracy": 0.97}`: of all networks, or a
+                dict for each. `pipe.condition_encoder.known()` says what there is. By default nothing is asked for.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                By how much predictions with the condition are moved away from those without (classifier-free guidance,
+                Ho and Salimans 2022, arXiv 2207.12598); 1 is off, and saves half of the time.
             parameter_noise (`float`, *optional*, defaults to 0.0):
                 Standard deviation of Gaussian noise on each decoded parameter, in units of the parameter's own over
                 the training zoo: what a sample of the autoencoder's likelihood has over its mean. Networks become
@@ -393,6 +414,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         if num_networks is None:
             several: Any = generator if isinstance(generator, (list, tuple)) else latents
             several = initial if several is None else several
+            several = condition if several is None and not isinstance(condition, dict) else several
             num_networks = len(several) if hasattr(several, "__len__") else 1
         if num_inference_steps is None:
             num_inference_steps = self.default_inference_steps
@@ -402,6 +424,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             generator,
             latents,
             initial,
+            condition,
+            guidance_scale,
             parameter_noise,
             chunk_size,
             output_type,
@@ -410,7 +434,12 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         device = self._execution_device
         self._interrupt = False
 
-        # 2. One seed a network
+        # 2. What is asked for, and one seed a network
+        asked = nothing = None
+        if self.condition_encoder is not None:
+            rows = condition if isinstance(condition, (list, tuple)) else [condition or {}] * num_networks
+            asked = self.condition_encoder(rows)
+            nothing = None if guidance_scale == 1 else self.condition_encoder([{}])
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * num_networks
         seeds = [_draw_seed(parent) for parent in generators]
 
@@ -433,11 +462,16 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                 if self.takes_initial:
                     some = None if initial is None else initial[start : start + chunk_size]
                     told["initial"] = self._prepare_initial(some, chunk_generators)
+                if asked is not None:
+                    told["condition"] = asked[start : start + chunk_size].to(device, self.denoiser.dtype)
 
                 # 4. Denoise
                 steps = self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
                 extra = self.prepare_extra_step_kwargs(chunk_generators, eta)
-                chunk = self._denoise(noise, told, steps, extra, progress_bar, callback_on_step_end, tensor_inputs)
+                guide = None if nothing is None else (guidance_scale, nothing.to(device, self.denoiser.dtype))
+                chunk = self._denoise(
+                    noise, told, guide, steps, extra, progress_bar, callback_on_step_end, tensor_inputs
+                )
 
                 # 5. Decode
                 if output_type != "latent":
@@ -464,6 +498,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         self,
         latents: torch.Tensor,
         told: dict[str, torch.Tensor],
+        guide: tuple[float, torch.Tensor] | None,
         timesteps: torch.Tensor,
         extra_step_kwargs: dict[str, Any],
         progress_bar: Any,
@@ -473,14 +508,21 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         # What flow-matching schedulers lack leaves the sample as it is.
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
-        if self.condition_encoder is not None:
-            told = {**told, "condition": self.condition_encoder([{}] * len(latents))}  # nothing is asked for
+        to_clean = getattr(self.denoiser, "self_conditioned", False)
         for step, timestep in enumerate(timesteps):
             if self.interrupt:
                 break
             # predict, then take one step back, in float32: schedulers draw their noise in the dtype of the prediction
             model_input = scale_model_input(latents, timestep).to(self.denoiser.dtype)
             prediction = self.denoiser(model_input, timestep, **told, return_dict=False)[0].to(torch.float32)
+            if guide is not None:
+                scale, nothing = guide
+                free = {**told, "condition": nothing.expand_as(told["condition"])}
+                unasked = self.denoiser(model_input, timestep, **free, return_dict=False)[0].to(torch.float32)
+                prediction = unasked + scale * (prediction - unasked)
+            if to_clean:
+                sigma = timestep / self.scheduler.config.num_train_timesteps
+                told = {**told, "previous": (latents - sigma * prediction).to(self.denoiser.dtype)}
             latents = self.scheduler.step(prediction, timestep, latents, **extra_step_kwargs, return_dict=False)[0]
 
             if callback is not None:
@@ -642,10 +684,10 @@ def _read_code(code_of: type) -> tuple[str, bytes] | None:
     and even into the same module. So they are kept on the class.
     """
     custom = _is_custom(code_of.__module__) and code_of.__module__ not in ("builtins", "__main__")
-    if custom and "_code" not in vars(code_of):
+    if custom and "_saved_code" not in vars(code_of):
         file = Path(inspect.getfile(code_of))
-        code_of._code = (file.name, file.read_bytes())  # type: ignore[attr-defined]
-    return vars(code_of).get("_code")
+        code_of._saved_code = (file.name, file.read_bytes())  # type: ignore[attr-defined]
+    return vars(code_of).get("_saved_code")
 
 
 def _write_code(code_of: type, folder: Path) -> None:

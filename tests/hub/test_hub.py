@@ -110,7 +110,9 @@ def test_a_pushed_pipeline_is_complete_and_anyone_loads_it(server, alice, digits
 def test_a_denoiser_of_hidden_units_travels_with_what_initializations_are_drawn_from(alice, tmp_path):
     layout = build_layout(("*",))
     layout.fit_initial(torch.randn(40, layout.vector_size))
-    pipe = build_pipe("neuron", layout=layout, transformer=build_neuron(with_initial=True).eval())
+    pipe = build_pipe(
+        "neuron", layout=layout, transformer=build_neuron(with_initial=True).eval(), condition_encoder=None
+    )
     pipe.save_pretrained(tmp_path)
     files = alice(push_as_diffusers_does, tmp_path, "alice/neurons")
     assert {"transformer/neuron_transformer.py", "layout/config.json"} < set(files)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pdiff_hf import (
+    ConditionEncoder,
     LinearParameterAutoencoder,
     NeuralNetworkDiffusionPipeline,
     NeuronTransformerModel,
@@ -45,10 +46,27 @@ def build_layout(patterns: Sequence[str] = ("0.*", "1.*")) -> ParameterLayout:
     return layout.fit([torch.stack([layout.flatten(network) for network in networks])])
 
 
-def build_unet(channels: int = 2) -> ParameterUNet1DModel:
+def build_unet(channels: int = 2, condition_dim: int | None = None) -> ParameterUNet1DModel:
     return ParameterUNet1DModel(
-        in_channels=channels, out_channels=channels, block_out_channels=(8, 16), norm_num_groups=4
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        condition_dim=condition_dim,
     )
+
+
+CONDITIONS = [
+    {"accuracy": 0.9, "classes": [0, 1, 1], "kind": "ball"},
+    {"accuracy": 0.8, "classes": [1, 0, 1], "kind": "cube"},
+    {"accuracy": 0.6, "classes": [1, 1, 1], "kind": "tree"},
+    {"accuracy": None, "classes": [0, 1, 0], "kind": "cube"},
+]
+
+
+def build_encoder() -> ConditionEncoder:
+    """Of a number, a list of three, and a word."""
+    return ConditionEncoder.from_rows(CONDITIONS, ["accuracy", "classes", "kind"], 6)
 
 
 def build_linear(num_parameters: int = NUM_PARAMETERS) -> LinearParameterAutoencoder:
@@ -138,6 +156,7 @@ CASES = {
             "timestep": torch.tensor([300, 900]),
             "condition": randn(2, 3),
             "initial": randn(2, 1, NUM_PARAMETERS, seed=1),
+            "previous": randn(2, 1, NUM_PARAMETERS, seed=2),
         },
         output_shape=(2, 1, NUM_PARAMETERS),
         block="NeuronTransformerBlock",
@@ -162,7 +181,7 @@ FILLINGS: dict[str, Callable[[int], dict[str, ModelMixin]]] = {
     "unet-linear": lambda size: {"unet": build_unet(), "vae": build_linear(size)},
     "unet-kl": lambda size: {"unet": build_unet(), "vae": build_kl(size)},
     "unet": lambda size: {"unet": build_unet(channels=1)},
-    "neuron": lambda size: {"transformer": build_neuron(size)},
+    "neuron": lambda size: {"transformer": build_neuron(size, condition_dim=6), "condition_encoder": build_encoder()},
     "transformer": lambda size: {
         "transformer": TokenDenoiser(),
         "condition_encoder": RowEncoder(),

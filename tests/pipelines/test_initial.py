@@ -113,7 +113,9 @@ def test_a_description_that_is_no_distribution_is_refused(initial):
 def told() -> NeuralNetworkDiffusionPipeline:
     layout = build_layout(("*",))
     layout.fit_initial(randn(40, layout.vector_size))
-    return build_pipe("neuron", layout=layout, transformer=build_neuron(with_initial=True).eval())
+    return build_pipe(
+        "neuron", layout=layout, transformer=build_neuron(with_initial=True).eval(), condition_encoder=None
+    )
 
 
 def test_initializations_are_drawn_by_the_seed_of_each_network(told):

@@ -163,7 +163,8 @@ def test_the_components_of_a_loaded_pipeline_can_be_trained_further(pipe, tmp_pa
     if denoiser._supports_gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     scheduler = DDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
-    condition = {} if pipe.condition_encoder is None else {"condition": torch.zeros(4, 4)}
+    encoder = pipe.condition_encoder
+    condition = {} if encoder is None else {"condition": encoder([{}] * 4).detach()}
     latents, noise = randn(2, 4, *pipe.latent_shape)
     timesteps = torch.tensor([0, 10, 500, 999])
     prediction = denoiser(scheduler.add_noise(latents, noise, timesteps), timesteps, **condition, return_dict=False)[0]

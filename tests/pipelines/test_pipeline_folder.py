@@ -26,6 +26,7 @@ UNET = {"unet/parameter_unet.py": SOURCE / "unet" / "parameter_unet.py"}
 LINEAR = {"vae/linear_autoencoder.py": SOURCE / "vae" / "linear_autoencoder.py"}
 KL = {"vae/parameter_autoencoder.py": SOURCE / "vae" / "parameter_autoencoder.py"}
 NEURON = {"transformer/neuron_transformer.py": SOURCE / "transformer" / "neuron_transformer.py"}
+ENCODER = {"condition_encoder/condition_encoder.py": SOURCE / "condition_encoder" / "condition_encoder.py"}
 OTHERS = {
     "transformer/token_denoiser.py": HERE / "token_denoiser.py",
     "condition_encoder/row_encoder.py": HERE / "row_encoder.py",
@@ -34,7 +35,7 @@ CODE = {
     "unet-linear": PIPELINE | LAYOUT | UNET | LINEAR,
     "unet-kl": PIPELINE | LAYOUT | UNET | KL,
     "unet": PIPELINE | LAYOUT | UNET,
-    "neuron": PIPELINE | LAYOUT | NEURON,
+    "neuron": PIPELINE | LAYOUT | NEURON | ENCODER,
     "transformer": PIPELINE | LAYOUT | LINEAR | OTHERS,
 }
 

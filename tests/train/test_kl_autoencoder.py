@@ -9,7 +9,8 @@ import torch
 
 from pdiff_hf import ParameterAutoencoderKL, TrainConfig, WeightZoo, load_pipeline, load_task, run_train
 from pdiff_hf.errors import ConfigError, TrainingError
-from pdiff_hf.train import Behaviour, latent_diffusion
+from pdiff_hf.networks.behaviour import Behaviour
+from pdiff_hf.train import latent_diffusion
 
 from ..conftest import launch, run
 

@@ -28,7 +28,7 @@ from pdiff_hf import (
 from pdiff_hf.align import AlignConfig, run_align
 from pdiff_hf.config import parse
 from pdiff_hf.errors import ConfigError, TaskError, TrainingError, ZooError
-from pdiff_hf.evaluation.equal_time import train_as_long
+from pdiff_hf.evaluation.equal_time import from_the_same
 from pdiff_hf.networks.symmetry import Symmetry
 from pdiff_hf.networks.trainer import NetworkTrainer
 from pdiff_hf.tasks.digits import DigitsMLP
@@ -251,8 +251,8 @@ def test_an_evaluation_trains_as_long_from_the_same_initializations(trained, zoo
     assert training["accuracy"]["min"] <= training["accuracy"]["mean"] <= 1
     assert "reconstructed" not in report["groups"]
     pipe = load_pipeline(trained)
-    facts, vectors = train_as_long(TwoHidden(), pipe, 2)
     initial = pipe.layout.draw_initial([torch.Generator().manual_seed(seed) for seed in range(50)])
+    facts, vectors = from_the_same(TwoHidden(), pipe, 2)
     alone = NetworkTrainer(TwoHidden(), 0, epochs=1)
     alone.network.load_state_dict(pipe.layout.unflatten(initial[:1])[0])
     for _ in range(facts["steps"]):

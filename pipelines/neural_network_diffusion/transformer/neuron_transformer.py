@@ -34,7 +34,7 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
     r"""
     A transformer over the hidden units of networks, which takes noisy normalized networks and the noise level and
     returns the velocity of flow matching, noise minus clean network (Lipman et al. 2022, arXiv 2210.02747). Inside, it
-    predicts the clean network.
+    predicts the clean network, and is told what it predicted at the step before (Chen et al. 2022, arXiv 2208.04202).
 
     A unit's token holds what belongs to the unit alone: weights from inputs, to outputs, bias, normalization. One more
     token holds what belongs to no unit. Weights between two groups of units are features of the pair of units, as in
@@ -56,7 +56,12 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
         with_initial (`bool`, *optional*, defaults to `False`): Whether it is told each network's initialization.
         condition_dim (`int`, *optional*): Size E of the embedding of what is asked for.
         num_train_timesteps (`int`, *optional*, defaults to 1000): The timestep of pure noise.
+
+    Attributes:
+        self_conditioned (`bool`): That it can be told its prediction at the step before.
     """
+
+    self_conditioned = True
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["NeuronTransformerBlock"]
@@ -86,7 +91,7 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
                 f"`hidden_size` has to be an even multiple of the {num_attention_heads} heads, and is {hidden_size}."
             )
         self.index = UnitIndex(num_parameters, units, tensors)
-        channels = 2 if with_initial else 1
+        channels = 3 if with_initial else 2  # the noisy network, the prediction before, the initialization
         self.time_proj = Timesteps(hidden_size, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(hidden_size, hidden_size)
         self.condition_embedding = None if condition_dim is None else nn.Linear(condition_dim, hidden_size)
@@ -115,6 +120,7 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
         timestep: torch.Tensor | float | int,
         condition: torch.Tensor | None = None,
         initial: torch.Tensor | None = None,
+        previous: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The clean networks `[B, 1, P]` of noisy ones. Arguments are those of `forward`."""
         if (initial is not None) != self.config.with_initial:
@@ -133,7 +139,8 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
         embedding = F.silu(embedding)
 
         # 2. tokens and pairs
-        channels = sample if initial is None else torch.cat([sample, initial], 1)
+        previous = torch.zeros_like(sample) if previous is None else previous
+        channels = torch.cat([sample, previous] if initial is None else [sample, previous, initial], 1)
         tokens = torch.cat(
             [layer(values) for layer, values in zip(self.token_in, self.index.tokens(channels), strict=True)], 1
         )
@@ -167,6 +174,7 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
         timestep: torch.Tensor | float | int,
         condition: torch.Tensor | None = None,
         initial: torch.Tensor | None = None,
+        previous: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> NeuronTransformerOutput | tuple[torch.Tensor]:
         r"""
@@ -176,12 +184,14 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
                 Sigma times `num_train_timesteps`, as flow-matching schedulers give it; one for all, or `[B]`.
             condition (`torch.Tensor`, *optional*): Embeddings of what is asked for, `[B, E]`.
             initial (`torch.Tensor`, *optional*): The normalized untrained networks, `[B, 1, P]`.
+            previous (`torch.Tensor`, *optional*):
+                The clean networks as they were predicted at the step before, `[B, 1, P]`; 0 by default.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a `NeuronTransformerOutput`.
 
         Returns:
             `NeuronTransformerOutput` or `tuple`: its `sample` is `[B, 1, P]`.
         """
-        clean = self.predict_clean(sample, timestep, condition, initial)
+        clean = self.predict_clean(sample, timestep, condition, initial, previous)
         sigma = torch.as_tensor(timestep, device=sample.device).to(torch.float32) / self.config.num_train_timesteps
         difference = sample.to(torch.float32) - clean.to(torch.float32)
         velocity = (difference / sigma.clamp_min(1e-6).view(-1, 1, 1)).to(sample.dtype)

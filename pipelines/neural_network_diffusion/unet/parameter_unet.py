@@ -59,6 +59,7 @@ class ParameterUNet1DModel(ModelMixin, ConfigMixin):
             Channels a level; the length is halved from one level to the next.
         layers_per_block (`int`, *optional*, defaults to 1): Residual blocks a level.
         norm_num_groups (`int`, *optional*, defaults to 8): Groups of the group norms.
+        condition_dim (`int`, *optional*): Size E of the embedding of what is asked for.
     """
 
     _supports_gradient_checkpointing = True
@@ -74,6 +75,7 @@ class ParameterUNet1DModel(ModelMixin, ConfigMixin):
         block_out_channels: tuple[int, ...] = (64, 64),
         layers_per_block: int = 1,
         norm_num_groups: int = 8,
+        condition_dim: int | None = None,
     ):
         super().__init__()
         if type(norm_num_groups) is not int or norm_num_groups < 1:
@@ -84,6 +86,7 @@ class ParameterUNet1DModel(ModelMixin, ConfigMixin):
         time_embed_dim = 4 * first
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(first, time_embed_dim)
+        self.condition_embedding = None if condition_dim is None else nn.Linear(condition_dim, time_embed_dim)
 
         def block(channels_in: int, channels_out: int) -> TimeResidualBlock1D:
             return TimeResidualBlock1D(channels_in, channels_out, time_embed_dim, norm_num_groups)
@@ -120,20 +123,33 @@ class ParameterUNet1DModel(ModelMixin, ConfigMixin):
         return block(*inputs)
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        condition: torch.Tensor | None = None,
+        return_dict: bool = True,
     ) -> ParameterUNet1DOutput | tuple[torch.Tensor]:
         r"""
         Args:
             sample (`torch.Tensor`): Noisy latents, `[B, C, L]`; any length L.
             timestep (`torch.Tensor` or `float` or `int`): One for all, or `[B]`.
+            condition (`torch.Tensor`, *optional*): Embeddings of what is asked for, `[B, E]`.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a `ParameterUNet1DOutput`.
 
         Returns:
             `ParameterUNet1DOutput` or `tuple`: its `sample` is `[B, C, L]`.
         """
-        # 1. time
+        if (condition is not None) != (self.condition_embedding is not None):
+            need = "takes no" if self.condition_embedding is None else "needs a"
+            raise ValueError(f"This denoiser {need} `condition`.")
+
+        # 1. time and condition
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        temb = F.silu(self.time_embedding(self.time_proj(timestep).to(sample.dtype)))
+        temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
+        if condition is not None:
+            assert self.condition_embedding is not None
+            temb = temb + self.condition_embedding(condition)
+        temb = F.silu(temb)
 
         # 2. down
         layers = self.config.layers_per_block

@@ -1,0 +1,266 @@
+"""What a condition is worth: on conditions that no training network had, against what needs no generator."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import ZooError
+from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
+from ..networks.predictor import Predictor
+from ..networks.stacked import NotStackableError, StackedNetwork
+from ..networks.symmetry import REFERENCE_NETWORKS
+from ..networks.trainer import data_of
+from ..parallel import processes
+from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
+from ..tasks import TaskFamily
+from ..tasks.family import is_shared, training_inputs
+from ..zoo import WeightZoo, evenly
+from .canonical import symmetry_of
+from .equal_time import train_as_long
+from .measures import interval, resampled_means
+from .regression import answers
+from .verdict import CONFIDENCE
+
+
+Row = dict[str, Any]
+# Held-out conditions, evenly picked, and generated networks of each; members of ensembles.
+MOST_CONDITIONS, NETWORKS = 256, 16
+ENSEMBLES = (4, 16)
+# Validation conditions, on which the strength of a baseline is chosen.
+MOST_CHOSEN_ON = 64
+# Which of the answers is no more than looking up, and which is regression.
+LOOKED_UP = ("mean network", "nearest condition", "mean of the nearest")
+
+
+class ConditionAudit:
+    r"""
+    The audit of a conditional generator.
+
+    Args:
+        family (`TaskFamily`): What the networks do.
+        trained (`WeightZoo`): Networks of its training conditions, whose rows hold them.
+        pipeline (`NeuralNetworkDiffusionPipeline`): Learned from them, and can be asked for the conditions.
+        fresh (`WeightZoo`, *optional*): Networks trained on held-out conditions: the gold standard.
+        seed (`int`, *optional*, defaults to 0): Of the generated networks.
+
+    Raises:
+        [`ZooError`]: rows without conditions, or a pipeline that cannot be asked for them.
+    """
+
+    def __init__(
+        self,
+        family: TaskFamily,
+        trained: WeightZoo,
+        pipeline: NeuralNetworkDiffusionPipeline,
+        fresh: WeightZoo | None = None,
+        seed: int = 0,
+    ):
+        self.family, self.trained, self.pipeline, self.fresh, self.seed = family, trained, pipeline, fresh, seed
+        every = family.conditions("test")
+        self.asked = [every[place] for place in evenly(len(every), MOST_CONDITIONS)]
+        names = list(self.asked[0])
+        if pipeline.condition_encoder is None:
+            raise ZooError(f"The pipeline cannot be asked for {', '.join(names)}: it was trained without --condition.")
+        pipeline.condition_encoder(self.asked[:1])
+        self.rows = [{name: row.get(name) for name in names} for row in trained.rows()]
+        if lacking := [name for name in names if self.rows[0][name] is None]:
+            raise ZooError(f"Rows of {trained.folder} lack the condition {lacking[0]!r}.")
+        self.tasks = [family.task(condition) for condition in self.asked]
+        self.predict = Predictor(self.tasks[0], trained.layout, processes().device)
+
+    def figures(self) -> dict[str, Any]:
+        """All that the report says."""
+        generated = self._generate(self.asked)
+        order = torch.randperm(len(self.asked), generator=torch.Generator().manual_seed(self.seed))
+        others = [self.asked[place] for place in _deranged(order)]
+        groups = {
+            "generated": self._score(generated),
+            "shuffled condition": self._score(self._generate(others)),
+            "majority class": {"single": self._majority(), "least": None},
+        }
+        for name, vectors in self._answers():
+            groups[name] = self._score(vectors[:, None])
+        if self.fresh is not None:
+            groups["trained on the task"] = self._score(self._of_zoo(self.fresh))
+        training, trained = self._training(generated)
+        groups |= trained
+        return {
+            "conditions": len(self.asked),
+            "networks_per_condition": NETWORKS,
+            "verdict": _verdict(groups),
+            "groups": {name: _summary(group) for name, group in groups.items()},
+            "training": training,
+        }
+
+    def _generate(self, asked: Sequence[Row]) -> torch.Tensor:
+        """Networks of each condition, `[C, K, P]`."""
+        self.pipeline.set_progress_bar_config(disable=True)
+        made = []
+        for index, condition in enumerate(asked):
+            seeds = range(self.seed + index * NETWORKS, self.seed + (index + 1) * NETWORKS)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            made.append(self.pipeline(condition=condition, generator=generators, output_type="pt").state_dicts.cpu())
+        return torch.stack(made)
+
+    def _score(self, vectors: torch.Tensor) -> dict[str, Any]:
+        """Accuracy `[C]` on the tasks of the asked conditions, of single networks `[C, K, P]` and of ensembles."""
+        return _scored(self.tasks, vectors, self.predict, "test")
+
+    def _majority(self) -> torch.Tensor:
+        """Of always answering the class that is the most frequent in training, `[C]`."""
+        found = []
+        for (_, targets), (_, tested) in zip(data_of(self.tasks, "train"), data_of(self.tasks, "test"), strict=True):
+            found.append((tested == targets.mode().values).float().mean())
+        return torch.stack(found)
+
+    def _answers(self) -> list[tuple[str, torch.Tensor]]:
+        """What needs no generator, the best of each kind on validation conditions: vectors `[C, P]`."""
+        zoo, layout = self.trained, self.pipeline.layout
+        inputs = self.tasks[0].data("test")[0]
+        symmetry = symmetry_of(zoo, self.predict, inputs[:50])
+        vectors = torch.cat(list(zoo.batches())).float()
+        if symmetry is not None:
+            vectors = symmetry.canonical(
+                vectors, symmetry.reference(zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS)))
+            )
+        networks = layout.normalize(vectors)
+        behaviour = None
+        try:
+            stacked = StackedNetwork(self.predict.network)
+            some = networks[list(evenly(len(networks), VARIANCE_NETWORKS))]
+            behaviour = Behaviour(stacked, layout, training_inputs(self.family), some)
+        except NotStackableError:
+            pass
+        every = self.family.conditions("validation")
+        chosen_on = [every[place] for place in evenly(len(every), MOST_CHOSEN_ON)]
+        tasks = [self.family.task(condition) for condition in chosen_on]
+
+        def on_validation(answer: Callable[[Sequence[Row]], torch.Tensor]) -> float:
+            made = layout(answer(chosen_on), return_dict=False)[0]
+            return _scored(tasks, made[:, None], self.predict, "validation")["single"].mean().item()
+
+        found = []
+        for kind in answers(self.rows, networks, behaviour, self.seed):
+            best = max(kind.candidates, key=on_validation) if len(kind.candidates) > 1 else kind.candidates[0]
+            found.append((kind.name, layout(best(self.asked), return_dict=False)[0]))
+        return found
+
+    def _of_zoo(self, zoo: WeightZoo) -> torch.Tensor:
+        """Networks of a zoo for each asked condition, as many for each, `[C, K, P]`."""
+        names = list(self.asked[0])
+        places: dict[str, list[int]] = {}
+        for index, row in enumerate(zoo.rows()):
+            places.setdefault(repr([row.get(name) for name in names]), []).append(index)
+        found = [places.get(repr([condition[name] for name in names]), []) for condition in self.asked]
+        count = min(map(len, found))
+        if count == 0:
+            raise ZooError(f"{zoo.folder} has no network of {self.asked[[not f for f in found].index(True)]}.")
+        return torch.stack([zoo.vectors(some[:count]) for some in found])
+
+    def _training(self, generated: torch.Tensor) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
+        """Training from scratch as long as generating takes, and so long from the generated network, and twice."""
+        initial = []
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            for task in self.tasks:
+                initial.append(self.trained.layout.flatten(task.build_network().state_dict()))
+        scratch = torch.stack(initial)
+        found = train_as_long(
+            self.tasks,
+            self.trained.layout,
+            lambda count: self.pipeline(condition=self.asked[:count], output_type="pt"),
+            {
+                "training from scratch, as long": (scratch, 1),
+                "training from scratch, twice as long": (scratch, 2),
+                "generated, then trained as long": (generated[:, 0], 1),
+            },
+        )
+        if found is None:
+            return None, {}
+        facts, networks = found
+        return facts, {name: self._score(vectors[:, None]) for name, vectors in networks.items()}
+
+
+def _deranged(order: torch.Tensor) -> list[int]:
+    """A permutation without fixed places: each place's successor in this order."""
+    following = torch.empty_like(order)
+    following[order] = order.roll(-1)
+    return following.tolist()
+
+
+def _scored(tasks: Sequence[Any], vectors: torch.Tensor, predict: Predictor, split: str) -> dict[str, Any]:
+    data = data_of(tasks, split)
+    shared = is_shared([inputs for inputs, _ in data])
+    accuracies: dict[str, list[torch.Tensor]] = {}
+    least = []
+    for task, networks, (inputs, targets) in zip(tasks, vectors, data, strict=True):
+        predictions = predict(networks.float(), inputs if not shared else data[0][0])
+
+        def accuracy(probabilities: torch.Tensor, task: Any = task, targets: Any = targets) -> torch.Tensor:
+            return task.correct(probabilities, targets.cpu()).float().mean()
+
+        each = torch.stack([accuracy(one) for one in predictions])
+        accuracies.setdefault("single", []).append(each.mean())
+        least.append(each.min())
+        for size in ENSEMBLES:
+            if len(networks) >= size:
+                groups = (
+                    predictions.unflatten(0, (-1, size)) if len(networks) % size == 0 else predictions[None, :size]
+                )
+                joint = torch.stack([accuracy(group.mean(0)) for group in groups]).mean()
+                accuracies.setdefault(f"ensemble of {size}", []).append(joint)
+    return {**{name: torch.stack(values) for name, values in accuracies.items()}, "least": torch.stack(least)}
+
+
+def _summary(group: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, values in group.items():
+        if name == "least":
+            found["min"] = None if values is None else values.min().item()
+        else:
+            found[name] = {"mean": values.mean().item(), "interval": interval(resampled_means(values, 0))}
+    return found
+
+
+def _verdict(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The generator against each, over conditions."""
+    ours = groups["generated"]["single"]
+
+    def gain(names: Sequence[str]) -> dict[str, Any]:
+        best = max(names, key=lambda name: groups[name]["single"].mean().item())
+        difference = ours - groups[best]["single"]
+        return {
+            "over": best,
+            "mean": difference.mean().item(),
+            "interval": interval(resampled_means(difference, 0), CONFIDENCE),
+        }
+
+    regressions = [name for name in groups if name.startswith(("ridge", "hypernetwork"))]
+    gains = {
+        "shuffled": gain(["shuffled condition"]),
+        "retrieval": gain(["majority class", *LOOKED_UP]),
+        "regression": gain(regressions),
+    }
+    accuracy = f"{100 * ours.mean().item():.2f} % on {len(ours)} conditions that no training network had"
+
+    def margin(name: str) -> str:
+        low, high = (100 * value for value in gains[name]["interval"])
+        return f"{100 * gains[name]['mean']:+.2f} points (99 % interval {low:+.2f} to {high:+.2f})"
+
+    if not gains["shuffled"]["interval"][0] > 0:
+        label = "ignores-the-condition"
+        sentence = f"Ignores the condition: {accuracy}, {margin('shuffled')} over another condition."
+    elif not gains["retrieval"]["interval"][0] > 0:
+        label = "no-better-than-retrieval"
+        over = gains["retrieval"]["over"]
+        sentence = f"No better than looking up the nearest: {accuracy}, {margin('retrieval')} over {over}."
+    elif not gains["regression"]["interval"][0] > 0:
+        label = "no-better-than-regression"
+        over = gains["regression"]["over"]
+        sentence = f"No better than regression: {accuracy}, {margin('regression')} over {over}."
+    else:
+        label = "generalizes"
+        over = gains["regression"]["over"]
+        sentence = f"Generalizes: {accuracy}, {margin('regression')} over {over}."
+    return {"label": label, "sentence": sentence, "confidence": CONFIDENCE, "gains": gains}

@@ -1,0 +1,148 @@
+"""From a condition to a network without a generator: retrieval, averages, ridge regression, a hypernetwork."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..networks.behaviour import Behaviour
+from ..pipelines.neural_network_diffusion import ConditionEncoder
+
+
+Row = dict[str, Any]
+# Numbers of the conditions whose products of two, and of three, are features.
+MOST_FEATURES = 2000
+PENALTIES = (1e-3, 1e-1, 1e1, 1e3)
+NEIGHBOURS = (1, 4, 16)
+HIDDEN, STEPS, BATCH, RATE = 512, 2000, 128, 1e-3
+
+
+class Answers(NamedTuple):
+    """Ways to answer a condition, of which the best is chosen on validation data: each gives vectors `[n, P]`."""
+
+    name: str
+    candidates: list[Callable[[Sequence[Row]], torch.Tensor]]
+
+
+class Conditions:
+    r"""
+    Conditions as numbers: standardized, a word as a number for each known one.
+
+    Args:
+        rows (`Sequence[dict]`): Those of the training networks.
+    """
+
+    def __init__(self, rows: Sequence[Row]):
+        self.encoder = ConditionEncoder.from_rows(rows, list(rows[0]), 1)
+        self.rows = self(rows)
+
+    def __call__(self, rows: Sequence[Row]) -> torch.Tensor:
+        """`[n, numbers]`."""
+        codes, parts, start = self.encoder.codes(rows), [], 0
+        for column in self.encoder.config.columns:
+            if column["kind"] == "word":
+                parts.append(F.one_hot(codes[:, start].long(), len(column["words"])).float())
+                start += 1
+            else:
+                parts.append(codes[:, start : start + len(column["mean"])])
+                start += len(column["mean"])
+        return torch.cat(parts, 1)
+
+    def nearest(self, rows: Sequence[Row], count: int) -> torch.Tensor:
+        """Indices of the training networks of each row's nearest conditions, ties included: a mask `[n, N]`."""
+        distances = torch.cdist(self(rows), self.rows)
+        kinds = self.rows.unique(dim=0)
+        reach = torch.cdist(self(rows), kinds).sort(1).values[:, min(count, len(kinds)) - 1 :][:, :1]
+        return distances <= reach + 1e-4
+
+
+def answers(rows: Sequence[Row], networks: torch.Tensor, behaviour: Behaviour | None, seed: int) -> list[Answers]:
+    r"""
+    What needs no generator.
+
+    Args:
+        rows (`Sequence[dict]`): The conditions of the training networks.
+        networks (`torch.Tensor`): These networks, in canonical form and normalized, `[N, P]`.
+        behaviour (`Behaviour`, *optional*): The loss on outputs that the hypernetwork shares with the generator.
+        seed (`int`): Of the hypernetwork.
+    """
+    conditions = Conditions(rows)
+    found = [
+        Answers("mean network", [lambda asked: networks.mean(0).expand(len(asked), -1)]),
+        Answers("nearest condition", [lambda asked: networks[conditions.nearest(asked, 1).int().argmax(1)]]),
+        Answers("mean of the nearest", [_averaging(conditions, networks, count) for count in NEIGHBOURS]),
+    ]
+    for degree, name in ((1, "ridge regression"), (2, "ridge, pairs"), (3, "ridge, triples")):
+        features = _interactions(conditions.rows, degree)
+        if features is not None:
+            found.append(Answers(name, _ridge(conditions, features, networks, degree)))
+    found.append(Answers("hypernetwork", [_hypernetwork(conditions, networks, behaviour, seed)]))
+    return found
+
+
+def _averaging(conditions: Conditions, networks: torch.Tensor, count: int) -> Callable[[Sequence[Row]], torch.Tensor]:
+    def answer(asked: Sequence[Row]) -> torch.Tensor:
+        near = conditions.nearest(asked, count).float()
+        return near @ networks / near.sum(1, keepdim=True)
+
+    return answer
+
+
+def _interactions(numbers: torch.Tensor, degree: int) -> torch.Tensor | None:
+    """Products of up to so many different numbers, and a constant, `[n, features]`; None where they are too many."""
+    places = [
+        combination
+        for size in range(1, degree + 1)
+        for combination in itertools.islice(itertools.combinations(range(numbers.shape[1]), size), MOST_FEATURES + 1)
+    ]
+    if len(places) > MOST_FEATURES or (degree > 1 and numbers.shape[1] < degree):
+        return None
+    products = [numbers[:, list(combination)].prod(1) for combination in places]
+    return torch.stack([torch.ones(len(numbers)), *products], 1)
+
+
+def _ridge(
+    conditions: Conditions, features: torch.Tensor, networks: torch.Tensor, degree: int
+) -> list[Callable[[Sequence[Row]], torch.Tensor]]:
+    inputs = features.double()
+    gram, products = inputs.T @ inputs, inputs.T @ networks.double()
+    weights = [
+        torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), products).float()
+        for penalty in PENALTIES
+    ]
+
+    def answer(asked: Sequence[Row], solved: torch.Tensor) -> torch.Tensor:
+        some = _interactions(conditions(asked), degree)
+        assert some is not None
+        return some @ solved
+
+    return [lambda asked, solved=solved: answer(asked, solved) for solved in weights]  # type: ignore[misc]
+
+
+def _hypernetwork(
+    conditions: Conditions, networks: torch.Tensor, behaviour: Behaviour | None, seed: int
+) -> Callable[[Sequence[Row]], torch.Tensor]:
+    """A perceptron from the condition to the network, trained on the same networks with the same losses."""
+    sizes = (conditions.rows.shape[1], HIDDEN, HIDDEN, networks.shape[1])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.SiLU())]
+    model = nn.Sequential(*layers[:-1])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.enable_grad():
+        for _ in range(STEPS):
+            indices = torch.randint(len(networks), (BATCH,), generator=generator)
+            predicted, stored = model(conditions.rows[indices]), networks[indices]
+            loss = F.mse_loss(predicted, stored)
+            if behaviour is not None:
+                loss = loss + behaviour(predicted, stored, behaviour.draw(1, generator)[0])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return lambda asked: model(conditions(asked)).detach()

@@ -1,0 +1,57 @@
+"""How differently networks behave, as a loss."""
+
+import torch
+from torch.nn import functional as F
+
+from ..pipelines.neural_network_diffusion import ParameterLayout
+from ..zoo import evenly
+from .stacked import StackedNetwork, stack
+
+
+# Inputs, evenly picked, and networks that tell the variance of outputs.
+VARIANCE_INPUTS, VARIANCE_NETWORKS = 256, 64
+
+
+class Behaviour:
+    r"""
+    How differently networks behave: the mean squared difference of their outputs, relative to the variance of the
+    outputs over examples.
+
+    Args:
+        network (`StackedNetwork`): The architecture.
+        layout (`ParameterLayout`): With its statistics.
+        inputs (`torch.Tensor`): Training inputs, `[E, ...]`; their targets are not needed.
+        some (`torch.Tensor`): Normalized networks, `[n, P]`, whose outputs tell the variance.
+        count (`int`, *optional*, defaults to 64): Inputs a step.
+    """
+
+    def __init__(
+        self,
+        network: StackedNetwork,
+        layout: ParameterLayout,
+        inputs: torch.Tensor,
+        some: torch.Tensor,
+        count: int = 64,
+    ):
+        self.network, self.layout, self.inputs, self.count = network, layout, inputs, count
+        with torch.no_grad():
+            outputs = self.outputs(some.to(layout.device), inputs[list(evenly(len(inputs), VARIANCE_INPUTS))])
+        # One number for all: processes see other networks of a batch each.
+        self.variance = outputs.var(dim=1).mean().clamp_min(1e-12)
+
+    def outputs(self, normalized: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """Of networks `[N, P]` for examples `[E, ...]`: `[N, E, ...]`."""
+        return self.network(stack(self.layout, self.layout(normalized.float()).vectors), inputs[None])
+
+    def __call__(self, ours: torch.Tensor, stored: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Of normalized vectors, both `[N, P]`, on these inputs, `[E]`."""
+        inputs = self.inputs[indices]
+        with torch.autocast(ours.device.type, enabled=False):  # small products, whose errors add up
+            with torch.no_grad():
+                expected = self.outputs(stored, inputs)
+            return F.mse_loss(self.outputs(ours, inputs), expected) / self.variance
+
+    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Indices of inputs for so many networks, `[count, E]`: a row each, since processes share them, all alike."""
+        indices = torch.randint(len(self.inputs), (self.count,), generator=generator, device=generator.device)
+        return indices.expand(count, -1)

@@ -1,0 +1,101 @@
+"""A family of tasks: they differ by a condition, and their networks are of one architecture."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import TaskError
+from .check import check_task
+from .task import Task, load
+
+
+# What rows of a zoo say of a network beside its condition.
+COLUMNS = {"source", "seed", "step", "validation_accuracy", "initial_norm"}
+
+
+# Tasks, evenly picked, whose inputs stand for those of all, where they are not the same.
+INPUTS_OF = 32
+
+
+class TaskFamily:
+    r"""
+    Tasks that differ by a condition. A family of one's own needs both methods; `build_network` of all its tasks builds
+    the same architecture, from the same random numbers the same network.
+    """
+
+    def conditions(self, split: str) -> list[dict[str, Any]]:
+        r"""
+        The conditions of `"train"`, `"validation"` or `"test"`: disjoint lists of dicts with the same keys, whose
+        values are numbers, lists of numbers of one length, or words. What solves a task of one split must not solve
+        one of another, by swapping outputs or the like.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to define conditions(split).")
+
+    def task(self, condition: dict[str, Any]) -> Task:
+        """The task of a condition, of any split or none."""
+        raise NotImplementedError(f"{type(self).__name__} has to define task(condition).")
+
+
+class OneTask(TaskFamily):
+    """A task as a family of one, without a condition."""
+
+    def __init__(self, only: Task):
+        self.only = only
+
+    def conditions(self, split: str) -> list[dict[str, Any]]:
+        return [{}]
+
+    def task(self, condition: dict[str, Any]) -> Task:
+        return self.only
+
+
+def load_family(name_or_path: str | Task | TaskFamily) -> TaskFamily:
+    """A family, or a task as a family of one, by name or from a file, as [`load_task`] takes them."""
+    found = load(name_or_path) if isinstance(name_or_path, str) else name_or_path
+    return found if isinstance(found, TaskFamily) else OneTask(found)
+
+
+def check_family(family: TaskFamily, device: torch.device | str = "cpu", training: bool = True) -> None:
+    r"""
+    Checks the conditions of a family, and its first task as [`check_task`] does.
+
+    Raises:
+        [`TaskError`]: splits that are empty or overlap, conditions with different keys, keys that rows of a zoo have
+        already, or a task that does not do what a task does.
+    """
+    name = type(family).__name__
+    seen: dict[str, str] = {}
+    conditions = {split: family.conditions(split) for split in ("train", "validation", "test")}
+    keys = conditions["train"][0].keys() if conditions["train"] else set()
+    for split, rows in conditions.items():
+        if not rows:
+            raise TaskError(f"{name}.conditions({split!r}) is empty.")
+        for row in rows:
+            if row.keys() != keys:
+                raise TaskError(f"Conditions of {name} have different keys: {sorted(keys)} and {sorted(row)}.")
+            other = seen.setdefault(repr(sorted(row.items())), split)
+            if other != split and keys:
+                raise TaskError(f"{name} has the condition {row!r:.200} in {other!r} and in {split!r}.")
+    if taken := sorted(keys & COLUMNS):
+        raise TaskError(f"Rows of a zoo have the column {taken[0]!r} already: call that of {name} otherwise.")
+    check_task(family.task(conditions["train"][0]), device, training)
+
+
+def training_inputs(family: TaskFamily) -> torch.Tensor:
+    """Training inputs of the tasks of a family, where they differ of some tasks, `[E, ...]`."""
+    conditions = family.conditions("train")
+    some = conditions[:: max(1, len(conditions) // INPUTS_OF)]
+    inputs = [family.task(condition).data("train")[0] for condition in some]
+    return inputs[0] if is_shared(inputs) else torch.cat(inputs)
+
+
+def is_shared(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether all of them are views of the same numbers."""
+    first = tensors[0]
+    return all(
+        one is first
+        or (one.data_ptr(), one.shape, one.stride(), one.dtype)
+        == (first.data_ptr(), first.shape, first.stride(), first.dtype)
+        for one in tensors
+    )
