@@ -18,8 +18,9 @@ from ..tasks.family import is_shared, training_inputs
 from ..zoo import WeightZoo, evenly
 from .canonical import symmetry_of
 from .equal_time import train_as_long
-from .measures import interval, resampled_means
+from .measures import interval, resample, resampled_means
 from .regression import answers
+from .scoring import Scorer
 from .verdict import CONFIDENCE
 
 
@@ -29,6 +30,8 @@ MOST_CONDITIONS, NETWORKS = 256, 16
 ENSEMBLES = (4, 16)
 # Validation conditions, on which the strength of a baseline is chosen.
 MOST_CHOSEN_ON = 64
+# A column that says how good a network is, and levels of it that are asked for.
+QUALITY, LEVELS = "validation_accuracy", 9
 # Which of the answers is no more than looking up, and which is regression.
 LOOKED_UP = ("mean network", "nearest condition", "mean of the nearest")
 
@@ -180,6 +183,41 @@ class ConditionAudit:
             return None, {}
         facts, networks = found
         return facts, {name: self._score(vectors[:, None]) for name, vectors in networks.items()}
+
+
+def asked_quality(scorer: Scorer, trained: WeightZoo, pipeline: NeuralNetworkDiffusionPipeline) -> Any:
+    r"""
+    Whether a pipeline that can be asked for a validation accuracy delivers it: over the range of the zoo, the slope of
+    what is measured against what was asked for, and its 95 % interval over networks. None where it cannot be asked.
+
+    Args:
+        scorer (`Scorer`): Of the task.
+        trained (`WeightZoo`): Its rows tell the range.
+        pipeline (`NeuralNetworkDiffusionPipeline`): Is asked.
+    """
+    encoder = pipeline.condition_encoder
+    if QUALITY not in {column["name"] for column in getattr(getattr(encoder, "config", None), "columns", ())}:
+        return None
+    found = torch.tensor([row[QUALITY] for row in trained.rows() if isinstance(row.get(QUALITY), float)])
+    low, high = torch.quantile(found, torch.tensor([0.05, 0.95])).tolist()
+    asked = torch.linspace(low, high, LEVELS).repeat_interleave(NETWORKS)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(asked))]
+    rows = [{QUALITY: value} for value in asked.tolist()]
+    vectors = pipeline(condition=rows, generator=generators, output_type="pt").state_dicts.cpu()
+    scores = scorer(lambda some: vectors[some.start : some.stop], len(vectors), "asked", vectors)
+    # Least squares of each bootstrap sample, whose weights sum to 1.
+    weights = torch.cat([torch.full((1, len(asked)), 1 / len(asked)), resample(len(asked), 0).float()])
+    x, y = asked.float(), scores.validation.float()
+    centred = weights @ (x * y) - (weights @ x) * (weights @ y)
+    slopes = centred / (weights @ x.square() - (weights @ x).square()).clamp_min(1e-12)
+    return {
+        "column": QUALITY,
+        "asked": asked[::NETWORKS].tolist(),
+        "measured": scores.validation.view(LEVELS, NETWORKS).mean(1).tolist(),
+        "slope": slopes[0].item(),
+        "interval": interval(slopes[1:]),
+    }
 
 
 def _deranged(order: torch.Tensor) -> list[int]:

@@ -32,6 +32,8 @@ CURVES = {
 }
 MOST_TENSORS = 12
 MOST_ROWS = 60
+# Points below the best that an axis shows.
+SHOWN_POINTS = 15
 
 
 def _figure(width: float = 6.4, height: float = 4.4, **arguments: Any) -> tuple[Any, Any]:
@@ -48,6 +50,39 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
         # No date, so that the same report has the same pictures.
         figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
     return files
+
+
+def conditions(report: dict[str, Any], folder: Path) -> list[Path]:
+    """The accuracy of each group on held-out conditions, of single networks and of ensembles."""
+    groups = report["groups"]
+    names = sorted(groups, key=lambda name: groups[name]["single"]["mean"])
+    figure, ax = _figure(6.4, 0.8 + 0.32 * len(names))
+    kinds = {"single": "o", **{kind: "D" for kind in groups["generated"] if kind.startswith("ensemble")}}
+    for place, name in enumerate(names):
+        colour = RED if name == "generated" else GREEN if name.startswith("trained") else "black"
+        low, high = (100 * value for value in groups[name]["single"]["interval"])
+        ax.plot((low, high), (place, place), color=colour, linewidth=1.5)
+        for size, (kind, marker) in enumerate(kinds.items()):
+            if kind in groups[name]:
+                fill = colour if size == 0 else "none"
+                ax.plot(
+                    100 * groups[name][kind]["mean"],
+                    place,
+                    marker,
+                    color=colour,
+                    fillstyle="full" if fill == colour else "none",
+                    markersize=5 + size,
+                )
+    ax.set_yticks(range(len(names)), names)
+    # What does not work would squeeze the rest: its figure stands at the edge.
+    means = [100 * groups[name]["single"]["mean"] for name in names]
+    left = min(mean for mean in means if mean > means[-1] - SHOWN_POINTS) - 1
+    ax.set_xlim(left, min(100, means[-1] + 2))
+    for place, mean in enumerate(means):
+        if mean < left:
+            ax.annotate(f" < {mean:.1f}", (left, place), va="center")
+    ax.set_xlabel("accuracy on held-out conditions, %\nfull: single networks, open: ensembles of 4 and 16")
+    return _save(figure, folder, "conditions")
 
 
 def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.Tensor]], folder: Path) -> list[Path]:

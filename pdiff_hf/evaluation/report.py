@@ -33,9 +33,18 @@ CAPTIONS = {
     "map": "The networks on the first two principal components of the training networks",
     "denoising": "Accuracy of the networks while they are denoised",
     "training": "What the denoiser learned: the scale of each latent, and its loss",
+    "conditions": "Accuracy on conditions that no training network had, the mean and its 95 % interval; a generator "
+    "that is worth having lies right of all that needs none",
 }
 
 
+STYLE = """body { font: 16px/1.5 system-ui, sans-serif; color: #222; }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .75rem; border-bottom: 1px solid #ccc; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+.verdict { border-left: 6px solid #0072B2; background: #f0f6fa; padding: .75rem 1rem; }
+figure { margin: 2rem 0; } img { max-width: 100%; } figcaption { color: #555; }"""
 CARD = """**{{ report.verdict.label }}**: {{ report.verdict.sentence }}
 
 | {{ columns | join(" | ") }} |
@@ -67,6 +76,22 @@ def group_table(report: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def condition_table(report: dict[str, Any]) -> list[dict[str, str]]:
+    """The groups of a report on conditions, a row each: accuracies in percent, by the titles of their columns."""
+    kinds = [kind for kind in report["groups"]["generated"] if kind != "min"]
+    rows = []
+    for group, figures in report["groups"].items():
+        row = {"networks": group}
+        for kind in kinds:
+            found = figures.get(kind)
+            row[kind] = percent(None if found is None else found["mean"])
+            if kind == "single":
+                row["95 % over conditions"] = " to ".join(map(percent, figures["single"]["interval"]))
+                row["least"] = percent(figures["min"])
+        rows.append(row)
+    return rows
+
+
 def percent(value: float | None) -> str:
     """Of a share."""
     return "-" if value is None else f"{100 * value:.2f}"
@@ -80,34 +105,55 @@ def number(value: float | None) -> str:
 def table(report: dict[str, Any]) -> Table:
     """The table of groups for the terminal."""
     result = Table(title=Text(printable(f"{report['task']}: accuracy on the test split, %"), "table.title"))
-    for column in SHORT:
+    columns, rows = _short(report)
+    for column in columns:
         result.add_column(column, justify="left" if column == "networks" else "right")
-    for row in group_table(report):
-        result.add_row(*(row[column] for column in SHORT))
+    for row in rows:
+        result.add_row(*(row[column] for column in columns))
     return result
+
+
+def _short(report: dict[str, Any]) -> tuple[tuple[str, ...], list[dict[str, str]]]:
+    """The columns that stand everywhere, and the rows."""
+    if "conditions" not in report:
+        return SHORT, group_table(report)
+    rows = condition_table(report)
+    return tuple(rows[0]), rows
 
 
 def card_section(report: dict[str, Any]) -> str:
     """Verdict and groups, for the card of a pipeline."""
-    return _environment(escape=False).from_string(CARD).render(report=report, columns=SHORT, rows=group_table(report))
+    columns, rows = _short(report)
+    return _environment(escape=False).from_string(CARD).render(report=report, columns=columns, rows=rows)
 
 
 def card_results(report: dict[str, Any]) -> list[EvalResult]:
     """The figures of generated networks, as the Hub's evaluation results."""
     generated = report["groups"]["generated"]
+    if "conditions" in report:
+        count = report["conditions"] * report["networks_per_condition"]
+        values = {
+            ("accuracy", "mean accuracy on conditions that no training network had"): generated["single"]["mean"],
+            ("accuracy", "minimum accuracy on conditions that no training network had"): generated["min"],
+        }
+        return _results(report["task"], count, values)
     values = {
         ("accuracy", "mean accuracy"): generated["accuracy"]["mean"],
         ("accuracy", "minimum accuracy"): generated["accuracy"]["min"],
         ("iou", "mean maximum similarity of errors to a training network"): generated["maximum_similarity"]["mean"],
     }
+    return _results(report["task"], generated["count"], values)
+
+
+def _results(task: str, count: int, values: dict[tuple[str, str], float]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="weight-generation",
-            dataset_type=report["task"],
-            dataset_name=report["task"],
+            dataset_type=task,
+            dataset_name=task,
             dataset_split="test",
             metric_type=kind,
-            metric_name=f"{name} of {generated['count']} generated networks",
+            metric_name=f"{name} of {count} generated networks",
             metric_value=round(value, 6),
         )
         for (kind, name), value in values.items()
@@ -124,19 +170,27 @@ def _environment(escape: bool) -> jinja2.Environment:
 
 def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> None:
     """Writes `report.json`, `report.md` and `report.html`; the latter holds the pictures itself."""
-    rows = group_table(report)
+    rows, kind = (condition_table(report), "conditions") if "conditions" in report else (group_table(report), "report")
     captions = [(file, CAPTIONS[file.stem]) for file in shown]
     texts = {"report.json": json.dumps(report, indent=1, allow_nan=False) + "\n"}
-    for name, columns in (("report.md", tuple(rows[0])), ("report.html", SHORT)):
-        escape = name.endswith(".html")
+    for ending in ("md", "html"):
+        escape = ending == "html"
         pictures = [
             (base64.b64encode(file.read_bytes()).decode() if escape else file.name, caption)
             for file, caption in captions
         ]
-        template = _environment(escape).from_string((files(__package__) / name).read_text(encoding="utf-8"))
-        shown_report = report if escape else {**report, "task": plain(report["task"])}
-        texts[name] = template.render(
-            report=shown_report, labels=LABELS, columns=columns, rows=rows, pictures=pictures
+        text = (files(__package__) / f"{kind}.{ending}").read_text(encoding="utf-8")
+        texts[f"report.{ending}"] = (
+            _environment(escape)
+            .from_string(text)
+            .render(
+                report=report if escape else {**report, "task": plain(report["task"])},
+                labels=LABELS,
+                columns=SHORT if escape and kind == "report" else tuple(rows[0]),
+                rows=rows,
+                pictures=pictures,
+                **({"style": STYLE} if escape else {}),
+            )
         )
     for name, text in texts.items():
         with whole(folder / name) as file:

@@ -13,14 +13,18 @@ from ..errors import ConfigError
 from ..extras import require
 from ..files import locked
 from ..hub.cards import write_evaluation
+from ..hub.pipelines import load_pipeline
 from ..hub.push import push_evaluation
-from ..parallel import processes, written
+from ..parallel import from_main, processes, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from ..runs import save_run, versions
-from ..tasks import Task
+from ..tasks import Task, TaskFamily, check_family
+from ..zoo import WeightZoo
+from . import pictures
+from .conditions import ConditionAudit, asked_quality
 from .report import card_results, card_section, table, write_report
 from .study import PARTS, Study
-from .subjects import NetworksLike, Sampler, Subjects, opened
+from .subjects import NetworksLike, Sampler, Subjects, family_of, holds_pipeline, opened
 
 
 REPORT_VERSION = 2
@@ -32,13 +36,14 @@ class EvaluateConfig:
     """Scores trained and generated networks and all trivial baselines, audits memorization, and gives a verdict."""
 
     task: str | None = None
-    """A built-in task, or a class of your own: path/to/file.py:MyTask. The trained zoo's own by default."""
+    """A built-in task or family of tasks, or a class of your own: path/to/file.py:MyTask. The trained zoo's own by
+    default. Of a family, the pipeline is asked for conditions that no training network had."""
     trained: str = "runs/zoo"
     """The zoo that was learned from: a folder, or its name on the Hub."""
     generated: str = "runs/generated"
     """The generated zoo, or the pipeline to sample from: a folder, or a name on the Hub."""
     fresh: str | None = None
-    """A zoo of networks that were trained from new seeds: the gold standard."""
+    """A zoo of networks that were trained from new seeds, of a family with --split test: the gold standard."""
     output_dir: str = "runs/report"
     """Folder of the report: report.json, report.md, report.html and pictures."""
     pipeline: str | None = None
@@ -61,7 +66,7 @@ class EvaluateConfig:
 
 
 def evaluate(
-    task: str | Task | None = None,
+    task: str | Task | TaskFamily | None = None,
     *,
     trained: NetworksLike,
     generated: NetworksLike | Sampler,
@@ -76,8 +81,9 @@ def evaluate(
     Measures generated networks against the networks they were learned from and against trivial baselines.
 
     Args:
-        task (`str` or `Task`, *optional*):
+        task (`str`, `Task` or `TaskFamily`, *optional*):
             What the networks do, as [`load_task`] takes it. The trained zoo's own by default, if it is a built-in one.
+            Of a family, `generated` is a pipeline, which is asked for conditions that no training network had.
         trained (`WeightZoo`, `str`, `Path` or list of state dicts):
             The training networks: a zoo, its folder, its name on the Hub, or state dicts. At least two.
         generated (the same, or a pipeline):
@@ -99,6 +105,9 @@ def evaluate(
         [`TaskError`]: there is no such task.
     """
     _require_extras(output_dir)
+    if found := family_of(task, trained):
+        return _audit(found, generated, fresh, seed, output_dir)[0]
+    assert not isinstance(task, TaskFamily)
     with opened(task, trained, generated, fresh, pipeline, num_networks, seed) as subjects:
         report, _ = _write(subjects, networks_per_point, output_dir)
     return report
@@ -121,15 +130,20 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    with opened(
-        *(config.task, config.trained, config.generated, config.fresh, config.pipeline),
-        num_networks=config.num_networks,
-        seed=config.seed,
-    ) as subjects:
-        origin = subjects.origin
-        if config.push_to_hub is not None and origin is None:
-            raise ConfigError("--push-to-hub pushes a pipeline with its card: name it with --pipeline.")
-        report, files = _write(subjects, config.networks_per_point, config.output_dir)
+    origin: str | None
+    if found := family_of(config.task, config.trained):
+        origin = config.generated
+        report, files = _audit(found, config.generated, config.fresh, config.seed, config.output_dir)
+    else:
+        with opened(
+            *(config.task, config.trained, config.generated, config.fresh, config.pipeline),
+            num_networks=config.num_networks,
+            seed=config.seed,
+        ) as subjects:
+            origin = subjects.origin
+            if config.push_to_hub is not None and origin is None:
+                raise ConfigError("--push-to-hub pushes a pipeline with its card: name it with --pipeline.")
+            report, files = _write(subjects, config.networks_per_point, config.output_dir)
     if not processes().is_main_process:
         return report
     save_run(config.output_dir, "evaluate", config)
@@ -152,6 +166,38 @@ def _require_extras(output_dir: str | Path | None) -> None:
         require(module, "report")
 
 
+def _audit(
+    found: tuple[str, TaskFamily, WeightZoo],
+    generated: Any,
+    fresh: NetworksLike | None,
+    seed: int,
+    output_dir: str | Path | None,
+) -> tuple[dict[str, Any], list[Path]]:
+    """The report on the conditions of a family of tasks, and its pictures."""
+    name, family, zoo = found
+    started = time.perf_counter()
+    if isinstance(generated, str | Path):
+        if not holds_pipeline(generated):
+            raise ConfigError(
+                f"{name} is a family of tasks, and {generated} holds no pipeline to ask for some of them: pass "
+                "--generated PIPELINE."
+            )
+        generated = load_pipeline(generated).to(processes().device)
+    gold = fresh if isinstance(fresh, WeightZoo | None) else WeightZoo.from_pretrained(str(fresh))
+    check_family(family, processes().device, training=False)
+    figures = from_main(lambda: ConditionAudit(family, zoo, generated, gold, seed).figures())
+    report = {"report_version": REPORT_VERSION, "task": name, **figures, "versions": versions()}
+    report["seconds"] = round(time.perf_counter() - started, 2)
+    files: list[Path] = []
+    if output_dir is not None and processes().is_main_process:
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [file for file in pictures.conditions(report, folder) if file.suffix == ".png"]
+        write_report(report, folder, files)
+    processes().wait_for_everyone()
+    return report, files
+
+
 def _write(
     subjects: Subjects, networks_per_point: int, output_dir: str | Path | None
 ) -> tuple[dict[str, Any], list[Path]]:
@@ -159,7 +205,10 @@ def _write(
     started = time.perf_counter()
     folder = None if output_dir is None else Path(output_dir)
     study = Study(subjects, networks_per_point, None if folder is None else folder / PARTS)
-    report = {"report_version": REPORT_VERSION, "task": subjects.name, **study.figures(), "versions": versions()}
+    figures = study.figures()
+    if subjects.pipeline is not None:
+        figures["quality"] = asked_quality(study.scorer, subjects.trained, subjects.pipeline)
+    report = {"report_version": REPORT_VERSION, "task": subjects.name, **figures, "versions": versions()}
     report["seconds"] = round(time.perf_counter() - started, 2)
     files: list[Path] = []
     if folder is not None:

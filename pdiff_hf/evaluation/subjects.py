@@ -16,7 +16,8 @@ from ..hub.client import is_repository
 from ..hub.pipelines import load_pipeline, pipeline_folder, weights_sha256
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout
-from ..tasks import Task, check_task, load_task
+from ..tasks import Task, TaskFamily, check_task, load_family, load_task
+from ..tasks.family import OneTask
 from ..tasks.task import shown_name, trusted_name
 from ..zoo import WeightZoo, check_room_for, make_layout
 from .baselines import Baseline
@@ -116,6 +117,21 @@ def opened(
             _check_origin(made, pipeline_folder(origin))
         new = None if fresh is None else _open(fresh, scratch / "fresh", like=zoo)
         yield Subjects(loaded, shown_name(name), zoo, made, new, used, origin, scratch)
+
+
+def family_of(task: str | Task | TaskFamily | None, trained: NetworksLike) -> tuple[str, TaskFamily, WeightZoo] | None:
+    """Name, family and training zoo where networks are those of a family of tasks."""
+    zoo = WeightZoo.from_pretrained(trained) if isinstance(trained, str | Path) else trained
+    of_zoo = zoo.task if isinstance(zoo, WeightZoo) else None
+    if task is None and of_zoo is None:
+        return None
+    name = trusted_name(task, of_zoo) if isinstance(task, str | None) else type(task).__name__
+    family = load_family(name if isinstance(task, str | None) else task)
+    if isinstance(family, OneTask):
+        return None
+    if not isinstance(zoo, WeightZoo):
+        raise ZooError(f"{name} is a family of tasks: its networks come in a zoo, whose rows hold their conditions.")
+    return shown_name(name), family, zoo
 
 
 def holds_pipeline(name_or_path: str | Path) -> bool:

@@ -1,0 +1,91 @@
+"""A small family of tasks: on which side of a line a point lies; the line's direction is the condition."""
+
+import math
+from functools import cache
+
+import torch
+from torch import nn
+
+from pdiff_hf import Task
+from pdiff_hf.tasks import TaskFamily
+
+
+@cache
+def points(split: str) -> torch.Tensor:
+    seed = ("train", "validation", "test").index(split)
+    return torch.randn(200, 2, generator=torch.Generator().manual_seed(seed))
+
+
+class Side(Task):
+    """On the side to which the angle shows, or not."""
+
+    epochs = 12
+    learning_rate = 2e-2
+
+    def __init__(self, angle: float):
+        self.angle = angle
+
+    def build_network(self):
+        return nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    def data(self, split):
+        inputs = points(split)
+        return inputs, (inputs @ torch.tensor([math.cos(self.angle), math.sin(self.angle)]) > 0).long()
+
+
+class Sides(TaskFamily):
+    """Directions all around: `{"direction": [cos, sin]}`; an angle and its opposite are on the same side."""
+
+    def conditions(self, split):
+        first = {"train": range(0, 24, 2), "validation": (1, 9, 17), "test": (3, 5, 7, 11, 13, 15, 19, 21)}[split]
+        return [
+            {"direction": [math.cos(angle), math.sin(angle)]}
+            for angle in (place * math.pi / 24 + turn for place in first for turn in (0, math.pi))
+        ]
+
+    def task(self, condition):
+        x, y = condition["direction"]
+        return Side(math.atan2(y, x))
+
+
+class OwnInputs(Sides):
+    """Each task with inputs of its own."""
+
+    def task(self, condition):
+        task = super().task(condition)
+        shift = task.angle
+
+        class Shifted(Side):
+            def data(self, split):
+                inputs, targets = super().data(split)
+                return inputs * (1 + 0.1 * math.sin(shift)), targets
+
+        return Shifted(shift)
+
+
+class Overlapping(Sides):
+    """The same conditions to learn from and to be tested on."""
+
+    def conditions(self, split):
+        return super().conditions("train")
+
+
+class Unnamed(Sides):
+    """Conditions with different keys."""
+
+    def conditions(self, split):
+        return [*super().conditions(split), {"angle": 0.0}]
+
+
+class Taken(Sides):
+    """A key that rows of a zoo have already."""
+
+    def conditions(self, split):
+        return [{"seed": row["direction"]} for row in super().conditions(split)]
+
+
+class Empty(Sides):
+    """Nothing to be tested on."""
+
+    def conditions(self, split):
+        return [] if split == "test" else super().conditions(split)

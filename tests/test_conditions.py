@@ -1,0 +1,333 @@
+"""From a family of tasks to networks for tasks that nobody trained, and what they are worth."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdiff_hf import (
+    CollectConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    NeuronTrainConfig,
+    TrainConfig,
+    WeightZoo,
+    evaluate,
+    load_pipeline,
+    load_task,
+    run_collect,
+    run_evaluate,
+    run_generate,
+    run_train,
+)
+from pdiff_hf.cli import main
+from pdiff_hf.errors import ConfigError, TaskError, ZooError
+from pdiff_hf.evaluation import conditions
+from pdiff_hf.networks.trainer import NetworkTrainer
+from pdiff_hf.tasks import check_family, load_family
+from pdiff_hf.tasks.digits import DigitsSubsets
+from pdiff_hf.train.neuron_diffusion import initial_vectors
+
+from . import families
+
+
+NAME = f"{families.__name__}:Sides"
+FAMILY = families.Sides()
+SMALL = {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "batch_size": 32}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory) -> WeightZoo:
+    folder = tmp_path_factory.mktemp("family") / "zoo"
+    return run_collect(CollectConfig(NAME, str(folder), networks_per_task=4))
+
+
+@pytest.fixture(scope="module")
+def trained(zoo, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("family") / "pipeline"
+    places = {"zoo": str(zoo.folder), "output_dir": str(folder), "task": NAME}
+    run_train(NeuronTrainConfig(**places, **SMALL, condition=("direction",), transformer_steps=300))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory) -> WeightZoo:
+    folder = tmp_path_factory.mktemp("family") / "fresh"
+    return run_collect(CollectConfig(NAME, str(folder), networks_per_task=2, split="test", seed=1000))
+
+
+# ---- families
+
+
+def test_subsets_of_digits_are_all_there_and_complements_together():
+    family = DigitsSubsets()
+    splits = {split: family.conditions(split) for split in ("train", "validation", "test")}
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 778, "validation": 40, "test": 204}
+    every = [tuple(row["classes"]) for rows in splits.values() for row in rows]
+    assert len(set(every)) == 1022
+    for rows in splits.values():
+        subsets = {tuple(row["classes"]) for row in rows}
+        assert {tuple(1 - one for one in subset) for subset in subsets} == subsets
+    (_, digits), (_, targets) = load_task("digits-mlp").data("test"), family.task(splits["test"][0]).data("test")
+    assert targets.tolist() == [splits["test"][0]["classes"][digit] for digit in digits]
+    check_family(family)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Overlapping", "has the condition .* in 'train' and in"),
+        ("Unnamed", "different keys"),
+        ("Taken", "the column 'seed' already"),
+        ("Empty", r"conditions\('test'\) is empty"),
+    ],
+)
+def test_a_family_that_cannot_be_judged_by_is_refused(name, message, tmp_path):
+    with pytest.raises(TaskError, match=message):
+        run_collect(CollectConfig(f"{families.__name__}:{name}", str(tmp_path / "zoo")))
+
+
+def test_a_family_is_no_task():
+    with pytest.raises(TaskError, match="is a family of tasks, and one task is needed here"):
+        load_task("digits-subsets")
+    assert load_family("digits-mlp").conditions("test") == [{}]
+
+
+# ---- collecting
+
+
+def test_each_condition_has_networks_of_its_own_seed_which_solve_their_task(zoo):
+    rows = list(zoo.rows())
+    asked = FAMILY.conditions("train")
+    assert [row["direction"] for row in rows] == [row["direction"] for row in asked] * 4
+    assert [row["seed"] for row in rows] == list(range(4 * len(asked)))
+    assert sum(row["validation_accuracy"] for row in rows) / len(rows) > 0.9
+    assert f"{len(asked)} tasks" in (zoo.folder / "README.md").read_text()
+
+
+def test_networks_of_different_tasks_at_once_are_those_of_one_by_one(zoo):
+    for index in (0, 5, 30):
+        row = list(zoo.rows())[index]
+        alone = NetworkTrainer(FAMILY.task(row), row["seed"])
+        torch.testing.assert_close(
+            zoo.vectors([index])[0], zoo.layout.flatten(alone.trained().state_dict()), atol=2e-3, rtol=1e-2
+        )
+    initial = initial_vectors(FAMILY.task(asked := FAMILY.conditions("train")[0]), zoo)
+    assert initial.norm(dim=1).tolist() == pytest.approx([row["initial_norm"] for row in zoo.rows()], rel=1e-4)
+    assert asked
+
+
+def test_more_networks_of_each_task_come_after_those_that_are_there(tmp_path):
+    folder = tmp_path / "zoo"
+    one = run_collect(CollectConfig(NAME, str(folder), networks_per_task=1, epochs=1)).vectors()
+    both = run_collect(CollectConfig(NAME, str(folder), networks_per_task=2, epochs=1))
+    assert len(both) == 2 * len(one)
+    assert torch.equal(both.vectors(range(len(one))), one)
+    with pytest.raises(ConfigError, match="holds 48 networks"):
+        run_collect(CollectConfig(NAME, str(folder), networks_per_task=1, epochs=1))
+
+
+def test_tasks_with_inputs_of_their_own_are_trained_on_these(tmp_path):
+    name = f"{families.__name__}:OwnInputs"
+    zoo = run_collect(CollectConfig(name, str(tmp_path / "zoo"), networks_per_task=1))
+    rows = list(zoo.rows())
+    assert sum(row["validation_accuracy"] for row in rows) / len(rows) > 0.9
+    alone = NetworkTrainer(families.OwnInputs().task(rows[7]), rows[7]["seed"])
+    torch.testing.assert_close(
+        zoo.vectors([7])[0], zoo.layout.flatten(alone.trained().state_dict()), atol=2e-3, rtol=1e-2
+    )
+
+
+# ---- training and asking
+
+
+def accuracies(pipe, split: str, count: int = 4, **arguments) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    found = []
+    for row in FAMILY.conditions(split):
+        task = FAMILY.task(row)
+        inputs, targets = task.data("test")
+        made = pipe(count, condition=row, generator=torch.Generator().manual_seed(0), **arguments).state_dicts
+        for state_dict in made:
+            network = task.build_network()
+            network.load_state_dict(state_dict, strict=True)
+            found.append(task.correct(task.predict(network, inputs), targets).float().mean())
+    return torch.stack(found)
+
+
+def test_networks_solve_tasks_that_no_network_was_trained_for(trained):
+    pipe = load_pipeline(trained)
+    assert "direction (a list of 2 numbers)" in pipe.condition_encoder.known()
+    assert accuracies(pipe, "test").mean() > 0.8
+    assert accuracies(pipe, "test", guidance_scale=1.5).mean() > 0.8
+
+
+def test_the_published_family_can_be_asked_too(zoo, tmp_path):
+    run_train(
+        TrainConfig(
+            zoo=str(zoo.folder),
+            output_dir=str(tmp_path),
+            condition=("direction", "validation_accuracy", "source"),
+            autoencoder="linear",
+            latent_channels=2,
+            latent_length=4,
+            unet_steps=20,
+        )
+    )
+    pipe = load_pipeline(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    assert "source (one of" in pipe.condition_encoder.known()
+    asked = pipe(
+        condition=[{"direction": [1.0, 0.0]}, {"validation_accuracy": 0.5}, {}],
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert len(asked.state_dicts) == 3
+
+
+def test_a_condition_that_the_zoo_lacks_is_said_with_what_it_has(zoo, tmp_path):
+    places = {"zoo": str(zoo.folder), "output_dir": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"No row has 'angle'.*columns are direction, index, initial_norm"):
+        run_train(NeuronTrainConfig(**places, task=NAME, **SMALL, condition=("angle",)))
+    with pytest.raises(ConfigError, match=r"averages what is asked for, too, and 'source' holds words"):
+        run_train(TrainConfig(**places, condition=("source",), checkpoint_averaging=2))
+
+
+def test_the_command_takes_conditions_and_rows_record_them(trained, tmp_path, capsys):
+    places = ["--pipeline", str(trained), "--output-dir"]
+    asked = {"direction": [0.0, 1.0]}
+    main(["generate", *places, str(tmp_path / "a"), "--num-networks", "2", "--condition", json.dumps(asked)])
+    rows = list(WeightZoo(tmp_path / "a").rows())
+    assert [(row["direction"], row["guidance_scale"]) for row in rows] == [([0.0, 1.0], 1.0)] * 2
+
+    file = tmp_path / "asked.jsonl"
+    file.write_text(json.dumps(asked) + "\n\n" + json.dumps({}) + "\n")
+    config = GenerateConfig(str(trained), output_dir=str(tmp_path / "b"), num_networks=3, conditions=str(file))
+    zoo = run_generate(config)
+    assert [row.get("direction") for row in zoo.rows()] == [[0.0, 1.0], None, [0.0, 1.0]]
+    torch.testing.assert_close(zoo.vectors([0]), WeightZoo(tmp_path / "a").vectors([0]), atol=1e-4, rtol=1e-4)
+
+    file.write_text(json.dumps({"direction": [1.0, 1.0]}) + "\n")
+    with pytest.raises(ConfigError, match="cannot be resumed"):
+        run_generate(config)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"condition": "{"}, "condition is no JSON"),
+        ({"condition": "[1]"}, "condition has to be a JSON object"),
+        (
+            {"condition": '{"angle": 1}'},
+            "cannot be asked for this: 'angle' is nothing to ask for. Known are direction",
+        ),
+        ({"condition": '{"direction": [1]}'}, "'direction' cannot be"),
+        ({"conditions": "nowhere.jsonl"}, "cannot be read"),
+        ({"condition": "{}", "conditions": "nowhere.jsonl"}, "pass one of them"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_said_before_anything_is_made(trained, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        run_generate(GenerateConfig(str(trained), output_dir=str(tmp_path / "zoo"), **settings))
+    assert not (tmp_path / "zoo" / "zoo.json").exists()
+
+
+def test_a_pipeline_without_conditions_cannot_be_asked(digits_pipeline, tmp_path):
+    with pytest.raises(ConfigError, match="trained without --condition"):
+        run_generate(GenerateConfig(str(digits_pipeline), output_dir=str(tmp_path), condition='{"a": 1}'))
+
+
+# ---- the audit
+
+
+@pytest.fixture(scope="module")
+def report(zoo, trained, fresh, tmp_path_factory) -> tuple[dict, Path]:
+    folder = tmp_path_factory.mktemp("family") / "report"
+    report = run_evaluate(
+        EvaluateConfig(NAME, str(zoo.folder), str(trained), fresh=str(fresh.folder), output_dir=str(folder))
+    )
+    return report, folder
+
+
+def test_the_audit_compares_with_all_that_needs_no_generator(report):
+    figures, folder = report
+    groups = figures["groups"]
+    assert figures["conditions"] == len(FAMILY.conditions("test"))
+    assert {"shuffled condition", "majority class", "nearest condition", "mean of the nearest"} <= groups.keys()
+    assert {"ridge regression", "ridge, pairs", "hypernetwork", "trained on the task"} <= groups.keys()
+    assert groups["trained on the task"]["single"]["mean"] > 0.9
+    assert groups["hypernetwork"]["single"]["mean"] > 0.85
+    assert groups["shuffled condition"]["single"]["mean"] < groups["generated"]["single"]["mean"] - 0.2
+    assert 0.4 < groups["majority class"]["single"]["mean"] < 0.65
+    assert set(figures["verdict"]["gains"]) == {"shuffled", "retrieval", "regression"}
+    for name in ("report.json", "report.md", "report.html", "conditions.png", "conditions.svg"):
+        assert (folder / name).stat().st_size > 0
+    text = (folder / "report.md").read_text()
+    assert figures["verdict"]["sentence"] in text
+    assert "| hypernetwork |" in text
+    assert json.loads((folder / "report.json").read_text())["groups"].keys() == groups.keys()
+
+
+def test_the_card_carries_the_verdict_on_conditions(report, trained):
+    card = (trained / "README.md").read_text()
+    assert report[0]["verdict"]["sentence"] in card
+    assert "conditions.png" in card
+    assert "conditions that no training network had" in card
+
+
+def test_an_audit_needs_a_pipeline_that_can_be_asked(zoo, trained, tmp_path):
+    with pytest.raises(ConfigError, match="holds no pipeline to ask for"):
+        run_evaluate(EvaluateConfig(NAME, str(zoo.folder), str(zoo.folder), output_dir=str(tmp_path / "a")))
+    pipe = load_pipeline(trained)
+    pipe.register_modules(condition_encoder=None)
+    with pytest.raises(ZooError, match=r"cannot be asked for direction: it was trained without --condition"):
+        evaluate(FAMILY, trained=zoo, generated=pipe)
+    with pytest.raises(ZooError, match="come in a zoo, whose rows hold their conditions"):
+        evaluate(FAMILY, trained=[{}], generated=pipe)
+
+
+def scores(**means: float) -> dict:
+    noise = 0.01 * torch.randn(200, generator=torch.Generator().manual_seed(0))
+    return {name.replace("_", " "): {"single": mean + noise.roll(i)} for i, (name, mean) in enumerate(means.items())}
+
+
+@pytest.mark.parametrize(
+    ("generated", "shuffled", "retrieval", "ridge", "label"),
+    [
+        (0.9, 0.9, 0.7, 0.7, "ignores-the-condition"),
+        (0.9, 0.5, 0.9, 0.7, "no-better-than-retrieval"),
+        (0.9, 0.5, 0.8, 0.95, "no-better-than-regression"),
+        (0.9, 0.5, 0.8, 0.88, "generalizes"),
+    ],
+)
+def test_verdicts(generated, shuffled, retrieval, ridge, label):
+    groups = scores(
+        generated=generated,
+        shuffled_condition=shuffled,
+        majority_class=0.5,
+        mean_network=0.5,
+        nearest_condition=0.6,
+        mean_of_the_nearest=retrieval,
+        ridge_regression=ridge,
+        hypernetwork=0.6,
+    )
+    assert conditions._verdict(groups)["label"] == label
+
+
+def test_a_quality_that_is_asked_for_is_measured(digits_zoo, tmp_path):
+    config = TrainConfig(
+        zoo=str(digits_zoo.folder),
+        output_dir=str(tmp_path),
+        condition=("validation_accuracy",),
+        autoencoder="linear",
+        unet_steps=30,
+    )
+    run_train(config)
+    report = evaluate(trained=digits_zoo, generated=str(tmp_path), num_networks=3, networks_per_point=3)
+    quality = report["quality"]
+    accuracies = [row["validation_accuracy"] for row in digits_zoo.rows()]
+    assert min(accuracies) <= quality["asked"][0] < quality["asked"][-1] <= max(accuracies)
+    assert len(quality["measured"]) == len(quality["asked"]) == conditions.LEVELS
+    assert quality["interval"][0] <= quality["slope"] <= quality["interval"][1]
