@@ -1,0 +1,160 @@
+"""Networks for tasks that nobody trained: what a condition is worth, against what needs no generator.
+
+For each family of tasks: `pdiff-hf collect` of its training conditions and of held-out ones, `train --family neuron`
+with each seed, and `evaluate`, which asks for 16 networks of each held-out condition. Prints the verdict; accuracy of
+single networks and of ensembles of 16; of the best that needs no generator; of networks trained on the held-out tasks;
+points over shuffled conditions and over the best, with 99 % intervals over conditions; minutes of the training.
+
+A killed benchmark goes on where it was: every stage resumes.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import tyro
+from torch import nn
+
+from benchmarks import write
+from pdiff_hf import CollectConfig, EvaluateConfig, NeuronTrainConfig, Task, run_collect, run_evaluate, run_train
+from pdiff_hf.tasks.digits import DigitsSubset, DigitsSubsets
+
+
+FRESH_EACH, FRESH_SEED = 4, 10**6
+
+
+class OneStart(DigitsSubset):
+    """All networks of all tasks from the same initialization."""
+
+    def build_network(self) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return super().build_network()
+
+
+class SubsetsOfOneStart(DigitsSubsets):
+    """Subsets of digits, from the same initialization."""
+
+    def task(self, condition: dict[str, Any]) -> Task:
+        return OneStart(condition["classes"])
+
+
+class Row(NamedTuple):
+    """A family of tasks, networks of each of its conditions, settings of the training."""
+
+    family: str
+    each: int
+    settings: dict[str, Any]
+
+
+ROWS = {
+    "digits-subsets": Row("digits-subsets", 12, {"transformer_steps": 2500}),
+    "one-start": Row("benchmarks.conditional:SubsetsOfOneStart", 6, {"transformer_steps": 2500, "initial": False}),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Generates networks for held-out tasks, and evaluates them."""
+
+    rows: tuple[str, ...] = tuple(ROWS)
+    """Families."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the generators."""
+    mixed_precision: str = "bf16"
+    """Of the training."""
+    threads: int = 2
+    """Of torch."""
+    work_dir: str = "runs/conditional"
+    """Folder of zoos, pipelines and reports."""
+    output: str | None = None
+    """Where the figures go: a JSON file."""
+
+
+def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
+    """The figures of one generator."""
+    row, folder = ROWS[name], Path(config.work_dir, name)
+    zoo, fresh, pipeline = folder / "zoo", folder / "fresh", folder / f"seed-{seed}" / "pipeline"
+    run_collect(CollectConfig(row.family, output_dir=str(zoo), networks_per_task=row.each))
+    run_collect(
+        CollectConfig(row.family, output_dir=str(fresh), networks_per_task=FRESH_EACH, split="test", seed=FRESH_SEED)
+    )
+    clock = pipeline.parent / "minutes.json"
+    if not (pipeline / "model_index.json").exists():
+        started = time.perf_counter()
+        settings = {"mixed_precision": config.mixed_precision, "checkpointing_steps": 10**9, **row.settings}
+        run_train(
+            NeuronTrainConfig(
+                zoo=str(zoo),
+                output_dir=str(pipeline),
+                task=row.family,
+                condition=("classes",),
+                seed=seed,
+                **settings,
+            )
+        )
+        clock.write_text(json.dumps((time.perf_counter() - started) / 60))
+    report = run_evaluate(
+        EvaluateConfig(
+            row.family,
+            str(zoo),
+            str(pipeline),
+            fresh=str(fresh),
+            output_dir=str(pipeline.parent / "report"),
+            seed=seed,
+        )
+    )
+    return {
+        "family": name,
+        "networks": row.each,
+        "seed": seed,
+        "settings": row.settings,
+        "minutes": json.loads(clock.read_text()),
+        **{key: report[key] for key in ("conditions", "verdict", "groups", "training")},
+    }
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+
+    def percent(*values: float) -> str:
+        return ", ".join(f"{100 * value:.2f}" for value in values)
+
+    groups, gains = row["groups"], row["verdict"]["gains"]
+    best = max((gains["retrieval"], gains["regression"]), key=lambda gain: -gain["mean"])
+    gold = groups["trained on the task"]
+    return [
+        row["family"],
+        str(row["seed"]),
+        row["verdict"]["label"],
+        percent(groups["generated"]["single"]["mean"], groups["generated"]["min"]),
+        percent(groups["generated"]["ensemble of 16"]["mean"]),
+        f"{best['over']}: {percent(groups[best['over']]['single']['mean'])}",
+        percent(gold["single"]["mean"]),
+        f"{percent(gains['shuffled']['mean'])} ({percent(*gains['shuffled']['interval'])})",
+        f"{percent(best['mean'])} ({percent(*best['interval'])})",
+        f"{row['minutes']:.1f}",
+        "-" if row["training"] is None else str(row["training"]["steps"]),
+    ]
+
+
+def main(config: Config) -> None:
+    """Prints a line a generator."""
+    torch.set_num_threads(config.threads)
+    print(
+        "family | seed | verdict | generated: mean, min | ensembles of 16 | best without a generator | trained", end=""
+    )
+    print(" | over shuffled | over the best | minutes | steps of training that take as long")
+    rows = []
+    for name in config.rows:
+        for seed in config.seeds:
+            rows.append(measure(config, name, seed))
+            print(" | ".join(cells(rows[-1])), flush=True)
+    write(config, rows=rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
