@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks import write
 from pdiff_hf import CollectConfig, EvaluateConfig, NeuronTrainConfig, Task, run_collect, run_evaluate, run_train
-from pdiff_hf.tasks.digits import DigitsSubset, DigitsSubsets
+from pdiff_hf.tasks.digits_families import DigitsSubset, DigitsSubsets
 
 
 FRESH_EACH, FRESH_SEED = 4, 10**6

@@ -47,6 +47,9 @@ class Sides(TaskFamily):
         x, y = condition["direction"]
         return Side(math.atan2(y, x))
 
+    def rivals(self, condition, inputs):
+        return {"the side itself": torch.stack([-inputs @ (d := torch.tensor(condition["direction"])), inputs @ d], 1)}
+
 
 class OwnInputs(Sides):
     """Each task with inputs of its own."""

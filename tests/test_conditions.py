@@ -16,6 +16,7 @@ from pdiff_hf import (
     evaluate,
     load_pipeline,
     load_task,
+    quickstart,
     run_collect,
     run_evaluate,
     run_generate,
@@ -23,10 +24,11 @@ from pdiff_hf import (
 )
 from pdiff_hf.cli import main
 from pdiff_hf.errors import ConfigError, TaskError, ZooError
-from pdiff_hf.evaluation import conditions
+from pdiff_hf.evaluation import conditions, regression
 from pdiff_hf.networks.trainer import NetworkTrainer
+from pdiff_hf.quickstart import QuickstartConfig, run_quickstart
 from pdiff_hf.tasks import check_family, load_family
-from pdiff_hf.tasks.digits import DigitsSubsets
+from pdiff_hf.tasks.digits_families import DigitsPrototypes, DigitsSubsets
 from pdiff_hf.train.neuron_diffusion import initial_vectors
 
 from . import families
@@ -71,6 +73,26 @@ def test_subsets_of_digits_are_all_there_and_complements_together():
         assert {tuple(1 - one for one in subset) for subset in subsets} == subsets
     (_, digits), (_, targets) = load_task("digits-mlp").data("test"), family.task(splits["test"][0]).data("test")
     assert targets.tolist() == [splits["test"][0]["classes"][digit] for digit in digits]
+    check_family(family)
+
+
+def test_prototypes_describe_classes_that_no_network_has_seen():
+    family = DigitsPrototypes()
+    splits = {split: family.conditions(split) for split in ("train", "validation", "test")}
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 800, "validation": 40, "test": 128}
+    images = {
+        split: {tuple(row[name]) for row in rows for name in ("first", "second")} for split, rows in splits.items()
+    }
+    assert images["train"].isdisjoint(images["test"])
+    assert len(images["test"]) == 24
+    condition = splits["test"][1]
+    inputs, targets = family.task(condition).data("test")
+    train, classes = family.task(condition).data("train")
+    torch.testing.assert_close(
+        train[classes == 1].mean(0).flatten(), torch.tensor(condition["second"]), atol=0.2, rtol=0
+    )
+    (predictions,) = family.rivals(condition, inputs).values()
+    assert (predictions.argmax(1) == targets).float().mean() > 0.9
     check_family(family)
 
 
@@ -257,6 +279,7 @@ def test_the_audit_compares_with_all_that_needs_no_generator(report):
     assert figures["conditions"] == len(FAMILY.conditions("test"))
     assert {"shuffled condition", "majority class", "nearest condition", "mean of the nearest"} <= groups.keys()
     assert {"ridge regression", "ridge, pairs", "hypernetwork", "trained on the task"} <= groups.keys()
+    assert groups["the side itself"]["single"]["mean"] == 1
     assert groups["trained on the task"]["single"]["mean"] > 0.9
     assert groups["hypernetwork"]["single"]["mean"] > 0.85
     assert groups["shuffled condition"]["single"]["mean"] < groups["generated"]["single"]["mean"] - 0.2
@@ -331,3 +354,15 @@ def test_a_quality_that_is_asked_for_is_measured(digits_zoo, tmp_path):
     assert min(accuracies) <= quality["asked"][0] < quality["asked"][-1] <= max(accuracies)
     assert len(quality["measured"]) == len(quality["asked"]) == conditions.LEVELS
     assert quality["interval"][0] <= quality["slope"] <= quality["interval"][1]
+
+
+def test_the_quickstart_tells_the_story_of_conditions(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "SUBSETS_STEPS", 20)
+    monkeypatch.setattr(regression, "STEPS", 50)
+    report = run_quickstart(QuickstartConfig(story="subsets", output_dir=str(tmp_path), task=NAME))
+    assert set(report["timings_s"]) == {"collect", "train", "evaluate"}
+    assert report["verdict"]["sentence"].split()[0] in capsys.readouterr().out
+    assert len(WeightZoo(tmp_path / "fresh")) == 2 * len(FAMILY.conditions("test"))
+    assert (tmp_path / "report" / "conditions.png").exists()
+    with pytest.raises(ConfigError, match="The story is 'subset'"):
+        QuickstartConfig(story="subset")

@@ -82,6 +82,7 @@ class ConditionAudit:
             "shuffled condition": self._score(self._generate(others)),
             "majority class": {"single": self._majority(), "least": None},
         }
+        groups |= self._rivals()
         for name, vectors in self._answers():
             groups[name] = self._score(vectors[:, None])
         if self.fresh is not None:
@@ -116,6 +117,16 @@ class ConditionAudit:
         for (_, targets), (_, tested) in zip(data_of(self.tasks, "train"), data_of(self.tasks, "test"), strict=True):
             found.append((tested == targets.mode().values).float().mean())
         return torch.stack(found)
+
+    def _rivals(self) -> dict[str, dict[str, Any]]:
+        """What the family knows to solve its tasks without a network, `[C]`."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for condition, task, (inputs, targets) in zip(
+            self.asked, self.tasks, data_of(self.tasks, "test"), strict=True
+        ):
+            for name, predictions in self.family.rivals(condition, inputs).items():
+                found.setdefault(name, []).append(task.correct(predictions, targets).float().mean())
+        return {name: {"single": torch.stack(values), "least": None} for name, values in found.items()}
 
     def _answers(self) -> list[tuple[str, torch.Tensor]]:
         """What needs no generator, the best of each kind on validation conditions: vectors `[C, P]`."""

@@ -1,15 +1,11 @@
 """Networks for scikit-learn's digits: 1797 images of 8x8 pixels (UCI, CC BY 4.0), in ten classes."""
 
-import itertools
-import math
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..extras import require
-from .family import TaskFamily
 from .resnet import ResNet
 from .task import Task
 
@@ -18,11 +14,12 @@ SPLITS = {"train": slice(0, 1000), "validation": slice(1000, 1200), "test": slic
 
 
 @cache
-def _digits() -> tuple[torch.Tensor, torch.Tensor]:
-    digits = require("sklearn.datasets", "digits").load_digits()
-    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
-    inputs = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    return inputs[order], torch.tensor(digits.target, dtype=torch.long)[order]
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """All images `[1797, 1, 8, 8]`, pixels between -1 and 1, and classes, shuffled once."""
+    found = require("sklearn.datasets", "digits").load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
+    inputs = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    return inputs[order], torch.tensor(found.target, dtype=torch.long)[order]
 
 
 class DigitsConvNet(Task):
@@ -42,7 +39,7 @@ class DigitsConvNet(Task):
 
     def data(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels between -1 and 1, `[N, 1, 8, 8]`, and classes `[N]`; 1000, 200 and 597 examples."""
-        inputs, targets = _digits()
+        inputs, targets = digits()
         return inputs[SPLITS[split]], targets[SPLITS[split]]
 
 
@@ -61,42 +58,3 @@ class DigitsResNet(DigitsConvNet):
 
     def build_network(self) -> nn.Module:
         return ResNet(in_channels=1, channels=(16, 32), num_classes=10)
-
-
-# Pairs of a subset and its complement, of 511: swapping two outputs of a network of the one solves the other.
-SUBSETS = {"train": slice(0, 389), "validation": slice(389, 409), "test": slice(409, 511)}
-
-
-class DigitsSubset(DigitsConvNet):
-    """Whether a digit is in a subset of the ten: two linear layers, 1,074 parameters, 600 steps."""
-
-    learning_rate = 5e-3
-
-    def __init__(self, classes: list[int]):
-        self.classes = torch.tensor(classes)
-
-    def build_network(self) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 2))
-
-    def data(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """As those of [`DigitsConvNet`], with two classes: 1 for digits of the subset."""
-        inputs, digits = super().data(split)
-        return inputs, self.classes[digits]
-
-    def learning_rate_factor(self, progress: float) -> float:
-        """Half a cosine."""
-        return (1 + math.cos(math.pi * progress)) / 2
-
-
-class DigitsSubsets(TaskFamily):
-    """The 1,022 subsets of ten digits that are neither empty nor all: `{"classes": [0, 1, ...]}`, a number a digit."""
-
-    def conditions(self, split: str) -> list[dict[str, Any]]:
-        """778, 40 and 204 subsets; a subset and its complement are on the same side."""
-        halves = [subset for subset in itertools.product((0, 1), repeat=10) if subset[0] == 0 and any(subset)]
-        order = torch.randperm(len(halves), generator=torch.Generator().manual_seed(0)).tolist()
-        pairs = [halves[place] for place in order[SUBSETS[split]]]
-        return [{"classes": [one ^ flip for one in subset]} for subset in pairs for flip in (0, 1)]
-
-    def task(self, condition: dict[str, Any]) -> Task:
-        return DigitsSubset(condition["classes"])

@@ -36,6 +36,11 @@ class TaskFamily:
         """The task of a condition, of any split or none."""
         raise NotImplementedError(f"{type(self).__name__} has to define task(condition).")
 
+    def rivals(self, condition: dict[str, Any], inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What else solves the task of a condition without being trained for it, by name: class probabilities
+        `[N, classes]` of inputs `[N, ...]`."""
+        return {}
+
 
 class OneTask(TaskFamily):
     """A task as a family of one, without a condition."""

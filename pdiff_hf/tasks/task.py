@@ -17,7 +17,8 @@ BUILT_IN = {
     "digits-convnet": "pdiff_hf.tasks.digits:DigitsConvNet",
     "digits-mlp": "pdiff_hf.tasks.digits:DigitsMLP",
     "digits-resnet": "pdiff_hf.tasks.digits:DigitsResNet",
-    "digits-subsets": "pdiff_hf.tasks.digits:DigitsSubsets",
+    "digits-subsets": "pdiff_hf.tasks.digits_families:DigitsSubsets",
+    "digits-prototypes": "pdiff_hf.tasks.digits_families:DigitsPrototypes",
     "cifar100-resnet18": "pdiff_hf.tasks.cifar100:CIFAR100ResNet18",
 }
 

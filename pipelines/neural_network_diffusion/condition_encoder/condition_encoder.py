@@ -147,7 +147,8 @@ def _fitted(name: str, values: list[Any]) -> dict[str, Any]:
         "name": name,
         "kind": "numbers" if isinstance(values[0], list) else "number",
         "mean": table.mean(0).tolist(),
-        "std": torch.where(std > 0, std, 1.0).tolist(),
+        # What hardly varies here may well vary where it is asked for.
+        "std": torch.where(std.amax() > 0, std.clamp_min(0.1 * std.amax()), 1.0).tolist(),
     }
 
 

@@ -1,0 +1,121 @@
+"""Families of tasks on scikit-learn's digits: subsets of the classes, and classes that are described by their mean."""
+
+import itertools
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from .digits import DigitsConvNet, digits
+from .family import TaskFamily
+from .task import Task
+
+
+class TwoClasses(DigitsConvNet):
+    """Two linear layers, 1,074 parameters, at a learning rate that falls by half a cosine."""
+
+    learning_rate = 5e-3
+
+    def build_network(self) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def learning_rate_factor(self, progress: float) -> float:
+        """Half a cosine."""
+        return (1 + math.cos(math.pi * progress)) / 2
+
+
+# Pairs of a subset and its complement, of 511: swapping two outputs of a network of the one solves the other.
+SUBSETS = {"train": slice(0, 389), "validation": slice(389, 409), "test": slice(409, 511)}
+
+
+class DigitsSubset(TwoClasses):
+    """Whether a digit is in a subset of the ten."""
+
+    def __init__(self, classes: list[int]):
+        self.classes = torch.tensor(classes)
+
+    def data(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """As those of [`DigitsConvNet`], with two classes: 1 for digits of the subset."""
+        inputs, classes = super().data(split)
+        return inputs, self.classes[classes]
+
+
+class DigitsSubsets(TaskFamily):
+    """The 1,022 subsets of ten digits that are neither empty nor all: `{"classes": [0, 1, ...]}`, a number a digit."""
+
+    def conditions(self, split: str) -> list[dict[str, Any]]:
+        """778, 40 and 204 subsets; a subset and its complement are on the same side."""
+        halves = [subset for subset in itertools.product((0, 1), repeat=10) if subset[0] == 0 and any(subset)]
+        order = torch.randperm(len(halves), generator=torch.Generator().manual_seed(0)).tolist()
+        pairs = [halves[place] for place in order[SUBSETS[split]]]
+        return [{"classes": [one ^ flip for one in subset]} for subset in pairs for flip in (0, 1)]
+
+    def task(self, condition: dict[str, Any]) -> Task:
+        return DigitsSubset(condition["classes"])
+
+
+# Digits, each turned and mirrored in eight ways: those of a digit are of one split.
+DIGITS_OF = {"train": (0, 1, 2, 4, 6), "validation": (5, 7), "test": (3, 8, 9)}
+PAIRS_OF = {"train": 800, "validation": 40, "test": 128}
+# Examples of each class, since tasks of one size are trained at once.
+EXAMPLES_OF = {"train": 75, "validation": 12, "test": 48}
+
+
+def _turned(images: torch.Tensor, way: int) -> torch.Tensor:
+    turned = torch.rot90(images, way % 4, (-2, -1))
+    return turned.flip(-1) if way >= 4 else turned
+
+
+@cache
+def _examples(digit: int, split: str) -> torch.Tensor:
+    """Images of a digit, `[n, 1, 8, 8]`."""
+    inputs, classes = digits()
+    start, end = {"train": (0, 1000), "validation": (1000, 1200), "test": (1200, 1797)}[split]
+    return inputs[start:end][classes[start:end] == digit][: EXAMPLES_OF[split]]
+
+
+@cache
+def _mean_image(digit: int, way: int) -> tuple[float, ...]:
+    return tuple(round(pixel, 4) for pixel in _turned(_examples(digit, "train"), way).mean(0).flatten().tolist())
+
+
+class DigitsPair(TwoClasses):
+    """Which of two classes an image is of; a class is a digit, turned or mirrored in one of eight ways."""
+
+    def __init__(self, classes: tuple[tuple[int, int], tuple[int, int]]):
+        self.classes = classes
+
+    def data(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """150, 24 and 96 examples."""
+        images = [_turned(_examples(digit, split), way) for digit, way in self.classes]
+        return torch.cat(images), torch.tensor([0, 1]).repeat_interleave(EXAMPLES_OF[split])
+
+
+class DigitsPrototypes(TaskFamily):
+    """
+    Pairs of classes of digits that no network has seen, described by their mean images: `{"first": [64 pixels],
+    "second": [64 pixels]}`. A class is a digit, turned or mirrored in one of eight ways.
+    """
+
+    def conditions(self, split: str) -> list[dict[str, Any]]:
+        """800, 40 and 128 pairs, both orders of each."""
+        classes = list(itertools.product(DIGITS_OF[split], range(8)))
+        pairs = [(one, other) for one, other in itertools.combinations(classes, 2) if one[0] != other[0]]
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+        both = [pair for place in order for pair in (pairs[place], pairs[place][::-1])]
+        return [
+            {"first": list(_mean_image(*one)), "second": list(_mean_image(*other))}
+            for one, other in both[: PAIRS_OF[split]]
+        ]
+
+    def task(self, condition: dict[str, Any]) -> Task:
+        known = {_mean_image(digit, way): (digit, way) for digit in range(10) for way in range(8)}
+        first, second = (known[tuple(condition[name])] for name in ("first", "second"))
+        return DigitsPair((first, second))
+
+    def rivals(self, condition: dict[str, Any], inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The class of the nearer mean image."""
+        means = torch.tensor([condition["first"], condition["second"]])
+        return {"nearer mean image": (-torch.cdist(inputs.flatten(1), means)).softmax(1)}
