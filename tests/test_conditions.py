@@ -179,6 +179,9 @@ def accuracies(pipe, split: str, count: int = 4, **arguments) -> torch.Tensor:
 
 
 def test_networks_solve_tasks_that_no_network_was_trained_for(trained):
+    card = (trained / "README.md").read_text()
+    assert "Known are direction (a list of 2 numbers)." in card
+    assert "| condition | direction |" in card
     pipe = load_pipeline(trained)
     assert "direction (a list of 2 numbers)" in pipe.condition_encoder.known()
     assert accuracies(pipe, "test").mean() > 0.8

@@ -1,5 +1,6 @@
 """What a condition is worth: on conditions that no training network had, against what needs no generator."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,7 +131,8 @@ class ConditionAudit:
 
     def _answers(self) -> list[tuple[str, torch.Tensor]]:
         """What needs no generator, the best of each kind on validation conditions: vectors `[C, P]`."""
-        zoo, layout = self.trained, self.pipeline.layout
+        # All of it on the CPU, wherever the pipeline is.
+        zoo, layout = self.trained, copy.deepcopy(self.pipeline.layout).to("cpu")
         inputs = self.tasks[0].data("test")[0]
         symmetry = symmetry_of(zoo, self.predict, inputs[:50])
         vectors = torch.cat(list(zoo.batches())).float()

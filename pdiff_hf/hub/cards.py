@@ -101,6 +101,7 @@ def write_pipeline_card(
     parameters: int,
     sources: Iterable[str] = (),
     dataset: str | None = None,
+    asked: str | None = None,
 ) -> None:
     r"""
     Writes the model card of a pipeline, keeping what a person wrote into it.
@@ -113,6 +114,7 @@ def write_pipeline_card(
         parameters (`int`): Of each.
         sources (`Iterable[str]`, *optional*): The repositories that the networks came from.
         dataset (`str`, *optional*): The zoo's repository, where it came from the Hub.
+        asked (`str`, *optional*): A sentence that says what it can be asked for.
     """
     card_data = ModelCardData(
         base_model=sorted(sources) or None,
@@ -128,6 +130,7 @@ def write_pipeline_card(
         count=count,
         parameters=parameters,
         facts={name: plain(str(value)) for name, value in recipe.items()},
+        asked=None if asked is None else plain(asked),
         markers=GENERATED,
         placeholder=PLACEHOLDER,
         evaluation=EVALUATION,

@@ -77,7 +77,8 @@ def _train(config: TrainConfig | NeuronTrainConfig, folder: Path) -> NeuralNetwo
             with explained(folder, "The checkpoints are whole; make room and resume from the latest."):
                 pipeline.save_pretrained(str(folder))
             shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of an earlier pipeline
-            _write_card(config, zoo, folder, sources)
+            encoder = denoising.condition_encoder
+            _write_card(config, zoo, folder, sources, None if encoder is None else encoder.known())
             if config.push_to_hub is not None:
                 push(folder, config.push_to_hub)
         accelerator.wait_for_everyone()
@@ -99,10 +100,11 @@ def _statistics(zoo: WeightZoo) -> ParameterLayout:
     return layout
 
 
-def _write_card(config: LoopConfig, zoo: WeightZoo, folder: Path, sources: set[str]) -> None:
+def _write_card(config: LoopConfig, zoo: WeightZoo, folder: Path, sources: set[str], asked: str | None) -> None:
     recipe = {name: value for name, value in asdict(config).items() if name not in (*RUN_SETTINGS, "zoo")}
     if recipe["task"] is not None:
         recipe["task"] = shown_name(recipe["task"])
+    recipe["condition"] = ", ".join(config.condition) or None
     write_pipeline_card(
         folder,
         recipe,
@@ -111,4 +113,5 @@ def _write_card(config: LoopConfig, zoo: WeightZoo, folder: Path, sources: set[s
         zoo.vector_size,
         sources=sources,
         dataset=None if Path(config.zoo).is_dir() else config.zoo,
+        asked=asked,
     )
