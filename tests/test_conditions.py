@@ -8,6 +8,7 @@ import torch
 
 from pdiff_hf import (
     CollectConfig,
+    ConditionEncoder,
     EvaluateConfig,
     GenerateConfig,
     NeuronTrainConfig,
@@ -280,6 +281,7 @@ def test_the_audit_compares_with_all_that_needs_no_generator(report):
     figures, folder = report
     groups = figures["groups"]
     assert figures["conditions"] == len(FAMILY.conditions("test"))
+    assert figures["guidance_scale"] in conditions.GUIDANCES
     assert {"shuffled condition", "majority class", "nearest condition", "mean of the nearest"} <= groups.keys()
     assert {"ridge regression", "ridge, pairs", "hypernetwork", "trained on the task"} <= groups.keys()
     assert groups["the side itself"]["single"]["mean"] == 1
@@ -310,6 +312,11 @@ def test_an_audit_needs_a_pipeline_that_can_be_asked(zoo, trained, tmp_path):
     pipe.register_modules(condition_encoder=None)
     with pytest.raises(ZooError, match=r"cannot be asked for direction: it was trained without --condition"):
         evaluate(FAMILY, trained=zoo, generated=pipe)
+    other = load_pipeline(trained)
+    encoder = ConditionEncoder.from_rows([{"angle": 0.0}, {"angle": 1.0}], ["angle"])
+    other.register_modules(condition_encoder=encoder)
+    with pytest.raises(ZooError, match="cannot be asked for what the tasks differ by: 'direction' is nothing to ask"):
+        evaluate(FAMILY, trained=zoo, generated=other)
     with pytest.raises(ZooError, match="come in a zoo, whose rows hold their conditions"):
         evaluate(FAMILY, trained=[{}], generated=pipe)
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..networks.symmetry import REFERENCE_NETWORKS
 from ..networks.trainer import data_of
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
-from ..tasks import TaskFamily
+from ..tasks import Task, TaskFamily
 from ..tasks.family import is_shared, training_inputs
 from ..zoo import WeightZoo, evenly
 from .canonical import symmetry_of
@@ -29,8 +30,9 @@ Row = dict[str, Any]
 # Held-out conditions, evenly picked, and generated networks of each; members of ensembles.
 MOST_CONDITIONS, NETWORKS = 256, 16
 ENSEMBLES = (4, 16)
-# Validation conditions, on which the strength of a baseline is chosen.
-MOST_CHOSEN_ON = 64
+# Validation conditions, on which the strength of a baseline is chosen, and that of guidance, by so many networks each.
+MOST_CHOSEN_ON, CHOSEN_BY = 64, 4
+GUIDANCES = (1.0, 1.5, 2.0)
 # A column that says how good a network is, and levels of it that are asked for.
 QUALITY, LEVELS = "validation_accuracy", 9
 # Which of the answers is no more than looking up, and which is regression.
@@ -66,7 +68,10 @@ class ConditionAudit:
         names = list(self.asked[0])
         if pipeline.condition_encoder is None:
             raise ZooError(f"The pipeline cannot be asked for {', '.join(names)}: it was trained without --condition.")
-        pipeline.condition_encoder(self.asked[:1])
+        try:
+            pipeline.condition_encoder(self.asked[:1])
+        except ValueError as error:
+            raise ZooError(f"The pipeline cannot be asked for what the tasks differ by: {error}") from error
         self.rows = [{name: row.get(name) for name in names} for row in trained.rows()]
         if lacking := [name for name in names if self.rows[0][name] is None]:
             raise ZooError(f"Rows of {trained.folder} lack the condition {lacking[0]!r}.")
@@ -75,12 +80,13 @@ class ConditionAudit:
 
     def figures(self) -> dict[str, Any]:
         """All that the report says."""
-        generated = self._generate(self.asked)
+        scale = self._guidance()
+        generated = self._generate(self.asked, NETWORKS, scale)
         order = torch.randperm(len(self.asked), generator=torch.Generator().manual_seed(self.seed))
         others = [self.asked[place] for place in _deranged(order)]
         groups = {
             "generated": self._score(generated),
-            "shuffled condition": self._score(self._generate(others)),
+            "shuffled condition": self._score(self._generate(others, NETWORKS, scale)),
             "majority class": {"single": self._majority(), "least": None},
         }
         groups |= self._rivals()
@@ -88,25 +94,44 @@ class ConditionAudit:
             groups[name] = self._score(vectors[:, None])
         if self.fresh is not None:
             groups["trained on the task"] = self._score(self._of_zoo(self.fresh))
-        training, trained = self._training(generated)
+        training, trained = self._training(generated, scale)
         groups |= trained
         return {
             "conditions": len(self.asked),
             "networks_per_condition": NETWORKS,
+            "guidance_scale": scale,
             "verdict": _verdict(groups),
             "groups": {name: _summary(group) for name, group in groups.items()},
             "training": training,
         }
 
-    def _generate(self, asked: Sequence[Row]) -> torch.Tensor:
-        """Networks of each condition, `[C, K, P]`."""
+    def _generate(self, asked: Sequence[Row], count: int, scale: float) -> torch.Tensor:
+        """So many networks of each condition, `[C, K, P]`."""
         self.pipeline.set_progress_bar_config(disable=True)
-        made = []
-        for index, condition in enumerate(asked):
-            seeds = range(self.seed + index * NETWORKS, self.seed + (index + 1) * NETWORKS)
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            made.append(self.pipeline(condition=condition, generator=generators, output_type="pt").state_dicts.cpu())
-        return torch.stack(made)
+        seeds = range(self.seed, self.seed + count * len(asked))
+        made = self.pipeline(
+            condition=[condition for condition in asked for _ in range(count)],
+            guidance_scale=scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+        )
+        return made.state_dicts.cpu().unflatten(0, (len(asked), count))
+
+    @cached_property
+    def _validation(self) -> tuple[list[Row], list[Task]]:
+        """The conditions on which strengths are chosen, and their tasks."""
+        every = self.family.conditions("validation")
+        asked = [every[place] for place in evenly(len(every), MOST_CHOSEN_ON)]
+        return asked, [self.family.task(condition) for condition in asked]
+
+    def _on_validation(self, vectors: torch.Tensor) -> float:
+        """Mean accuracy of networks of each of these conditions, `[C, K, P]`."""
+        return _scored(self._validation[1], vectors, self.predict, "validation")["single"].mean().item()
+
+    def _guidance(self) -> float:
+        """The scale that is best on validation conditions."""
+        asked = self._validation[0]
+        return max(GUIDANCES, key=lambda scale: self._on_validation(self._generate(asked, CHOSEN_BY, scale)))
 
     def _score(self, vectors: torch.Tensor) -> dict[str, Any]:
         """Accuracy `[C]` on the tasks of the asked conditions, of single networks `[C, K, P]` and of ensembles."""
@@ -148,13 +173,9 @@ class ConditionAudit:
             behaviour = Behaviour(stacked, layout, training_inputs(self.family), some)
         except NotStackableError:
             pass
-        every = self.family.conditions("validation")
-        chosen_on = [every[place] for place in evenly(len(every), MOST_CHOSEN_ON)]
-        tasks = [self.family.task(condition) for condition in chosen_on]
 
         def on_validation(answer: Callable[[Sequence[Row]], torch.Tensor]) -> float:
-            made = layout(answer(chosen_on), return_dict=False)[0]
-            return _scored(tasks, made[:, None], self.predict, "validation")["single"].mean().item()
+            return self._on_validation(layout(answer(self._validation[0]), return_dict=False)[0][:, None])
 
         found = []
         for kind in answers(self.rows, networks, behaviour, self.seed):
@@ -174,7 +195,9 @@ class ConditionAudit:
             raise ZooError(f"{zoo.folder} has no network of {self.asked[[not f for f in found].index(True)]}.")
         return torch.stack([zoo.vectors(some[:count]) for some in found])
 
-    def _training(self, generated: torch.Tensor) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
+    def _training(
+        self, generated: torch.Tensor, scale: float
+    ) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
         """Training from scratch as long as generating takes, and so long from the generated network, and twice."""
         initial = []
         with torch.random.fork_rng():
@@ -185,7 +208,7 @@ class ConditionAudit:
         found = train_as_long(
             self.tasks,
             self.trained.layout,
-            lambda count: self.pipeline(condition=self.asked[:count], output_type="pt"),
+            lambda count: self.pipeline(condition=self.asked[:count], guidance_scale=scale, output_type="pt"),
             {
                 "training from scratch, as long": (scratch, 1),
                 "training from scratch, twice as long": (scratch, 2),
