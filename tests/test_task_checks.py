@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pdiff_hf import CollectConfig, Task, WeightZoo, ZooError, evaluate, load_task, run_collect
+from pdiff_hf import CollectConfig, Task, WeightZoo, ZooError, evaluate, run_collect
 from pdiff_hf.errors import TaskError
-from pdiff_hf.tasks import check_task
+from pdiff_hf.tasks import check_family, check_task, load_family
 from pdiff_hf.tasks.task import BUILT_IN
 
 
@@ -138,7 +138,7 @@ def test_it_is_said_before_networks_are_scored(task, message):
 
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name.startswith("digits")])
 def test_the_tasks_that_are_built_in_pass(name):
-    check_task(load_task(name))
+    check_family(load_family(name))
 
 
 def test_a_check_leaves_the_randomness_of_the_caller_and_the_task_alone():
