@@ -271,10 +271,10 @@ def test_a_pipeline_without_conditions_cannot_be_asked(digits_pipeline, tmp_path
 @pytest.fixture(scope="module")
 def report(zoo, trained, fresh, tmp_path_factory) -> tuple[dict, Path]:
     folder = tmp_path_factory.mktemp("family") / "report"
-    report = run_evaluate(
-        EvaluateConfig(NAME, str(zoo.folder), str(trained), fresh=str(fresh.folder), output_dir=str(folder))
-    )
-    return report, folder
+    config = EvaluateConfig(NAME, str(zoo.folder), str(trained), fresh=str(fresh.folder), output_dir=str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(regression, "STEPS", 500)
+        return run_evaluate(config), folder
 
 
 def test_the_audit_compares_with_all_that_needs_no_generator(report):
@@ -349,6 +349,7 @@ def test_verdicts(generated, shuffled, retrieval, ridge, label):
     assert conditions._verdict(groups)["label"] == label
 
 
+@pytest.mark.slow
 def test_a_quality_that_is_asked_for_is_measured(digits_zoo, tmp_path):
     config = TrainConfig(
         zoo=str(digits_zoo.folder),
@@ -366,6 +367,7 @@ def test_a_quality_that_is_asked_for_is_measured(digits_zoo, tmp_path):
     assert quality["interval"][0] <= quality["slope"] <= quality["interval"][1]
 
 
+@pytest.mark.slow
 def test_the_quickstart_tells_the_story_of_conditions(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "SUBSETS_STEPS", 20)
     monkeypatch.setattr(regression, "STEPS", 50)

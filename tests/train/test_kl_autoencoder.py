@@ -147,6 +147,7 @@ def test_networks_that_do_not_fit_memory_are_read_when_they_are_needed(digits_zo
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_more_weight_on_the_divergence_makes_latents_noisier(digits_zoo, tmp_path):
     pipes = [run_train(config(digits_zoo, tmp_path / f"{w}", kl_weight=w)) for w in (0.0, 1.0)]
     normalized = pipes[0].layout.normalize(digits_zoo.vectors())
