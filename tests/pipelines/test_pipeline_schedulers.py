@@ -33,18 +33,21 @@ def test_the_schedulers_of_flow_matching_sample_from_a_denoiser_of_networks(sche
     pipe = swapped(build_pipe("neuron"), scheduler)
     vectors = run(pipe, num_inference_steps=5)
     assert vectors.isfinite().all()
-    # Euler's last step goes all the way to what the denoiser takes for clean.
+    # Euler's last step goes all the way to what the denoiser takes for clean, who is told what it took before.
     if scheduler is FlowMatchEulerDiscreteScheduler:
-        kept = []
+        start, kept = randn(2, *pipe.latent_shape), []
 
         def keep(pipe, step, timestep, tensors):
             kept.append((tensors["latents"], timestep))
             return {}
 
-        run(pipe, num_inference_steps=5, callback_on_step_end=keep)
-        (before, _), (last, timestep) = kept[-2:]
+        run(pipe, num_inference_steps=5, latents=start, callback_on_step_end=keep)
+        clean, nothing = None, pipe.condition_encoder([{}] * 2)
         with torch.no_grad():
-            assert_same(last, pipe.transformer.predict_clean(before, timestep))
+            for latents, (_, timestep) in zip([start, *(latents for latents, _ in kept)], kept, strict=False):
+                clean = pipe.transformer.predict_clean(latents, timestep, nothing, previous=clean)
+            assert_same(kept[-1][0], clean)
+            assert not torch.allclose(clean, pipe.transformer.predict_clean(latents, timestep, nothing), atol=1e-4)
 
 
 def swapped(pipe, scheduler: type):
