@@ -317,6 +317,11 @@ def test_an_audit_needs_a_pipeline_that_can_be_asked(zoo, trained, tmp_path):
     other.register_modules(condition_encoder=encoder)
     with pytest.raises(ZooError, match="cannot be asked for what the tasks differ by: 'direction' is nothing to ask"):
         evaluate(FAMILY, trained=zoo, generated=other)
+    with WeightZoo.create(tmp_path / "b", zoo.layout) as some:
+        for index, row in enumerate(zoo.rows()):
+            some.append(zoo.state_dict(index), direction=None if index == 3 else row["direction"])
+    with pytest.raises(ZooError, match="lack the condition 'direction'"):
+        evaluate(FAMILY, trained=some, generated=load_pipeline(trained))
     with pytest.raises(ZooError, match="come in a zoo, whose rows hold their conditions"):
         evaluate(FAMILY, trained=[{}], generated=pipe)
 

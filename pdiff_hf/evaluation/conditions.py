@@ -73,7 +73,7 @@ class ConditionAudit:
         except ValueError as error:
             raise ZooError(f"The pipeline cannot be asked for what the tasks differ by: {error}") from error
         self.rows = [{name: row.get(name) for name in names} for row in trained.rows()]
-        if lacking := [name for name in names if self.rows[0][name] is None]:
+        if lacking := [name for name in names if any(row[name] is None for row in self.rows)]:
             raise ZooError(f"Rows of {trained.folder} lack the condition {lacking[0]!r}.")
         self.tasks = [family.task(condition) for condition in self.asked]
         self.predict = Predictor(self.tasks[0], trained.layout, processes().device)
