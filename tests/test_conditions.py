@@ -285,6 +285,8 @@ def test_the_audit_compares_with_all_that_needs_no_generator(report):
     assert {"shuffled condition", "majority class", "nearest condition", "mean of the nearest"} <= groups.keys()
     assert {"ridge regression", "ridge, pairs", "hypernetwork", "trained on the task"} <= groups.keys()
     assert groups["the side itself"]["single"]["mean"] == 1
+    assert figures["verdict"]["label"] == "no-better-than-retrieval"
+    assert figures["verdict"]["gains"]["retrieval"]["over"] == "the side itself"
     assert groups["trained on the task"]["single"]["mean"] > 0.9
     assert groups["hypernetwork"]["single"]["mean"] > 0.85
     assert groups["shuffled condition"]["single"]["mean"] < groups["generated"]["single"]["mean"] - 0.2

@@ -89,7 +89,8 @@ class ConditionAudit:
             "shuffled condition": self._score(self._generate(others, NETWORKS, scale)),
             "majority class": {"single": self._majority(), "least": None},
         }
-        groups |= self._rivals()
+        rivals = self._rivals()
+        groups |= rivals
         for name, vectors in self._answers():
             groups[name] = self._score(vectors[:, None])
         if self.fresh is not None:
@@ -100,7 +101,7 @@ class ConditionAudit:
             "conditions": len(self.asked),
             "networks_per_condition": NETWORKS,
             "guidance_scale": scale,
-            "verdict": _verdict(groups),
+            "verdict": _verdict(groups, list(rivals)),
             "groups": {name: _summary(group) for name, group in groups.items()},
             "training": training,
         }
@@ -297,8 +298,8 @@ def _summary(group: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _verdict(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The generator against each, over conditions."""
+def _verdict(groups: dict[str, dict[str, Any]], rivals: Sequence[str] = ()) -> dict[str, Any]:
+    """The generator against each, over conditions; what the family knows without a network is looked up, too."""
     ours = groups["generated"]["single"]
 
     def gain(names: Sequence[str]) -> dict[str, Any]:
@@ -313,7 +314,7 @@ def _verdict(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
     regressions = [name for name in groups if name.startswith(("ridge", "hypernetwork"))]
     gains = {
         "shuffled": gain(["shuffled condition"]),
-        "retrieval": gain(["majority class", *LOOKED_UP]),
+        "retrieval": gain(["majority class", *LOOKED_UP, *rivals]),
         "regression": gain(regressions),
     }
     accuracy = f"{100 * ours.mean().item():.2f} % on {len(ours)} conditions that no training network had"
