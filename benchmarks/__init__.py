@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from pdiff_hf.runs import versions
-from pdiff_hf.train import DenoiserObjective, TrainConfig, TrainingLoop
+from pdiff_hf.train import DenoiserObjective, NeuronTrainConfig, TrainConfig, TrainingLoop, run_train
 
 
 # Folders of one machine say nothing to anyone else.
@@ -47,6 +48,28 @@ def write(config: Any, **figures: Any) -> None:
     if config.output:
         file = Path(config.output).with_suffix(".json")
         file.write_text(json.dumps({"facts": facts(config), **figures}, indent=1) + "\n", encoding="utf-8")
+
+
+def table(config: Any, header: str, measure: Callable[..., dict[str, Any]], cells: Callable[..., list[str]]) -> None:
+    """Prints a line for each of the configuration's rows and seeds, and writes their figures."""
+    print(header)
+    rows = []
+    for name in config.rows:
+        for seed in config.seeds:
+            rows.append(measure(config, name, seed))
+            print(" | ".join(cells(rows[-1])), flush=True)
+    write(config, rows=rows)
+
+
+def minutes_of(config: NeuronTrainConfig) -> float:
+    """Trains a pipeline, where there is none yet, and tells how long that took."""
+    clock = Path(config.output_dir).parent / "minutes.json"
+    if not (Path(config.output_dir) / "model_index.json").exists():
+        started = time.perf_counter()
+        run_train(config)
+        clock.write_text(json.dumps((time.perf_counter() - started) / 60))
+    minutes: float = json.loads(clock.read_text())
+    return minutes
 
 
 def fit_denoiser(objective: DenoiserObjective, latents: torch.Tensor, config: TrainConfig) -> None:

@@ -8,8 +8,6 @@ points over shuffled conditions and over the best, with 99 % intervals over cond
 A killed benchmark goes on where it was: every stage resumes.
 """
 
-import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +16,8 @@ import torch
 import tyro
 from torch import nn
 
-from benchmarks import write
-from pdiff_hf import CollectConfig, EvaluateConfig, NeuronTrainConfig, Task, run_collect, run_evaluate, run_train
+from benchmarks import minutes_of, table
+from pdiff_hf import CollectConfig, EvaluateConfig, NeuronTrainConfig, Task, run_collect, run_evaluate
 from pdiff_hf.tasks.digits_families import DigitsSubset, DigitsSubsets
 
 
@@ -82,21 +80,18 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
     run_collect(
         CollectConfig(row.family, output_dir=str(fresh), networks_per_task=FRESH_EACH, split="test", seed=FRESH_SEED)
     )
-    clock = pipeline.parent / "minutes.json"
-    if not (pipeline / "model_index.json").exists():
-        started = time.perf_counter()
-        settings = {"mixed_precision": config.mixed_precision, "checkpointing_steps": 10**9, **row.settings}
-        run_train(
-            NeuronTrainConfig(
-                zoo=str(zoo),
-                output_dir=str(pipeline),
-                task=row.family,
-                condition=("classes",),
-                seed=seed,
-                **settings,
-            )
+    minutes = minutes_of(
+        NeuronTrainConfig(
+            zoo=str(zoo),
+            output_dir=str(pipeline),
+            task=row.family,
+            condition=("classes",),
+            seed=seed,
+            mixed_precision=config.mixed_precision,  # type: ignore[arg-type]
+            checkpointing_steps=10**9,
+            **row.settings,
         )
-        clock.write_text(json.dumps((time.perf_counter() - started) / 60))
+    )
     report = run_evaluate(
         EvaluateConfig(
             row.family,
@@ -112,7 +107,7 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
         "networks": row.each,
         "seed": seed,
         "settings": row.settings,
-        "minutes": json.loads(clock.read_text()),
+        "minutes": minutes,
         **{key: report[key] for key in ("conditions", "verdict", "groups", "training")},
     }
 
@@ -144,16 +139,11 @@ def cells(row: dict[str, Any]) -> list[str]:
 def main(config: Config) -> None:
     """Prints a line a generator."""
     torch.set_num_threads(config.threads)
-    print(
-        "family | seed | verdict | generated: mean, min | ensembles of 16 | best without a generator | trained", end=""
+    header = (
+        "family | seed | verdict | generated: mean, min | ensembles of 16 | best without a generator | trained"
+        " | over shuffled | over the best | minutes | steps of training that take as long"
     )
-    print(" | over shuffled | over the best | minutes | steps of training that take as long")
-    rows = []
-    for name in config.rows:
-        for seed in config.seeds:
-            rows.append(measure(config, name, seed))
-            print(" | ".join(cells(rows[-1])), flush=True)
-    write(config, rows=rows)
+    table(config, header, measure, cells)
 
 
 if __name__ == "__main__":

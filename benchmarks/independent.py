@@ -11,8 +11,6 @@ A killed benchmark goes on where it was: every stage resumes. Data for MNIST and
 `benchmarks/images.py`.
 """
 
-import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import tyro
 
-from benchmarks import write
+from benchmarks import minutes_of, table
 from pdiff_hf import (
     CollectConfig,
     EvaluateConfig,
@@ -29,7 +27,6 @@ from pdiff_hf import (
     run_collect,
     run_evaluate,
     run_generate,
-    run_train,
 )
 
 
@@ -97,21 +94,17 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
     zoo, fresh = collected(config, name)
     row = ROWS[name]
     folder = zoo.parent / f"seed-{seed}"
-    clock = folder / "minutes.json"
-    if not (folder / "pipeline" / "model_index.json").exists():
-        started = time.perf_counter()
-        run_train(
-            NeuronTrainConfig(
-                zoo=str(zoo),
-                output_dir=str(folder / "pipeline"),
-                task=row.task,
-                seed=seed,
-                mixed_precision=config.mixed_precision,  # type: ignore[arg-type]
-                checkpointing_steps=10**9,
-                **row.settings,
-            )
+    minutes = minutes_of(
+        NeuronTrainConfig(
+            zoo=str(zoo),
+            output_dir=str(folder / "pipeline"),
+            task=row.task,
+            seed=seed,
+            mixed_precision=config.mixed_precision,  # type: ignore[arg-type]
+            checkpointing_steps=10**9,
+            **row.settings,
         )
-        clock.write_text(json.dumps((time.perf_counter() - started) / 60))
+    )
     run_generate(
         GenerateConfig(
             pipeline=str(folder / "pipeline"),
@@ -154,7 +147,7 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
         "share_of_gap": verdict["share_of_gap"],
         "share_of_gap_interval": verdict["share_of_gap_interval"],
         "ensembles": ensembles,
-        "minutes": json.loads(clock.read_text()),
+        "minutes": minutes,
         "training": report["training"],
         "settings": row.settings,
         "steps": row.steps,
@@ -186,14 +179,11 @@ def cells(row: dict[str, Any]) -> list[str]:
 def main(config: Config) -> None:
     """Prints a line a generator."""
     torch.set_num_threads(config.threads)
-    print("zoo | seed | verdict | generated: mean, min, similarity | fresh | gain | fresh | share", end="")
-    print(" | ensembles: generated, fresh | minutes | steps of training, their accuracy")
-    rows = []
-    for name in config.rows:
-        for seed in config.seeds:
-            rows.append(measure(config, name, seed))
-            print(" | ".join(cells(rows[-1])), flush=True)
-    write(config, rows=rows)
+    header = (
+        "zoo | seed | verdict | generated: mean, min, similarity | fresh | gain | fresh | share"
+        " | ensembles: generated, fresh | minutes | steps of training, their accuracy"
+    )
+    table(config, header, measure, cells)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from ..networks.trainer import data_of
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from ..tasks import Task, TaskFamily
-from ..tasks.family import is_shared, training_inputs
+from ..tasks.family import training_inputs
 from ..zoo import WeightZoo, evenly
 from .canonical import symmetry_of
 from .equal_time import train_as_long
@@ -35,7 +35,7 @@ MOST_CHOSEN_ON, CHOSEN_BY = 64, 4
 GUIDANCES = (1.0, 1.5, 2.0)
 # A column that says how good a network is, and levels of it that are asked for.
 QUALITY, LEVELS = "validation_accuracy", 9
-# Which of the answers is no more than looking up, and which is regression.
+# Which of the answers are no more than looking up.
 LOOKED_UP = ("mean network", "nearest condition", "mean of the nearest")
 
 
@@ -265,12 +265,10 @@ def _deranged(order: torch.Tensor) -> list[int]:
 
 
 def _scored(tasks: Sequence[Any], vectors: torch.Tensor, predict: Predictor, split: str) -> dict[str, Any]:
-    data = data_of(tasks, split)
-    shared = is_shared([inputs for inputs, _ in data])
     accuracies: dict[str, list[torch.Tensor]] = {}
     least = []
-    for task, networks, (inputs, targets) in zip(tasks, vectors, data, strict=True):
-        predictions = predict(networks.float(), inputs if not shared else data[0][0])
+    for task, networks, (inputs, targets) in zip(tasks, vectors, data_of(tasks, split), strict=True):
+        predictions = predict(networks.float(), inputs)
 
         def accuracy(probabilities: torch.Tensor, task: Any = task, targets: Any = targets) -> torch.Tensor:
             return task.correct(probabilities, targets.cpu()).float().mean()
@@ -323,19 +321,14 @@ def _verdict(groups: dict[str, dict[str, Any]], rivals: Sequence[str] = ()) -> d
         low, high = (100 * value for value in gains[name]["interval"])
         return f"{100 * gains[name]['mean']:+.2f} points (99 % interval {low:+.2f} to {high:+.2f})"
 
-    if not gains["shuffled"]["interval"][0] > 0:
-        label = "ignores-the-condition"
-        sentence = f"Ignores the condition: {accuracy}, {margin('shuffled')} over another condition."
-    elif not gains["retrieval"]["interval"][0] > 0:
-        label = "no-better-than-retrieval"
-        over = gains["retrieval"]["over"]
-        sentence = f"No better than looking up the nearest: {accuracy}, {margin('retrieval')} over {over}."
-    elif not gains["regression"]["interval"][0] > 0:
-        label = "no-better-than-regression"
-        over = gains["regression"]["over"]
-        sentence = f"No better than regression: {accuracy}, {margin('regression')} over {over}."
-    else:
-        label = "generalizes"
-        over = gains["regression"]["over"]
-        sentence = f"Generalizes: {accuracy}, {margin('regression')} over {over}."
+    labels = {
+        "shuffled": ("ignores-the-condition", "Ignores the condition"),
+        "retrieval": ("no-better-than-retrieval", "No better than looking up the nearest"),
+        "regression": ("no-better-than-regression", "No better than regression"),
+    }
+    failed = next((name for name in labels if not gains[name]["interval"][0] > 0), None)
+    label, words = labels[failed] if failed else ("generalizes", "Generalizes")
+    against = failed or "regression"
+    over = "another condition" if against == "shuffled" else gains[against]["over"]
+    sentence = f"{words}: {accuracy}, {margin(against)} over {over}."
     return {"label": label, "sentence": sentence, "confidence": CONFIDENCE, "gains": gains}

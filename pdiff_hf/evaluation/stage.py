@@ -13,7 +13,6 @@ from ..errors import ConfigError
 from ..extras import require
 from ..files import locked
 from ..hub.cards import write_evaluation
-from ..hub.pipelines import load_pipeline
 from ..hub.push import push_evaluation
 from ..parallel import from_main, processes, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
@@ -24,7 +23,7 @@ from . import pictures
 from .conditions import ConditionAudit, asked_quality
 from .report import card_results, card_section, table, write_report
 from .study import PARTS, Study
-from .subjects import NetworksLike, Sampler, Subjects, family_of, holds_pipeline, opened
+from .subjects import NetworksLike, Sampler, Subjects, family_of, holds_pipeline, load, opened
 
 
 REPORT_VERSION = 2
@@ -182,7 +181,7 @@ def _audit(
                 f"{name} is a family of tasks, and {generated} holds no pipeline to ask for some of them: pass "
                 "--generated PIPELINE."
             )
-        generated = load_pipeline(generated).to(processes().device)
+        generated = load(generated)
     gold = fresh if isinstance(fresh, WeightZoo | None) else WeightZoo.from_pretrained(str(fresh))
     check_family(family, processes().device, training=False)
     figures = from_main(lambda: ConditionAudit(family, zoo, generated, gold, seed).figures())

@@ -103,9 +103,9 @@ def opened(
             name, loaded = type(task).__name__, task
         check_task(loaded, processes().device, training=False)
         origin = str(pipeline) if isinstance(pipeline, str | Path) else None
-        used: Any = _load(pipeline) if isinstance(pipeline, str | Path) else pipeline
+        used: Any = load(pipeline) if isinstance(pipeline, str | Path) else pipeline
         if isinstance(generated, str | Path) and holds_pipeline(generated):
-            origin, generated = str(generated), _load(generated)
+            origin, generated = str(generated), load(generated)
             used = generated
         if callable(generated):
             if used is None and not isinstance(generated, Baseline):
@@ -157,7 +157,8 @@ def _check_origin(generated: WeightZoo, pipeline: Path) -> None:
         )
 
 
-def _load(name_or_path: str | Path) -> NeuralNetworkDiffusionPipeline:
+def load(name_or_path: str | Path) -> NeuralNetworkDiffusionPipeline:
+    """A pipeline, on this process's device."""
     return load_pipeline(name_or_path).to(processes().device)
 
 
