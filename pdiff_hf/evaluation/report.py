@@ -2,7 +2,6 @@
 
 import base64
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,6 @@ CAPTIONS = {
 }
 
 
-STYLE = """body { font: 16px/1.5 system-ui, sans-serif; color: #222; }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .75rem; border-bottom: 1px solid #ccc; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-.verdict { border-left: 6px solid #0072B2; background: #f0f6fa; padding: .75rem 1rem; }
-figure { margin: 2rem 0; } img { max-width: 100%; } figcaption { color: #555; }"""
 CARD = """**{{ report.verdict.label }}**: {{ report.verdict.sentence }}
 
 | {{ columns | join(" | ") }} |
@@ -162,7 +154,11 @@ def _results(task: str, count: int, values: dict[tuple[str, str], float]) -> lis
 
 def _environment(escape: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=escape
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=escape,
     )
     environment.filters |= {"percent": percent, "number": number}
     return environment
@@ -179,18 +175,13 @@ def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> Non
             (base64.b64encode(file.read_bytes()).decode() if escape else file.name, caption)
             for file, caption in captions
         ]
-        text = (files(__package__) / f"{kind}.{ending}").read_text(encoding="utf-8")
-        texts[f"report.{ending}"] = (
-            _environment(escape)
-            .from_string(text)
-            .render(
-                report=report if escape else {**report, "task": plain(report["task"])},
-                labels=LABELS,
-                columns=SHORT if escape and kind == "report" else tuple(rows[0]),
-                rows=rows,
-                pictures=pictures,
-                **({"style": STYLE} if escape else {}),
-            )
+        template = _environment(escape).get_template(f"{kind}.{ending}")
+        texts[f"report.{ending}"] = template.render(
+            report=report if escape else {**report, "task": plain(report["task"])},
+            labels=LABELS,
+            columns=SHORT if escape and kind == "report" else tuple(rows[0]),
+            rows=rows,
+            pictures=pictures,
         )
     for name, text in texts.items():
         with whole(folder / name) as file:
