@@ -7,7 +7,7 @@ networks mean and minimum accuracy on the test split; similarity of the generate
 network; their spread (mean standard deviation of a parameter over that of the originals); and, where the audit runs
 (the digits tasks), the gain over the front of the baselines at equal similarity. Then the means over the seeds.
 
-Data for MNIST and Fashion-MNIST: see `benchmarks/images.py`; `--peer FILE` adds the published generator's zoo.
+Data for MNIST and Fashion-MNIST: see `pdiff_hf/tasks/images.py`; `--peer FILE` adds the published generator's zoo.
 """
 
 import itertools

@@ -5,7 +5,7 @@ with each seed, and `evaluate`, which asks for 16 networks of each held-out cond
 single networks and of ensembles of 16; of the best that needs no generator; of networks trained on the held-out tasks;
 points over shuffled conditions and over the best, with 99 % intervals over conditions; minutes of the training.
 
-A killed benchmark goes on where it was: every stage resumes.
+A killed benchmark goes on where it was: every stage resumes. Data for Fashion-MNIST: see `pdiff_hf/tasks/images.py`.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from torch import nn
 
 from benchmarks import minutes_of, table
 from pdiff_hf import CollectConfig, EvaluateConfig, NeuronTrainConfig, Task, run_collect, run_evaluate
-from pdiff_hf.tasks.digits_families import DigitsSubset, DigitsSubsets
+from pdiff_hf.tasks import load_family
+from pdiff_hf.tasks.subsets import DigitsSubset, DigitsSubsets
 
 
 FRESH_EACH, FRESH_SEED = 4, 10**6
@@ -49,8 +50,10 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "digits-subsets": Row("digits-subsets", 12, {"transformer_steps": 2500}),
+    "digits-subsets": Row("digits-subsets", 12, {"transformer_steps": 5000, "behaviour_inputs": 256}),
     "one-start": Row("benchmarks.conditional:SubsetsOfOneStart", 6, {"transformer_steps": 2500, "initial": False}),
+    "fashion-subsets": Row("fashion-subsets", 12, {"transformer_steps": 2500, "behaviour_inputs": 256}),
+    "digits-prototypes": Row("digits-prototypes", 12, {"transformer_steps": 1500}),
 }
 
 
@@ -85,7 +88,7 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
             zoo=str(zoo),
             output_dir=str(pipeline),
             task=row.family,
-            condition=("classes",),
+            condition=tuple(load_family(row.family).conditions("train")[0]),
             seed=seed,
             mixed_precision=config.mixed_precision,  # type: ignore[arg-type]
             checkpointing_steps=10**9,

@@ -8,7 +8,7 @@ front, points, with the 99 % interval; the share of the way from the front to fr
 initialization, and what so many steps come to.
 
 A killed benchmark goes on where it was: every stage resumes. Data for MNIST and Fashion-MNIST: see
-`benchmarks/images.py`.
+`pdiff_hf/tasks/images.py`.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "fashion-mlp": Row("benchmarks.seeds:FashionMLP", 12_000, {"hidden_size": 160, "transformer_steps": 5000}),
+    "fashion-mlp": Row("fashion-mlp", 12_000, {"hidden_size": 160, "transformer_steps": 5000}),
     "digits-mlp": Row("digits-mlp", 4000, {"transformer_steps": 2500}),
     "fashion-mlp2": Row("benchmarks.seeds:FashionMLP2", 20_000, {"transformer_steps": 8000}, steps=40),
     "fashion-convnet": Row("benchmarks.seeds:FashionConvNet", 8000, {"transformer_steps": 4000}),

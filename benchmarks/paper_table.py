@@ -1,7 +1,7 @@
 """The paper's table: original, soup and generated networks over tasks, and its ablations.
 
 Each cell is computed once and kept in `<work_dir>/cells`; a run that was interrupted goes on. Data for MNIST,
-Fashion-MNIST and CIFAR-10: see `benchmarks/images.py`.
+Fashion-MNIST and CIFAR-10: see `pdiff_hf/tasks/images.py`.
 
     python -m benchmarks.paper_table --data-dir DATA --output benchmarks/results/paper_table
 

@@ -14,7 +14,7 @@ decoding the latents alone (the median of 20 times), and whether that is as good
 denoiser: mean accuracy at most two standard errors below, no more outliers, and a spread within a tenth. Few steps can
 look good by sampling near the mean only; the last column alone does not say that a denoiser is good.
 
-Data for Fashion-MNIST: see `benchmarks/images.py`. Zoos and denoisers are kept in `work_dir`; a run that was
+Data for Fashion-MNIST: see `pdiff_hf/tasks/images.py`. Zoos and denoisers are kept in `work_dir`; a run that was
 interrupted goes on.
 """
 

@@ -1,7 +1,7 @@
 """Whole real networks through all four stages: seconds, peak memory, and whether what is generated works.
 
 Every tensor is generated, the statistics of batch norm included: an MLP of a million parameters on MNIST (see
-`benchmarks/images.py` for where that is read from), and a ResNet-18 of eleven million on scikit-learn's digits,
+`pdiff_hf/tasks/images.py` for where that is read from), and a ResNet-18 of eleven million on scikit-learn's digits,
 enlarged to 32x32, whose zoo is stored in bfloat16. Each stage runs in a process of its own. Peak memory is the largest
 resident set of that process, where pages of memory-mapped files count too; beside it stands that of the published
 autoencoder, a parameter. Stages whose figures are in the work folder are not run again; one that was interrupted goes

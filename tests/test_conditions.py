@@ -29,7 +29,8 @@ from pdiff_hf.evaluation import conditions, regression
 from pdiff_hf.networks.trainer import NetworkTrainer
 from pdiff_hf.quickstart import QuickstartConfig, run_quickstart
 from pdiff_hf.tasks import check_family, load_family
-from pdiff_hf.tasks.digits_families import DigitsPrototypes, DigitsSubsets
+from pdiff_hf.tasks.prototypes import DigitsPrototypes
+from pdiff_hf.tasks.subsets import DigitsSubsets
 from pdiff_hf.train.neuron_diffusion import initial_vectors
 
 from . import families

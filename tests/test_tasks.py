@@ -1,10 +1,12 @@
+import gzip
+
 import numpy as np
 import pytest
 import torch
 
 from pdiff_hf import CollectConfig, ParameterLayout, Task, load_task, run_collect
 from pdiff_hf.errors import TaskError
-from pdiff_hf.tasks import cifar100
+from pdiff_hf.tasks import check_family, cifar100, images, load_family
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,75 @@ def test_the_recipe_of_the_paper_collects_its_two_batch_norms(small_cifar100, tm
     assert zoo.vectors().shape == (2, 4096)
     assert {t["name"].rpartition(".")[0] for t in zoo.layout.tensors("generated")} == {"layer4.1.bn1", "layer4.1.bn2"}
     load_task("cifar100-resnet18").build_network().load_state_dict(zoo.state_dict(1), strict=True)
+
+
+def small_fashion(folder):
+    """2,300 and 40 random images as the idx files of Fashion-MNIST."""
+    (folder / "fashion-mnist").mkdir()
+    for prefix, count in (("train", 2300), ("t10k", 40)):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        header = np.zeros(16, np.uint8).tobytes()
+        labels = header[:8] + bytes(index % 10 for index in range(count))
+        (folder / "fashion-mnist" / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        (folder / "fashion-mnist" / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+
+
+@pytest.fixture
+def fashion(tmp_path, monkeypatch):
+    monkeypatch.setenv("PDIFF_HF_DATA", str(tmp_path))
+    for cached in (images.load, images._pooled):
+        cached.cache_clear()
+    yield tmp_path
+    for cached in (images.load, images._pooled):
+        cached.cache_clear()
+
+
+def test_pixels_are_averaged_down_and_standardized_over_the_training_images(fashion):
+    small_fashion(fashion)
+    task = load_task("fashion-mlp")
+    inputs, _ = task.data("train")
+    assert inputs.shape == (300, 1, 7, 7)
+    torch.testing.assert_close(inputs.mean(0), torch.zeros(1, 7, 7), atol=1e-5, rtol=0)
+    torch.testing.assert_close(inputs.std(0), torch.ones(1, 7, 7))
+    assert [len(task.data(split)[1]) for split in ("validation", "test")] == [2000, 40]
+    assert sum(parameter.numel() for parameter in task.build_network().parameters()) == 970
+
+
+def test_subsets_of_clothes_are_a_family_whose_tasks_share_their_images(fashion):
+    small_fashion(fashion)
+    family = load_family("fashion-subsets")
+    check_family(family)
+    one, other = (family.task({"classes": classes}) for classes in ([0, 1] * 5, [1] + 9 * [0]))
+    assert one.data("train")[0].data_ptr() == other.data("train")[0].data_ptr()
+    _, classes = load_task("fashion-mlp").data("test")
+    assert torch.equal(one.data("test")[1], classes % 2)
+    assert torch.equal(other.data("test")[1], (classes == 0).long())
+    assert sum(parameter.numel() for parameter in one.build_network().parameters()) == 1902
+
+
+def test_a_folder_without_the_images_is_named(fashion):
+    with pytest.raises(TaskError, match=r"PDIFF_HF_DATA is .*, where fashion-mnist is not"):
+        load_task("fashion-mlp").data("train")
+
+
+def test_images_of_the_hub_are_those_of_the_folder(fashion, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    small_fashion(fashion)
+    local = load_task("fashion-mlp").data("test")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
+    for split, prefix, count in (("train", "train", 2300), ("test", "t10k", 40)):
+        pixels = np.fromfile(fashion / "fashion-mnist" / f"{prefix}-images-idx3-ubyte", np.uint8, offset=16)
+        columns = {
+            "image": [datasets.Image().encode_example(image) for image in pixels.reshape(-1, 28, 28)],
+            "label": [index % 10 for index in range(count)],
+        }
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(fashion / "hub" / f"{split}.parquet")
+    monkeypatch.setitem(images.REPOSITORIES, "fashion-mnist", (str(fashion / "hub"), "image", "label"))
+    monkeypatch.delenv("PDIFF_HF_DATA")
+    for cached in (images.load, images._pooled):
+        cached.cache_clear()
+    for here, there in zip(local, load_task("fashion-mlp").data("test"), strict=True):
+        assert torch.equal(here, there)
 
 
 def test_prediction_is_in_evaluation_mode_and_leaves_each_mode_as_it_was():

@@ -17,9 +17,11 @@ BUILT_IN = {
     "digits-convnet": "pdiff_hf.tasks.digits:DigitsConvNet",
     "digits-mlp": "pdiff_hf.tasks.digits:DigitsMLP",
     "digits-resnet": "pdiff_hf.tasks.digits:DigitsResNet",
-    "digits-subsets": "pdiff_hf.tasks.digits_families:DigitsSubsets",
-    "digits-prototypes": "pdiff_hf.tasks.digits_families:DigitsPrototypes",
+    "fashion-mlp": "pdiff_hf.tasks.images:FashionMLP",
     "cifar100-resnet18": "pdiff_hf.tasks.cifar100:CIFAR100ResNet18",
+    "digits-subsets": "pdiff_hf.tasks.subsets:DigitsSubsets",
+    "digits-prototypes": "pdiff_hf.tasks.prototypes:DigitsPrototypes",
+    "fashion-subsets": "pdiff_hf.tasks.subsets:FashionSubsets",
 }
 
 
@@ -110,7 +112,7 @@ def load_task(name_or_path: str | Task) -> Task:
 
     Args:
         name_or_path (`str`):
-            `"digits-convnet"`, `"digits-mlp"`, `"digits-resnet"`, `"cifar100-resnet18"`, or the user's own:
+            A built-in one, `"digits-convnet"` or another name of `BUILT_IN`, or the user's own:
             `"path/to/file.py:MyTask"` or `"package.module:MyTask"`. It runs that code. The class needs the methods
             `build_network` and `data`; what else a [`Task`] has is added where it is missing.
 

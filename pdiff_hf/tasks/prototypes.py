@@ -1,59 +1,14 @@
-"""Families of tasks on scikit-learn's digits: subsets of the classes, and classes that are described by their mean."""
+"""A family of tasks on scikit-learn's digits whose classes are described by their mean image."""
 
 import itertools
-import math
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
 
-from .digits import DigitsConvNet, digits
+from .digits import TwoDigitsMLP, digits
 from .family import TaskFamily
 from .task import Task
-
-
-class TwoClasses(DigitsConvNet):
-    """Two linear layers, 1,074 parameters, at a learning rate that falls by half a cosine."""
-
-    learning_rate = 5e-3
-
-    def build_network(self) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 2))
-
-    def learning_rate_factor(self, progress: float) -> float:
-        """Half a cosine."""
-        return (1 + math.cos(math.pi * progress)) / 2
-
-
-# Pairs of a subset and its complement, of 511: swapping two outputs of a network of the one solves the other.
-SUBSETS = {"train": slice(0, 389), "validation": slice(389, 409), "test": slice(409, 511)}
-
-
-class DigitsSubset(TwoClasses):
-    """Whether a digit is in a subset of the ten."""
-
-    def __init__(self, classes: list[int]):
-        self.classes = torch.tensor(classes)
-
-    def data(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """As those of [`DigitsConvNet`], with two classes: 1 for digits of the subset."""
-        inputs, classes = super().data(split)
-        return inputs, self.classes[classes]
-
-
-class DigitsSubsets(TaskFamily):
-    """The 1,022 subsets of ten digits that are neither empty nor all: `{"classes": [0, 1, ...]}`, a number a digit."""
-
-    def conditions(self, split: str) -> list[dict[str, Any]]:
-        """778, 40 and 204 subsets; a subset and its complement are on the same side."""
-        halves = [subset for subset in itertools.product((0, 1), repeat=10) if subset[0] == 0 and any(subset)]
-        order = torch.randperm(len(halves), generator=torch.Generator().manual_seed(0)).tolist()
-        pairs = [halves[place] for place in order[SUBSETS[split]]]
-        return [{"classes": [one ^ flip for one in subset]} for subset in pairs for flip in (0, 1)]
-
-    def task(self, condition: dict[str, Any]) -> Task:
-        return DigitsSubset(condition["classes"])
 
 
 # Digits, each turned and mirrored in eight ways: those of a digit are of one split.
@@ -81,7 +36,7 @@ def _mean_image(digit: int, way: int) -> tuple[float, ...]:
     return tuple(round(pixel, 4) for pixel in _turned(_examples(digit, "train"), way).mean(0).flatten().tolist())
 
 
-class DigitsPair(TwoClasses):
+class DigitsPair(TwoDigitsMLP):
     """Which of two classes an image is of; a class is a digit, turned or mirrored in one of eight ways."""
 
     def __init__(self, classes: tuple[tuple[int, int], tuple[int, int]]):
