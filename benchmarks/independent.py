@@ -44,7 +44,7 @@ ROWS = {
     "digits-mlp": Row("digits-mlp", 4000, {"transformer_steps": 2500}),
     "fashion-mlp2": Row("benchmarks.seeds:FashionMLP2", 20_000, {"transformer_steps": 8000}, steps=40),
     "fashion-convnet": Row("benchmarks.seeds:FashionConvNet", 8000, {"transformer_steps": 4000}),
-    "mnist-mlp32": Row("benchmarks.seeds:MNISTMLP32", 100, {"transformer_steps": 2500}),
+    "mnist-mlp32": Row("benchmarks.seeds:MNISTMLP32", 100, {"transformer_steps": 2000, "batch_size": 32}),
 }
 FRESH, FRESH_SEED = 300, 10**6
 ENSEMBLE = 64

@@ -1,4 +1,4 @@
-"""A zoo in canonical form: of the networks that differ by order and scale of hidden units, one representative each."""
+"""A zoo in canonical form: of the networks that differ by what means nothing, one representative each."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +9,10 @@ from tqdm.auto import tqdm
 from .config import check_above_zero
 from .errors import ConfigError, TaskError, ZooError
 from .extras import require
+from .networks.canonical import REFERENCE_NETWORKS
+from .networks.gauge import symmetry_of
 from .networks.predictor import Predictor
-from .networks.symmetry import REFERENCE_NETWORKS, Symmetry, UnknownSymmetryError
+from .networks.symmetry import UnknownSymmetryError
 from .parallel import processes, written
 from .runs import save_run
 from .tasks import check_task, load_task
@@ -23,7 +25,8 @@ EXAMPLES = 100
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Permutes and scales the hidden units of a zoo's networks, so that they lie near to each other."""
+    """Permutes and scales the hidden units of a zoo's networks, or rotates the ranks of its adapters, so that they lie
+    near to each other."""
 
     zoo: str = "runs/zoo"
     """Folder of the zoo, or its name on the Hub."""
@@ -63,7 +66,7 @@ def _align(config: AlignConfig, folder: Path) -> str:
     check_task(task, processes().device, training=False)
     inputs = task.data("train")[0][:EXAMPLES]
     try:
-        symmetry = Symmetry(task.build_network(), zoo.layout, inputs[:1])
+        symmetry = symmetry_of(task.build_network(), zoo.layout, inputs[:1])
     except UnknownSymmetryError as error:
         raise TaskError(f"Networks of {name} cannot be aligned: {error}") from error
     predict = Predictor(task, zoo.layout, processes().device)
@@ -94,18 +97,15 @@ def _align(config: AlignConfig, folder: Path) -> str:
                 before += (batch - mean).norm(dim=1).sum().item()
                 after += (canonical - reference).norm(dim=1).sum().item()
                 for vector in canonical:
-                    # The units of its initialization are in their old order.
+                    # Its initialization is as it was.
                     aligned.append(vector, **{k: v for k, v in next(rows).items() if k != "initial_norm"})
                 progress.update(len(batch))
     except BaseException:
         aligned.delete()
         raise
     save_run(folder, "align", config)
-    units = ", ".join(str(group.units) for group in symmetry.groups)
-    aligned.write_card(
-        f"The networks of `{zoo.folder.name}` in canonical form: hidden units in one order and balanced."
-    )
+    aligned.write_card(f"The networks of `{zoo.folder.name}` in canonical form.")
     return (
-        f"{len(zoo)} networks with groups of {units} hidden units: the mean distance to their mean was "
+        f"{len(zoo)} networks with {symmetry}: the mean distance to their mean was "
         f"{before / len(zoo):.4g} and is {after / len(zoo):.4g}. Predictions differ by {largest:.2g} at most."
     )

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import torch
 
+from ..networks.canonical import REFERENCE_NETWORKS, CanonicalForm
+from ..networks.gauge import symmetry_of
 from ..networks.predictor import Predictor
-from ..networks.symmetry import REFERENCE_NETWORKS, Symmetry, UnknownSymmetryError
+from ..networks.symmetry import UnknownSymmetryError
 from ..zoo import WeightZoo, evenly
 
 
@@ -15,18 +17,18 @@ MOST_ALIGNED, MOST_ALIGNED_VALUES = 10**6, 2**28
 NEARER = 0.98
 
 
-def symmetry_of(zoo: WeightZoo, predict: Predictor, inputs: torch.Tensor) -> Symmetry | None:
+def symmetry_that_holds(zoo: WeightZoo, predict: Predictor, inputs: torch.Tensor) -> CanonicalForm | None:
     """The symmetry of the networks of a zoo, where it is recognized and their predictions bear it out."""
     if zoo.vector_size > MOST_ALIGNED:
         return None
     try:
-        symmetry = Symmetry(predict.network, zoo.layout, inputs[:1])
+        symmetry = symmetry_of(predict.network, zoo.layout, inputs[:1])
     except UnknownSymmetryError:
         return None
     return symmetry if symmetry.holds(predict, zoo[0], inputs) else None
 
 
-def canonical_zoo(zoo: WeightZoo, symmetry: Symmetry | None, folder: Path) -> WeightZoo | None:
+def canonical_zoo(zoo: WeightZoo, symmetry: CanonicalForm | None, folder: Path) -> WeightZoo | None:
     """The zoo in canonical form, in a folder of its own; None where its networks have one order of units already."""
     if symmetry is None or len(zoo) * zoo.vector_size > MOST_ALIGNED_VALUES:
         return None

@@ -9,16 +9,16 @@ import torch
 
 from ..errors import ZooError
 from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
+from ..networks.canonical import REFERENCE_NETWORKS
 from ..networks.predictor import Predictor
-from ..networks.stacked import NotStackableError, StackedNetwork
-from ..networks.symmetry import REFERENCE_NETWORKS
+from ..networks.stacked import NotStackableError, side_by_side
 from ..networks.trainer import data_of
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from ..tasks import Task, TaskFamily
 from ..tasks.family import training_inputs
 from ..zoo import WeightZoo, evenly
-from .canonical import symmetry_of
+from .canonical import symmetry_that_holds
 from .equal_time import train_as_long
 from .measures import interval, resample, resampled_means
 from .regression import answers
@@ -160,7 +160,7 @@ class ConditionAudit:
         # All of it on the CPU, wherever the pipeline is.
         zoo, layout = self.trained, copy.deepcopy(self.pipeline.layout).to("cpu")
         inputs = self.tasks[0].data("test")[0]
-        symmetry = symmetry_of(zoo, self.predict, inputs[:50])
+        symmetry = symmetry_that_holds(zoo, self.predict, inputs[:50])
         vectors = torch.cat(list(zoo.batches())).float()
         if symmetry is not None:
             vectors = symmetry.canonical(
@@ -169,7 +169,7 @@ class ConditionAudit:
         networks = layout.normalize(vectors)
         behaviour = None
         try:
-            stacked = StackedNetwork(self.predict.network)
+            stacked = side_by_side(self.predict.network)
             some = networks[list(evenly(len(networks), VARIANCE_NETWORKS))]
             behaviour = Behaviour(stacked, layout, training_inputs(self.family), some)
         except NotStackableError:

@@ -10,12 +10,12 @@ from tqdm.auto import tqdm
 
 from ..errors import ZooError
 from ..files import UNFINISHED
-from ..networks.symmetry import aligned_distances
+from ..networks.canonical import aligned_distances
 from ..parallel import from_main, processes
 from ..zoo import WeightZoo
 from . import pictures
 from .baselines import KINDS, Baseline, StandardizedZoo
-from .canonical import MOST_ALIGNED_VALUES, canonical_zoo, symmetry_of
+from .canonical import MOST_ALIGNED_VALUES, canonical_zoo, symmetry_that_holds
 from .equal_time import from_the_same
 from .measures import Nearest, mean, most_similar, nearest, outside_span, parameter_statistics, picked
 from .scoring import Scorer, Scores
@@ -55,7 +55,7 @@ class Study:
         except RuntimeError as error:
             raise ZooError(f"The networks of {self.trained.folder} do not fit the task: {error}") from error
         self.targets = self.scorer.targets["test"]
-        self.symmetry = symmetry_of(self.trained, self.scorer.predict, self.scorer.inputs[:50])
+        self.symmetry = symmetry_that_holds(self.trained, self.scorer.predict, self.scorer.inputs[:50])
         canonical = canonical_zoo(self.trained, self.symmetry, subjects.scratch / "canonical")
         self.standardized = StandardizedZoo(canonical or self.trained)
         self.is_canonical = canonical is not None

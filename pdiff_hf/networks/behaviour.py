@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from ..pipelines.neural_network_diffusion import ParameterLayout
 from ..zoo import evenly
-from .stacked import StackedNetwork, stack
+from .stacked import StackedNetwork, VmappedNetwork, stack
 
 
 # Inputs, evenly picked, and networks that tell the variance of outputs.
@@ -18,7 +18,7 @@ class Behaviour:
     outputs over examples.
 
     Args:
-        network (`StackedNetwork`): The architecture.
+        network (`StackedNetwork` or `VmappedNetwork`): The architecture.
         layout (`ParameterLayout`): With its statistics.
         inputs (`torch.Tensor`): Training inputs, `[E, ...]`; their targets are not needed.
         some (`torch.Tensor`): Normalized networks, `[n, P]`, whose outputs tell the variance.
@@ -27,7 +27,7 @@ class Behaviour:
 
     def __init__(
         self,
-        network: StackedNetwork,
+        network: StackedNetwork | VmappedNetwork,
         layout: ParameterLayout,
         inputs: torch.Tensor,
         some: torch.Tensor,

@@ -9,7 +9,7 @@ import torch
 
 from ..pipelines.neural_network_diffusion import ParameterLayout
 from ..tasks import Task
-from .stacked import NotStackableError, StackedNetwork, Weights, stack
+from .stacked import NotStackableError, StackedNetwork, VmappedNetwork, side_by_side, stack
 
 
 # Values of one activation that are in flight at a time on a CPU: they should stay in its cache.
@@ -37,12 +37,12 @@ class Predictor:
         self.task, self.layout, self.device = task, layout, device
         with torch.random.fork_rng():  # the caller's randomness is not ours to draw from
             self.network = task.build_network().to(device).eval()
-        self._stacked: StackedNetwork | None = None
+        self._stacked: StackedNetwork | VmappedNetwork | None = None
         self.plan: int | None = None
         self._chosen = False
         if type(task).predict is Task.predict:
             try:
-                self._stacked = StackedNetwork(self.network, layout.frozen_state_dict())
+                self._stacked = side_by_side(self.network, layout.frozen_state_dict())
             except NotStackableError:
                 self._stacked = None
 
@@ -76,7 +76,7 @@ class Predictor:
         expected, loop_seconds = _timed(lambda: self._run_one_by_one(few, examples))
         try:
             weights, example = stack(self.layout, few[[0, 0]].to(self.device)), examples[:1].to(self.device)
-            plan = self._largest_activation(network, weights, example)
+            plan = network.largest_activation(weights, example)
             predictions, seconds = _timed(lambda: self._run_stacked(network, few, examples, plan))
         except Exception:  # a gap of the rules, which the networks themselves do not have
             return None
@@ -98,7 +98,7 @@ class Predictor:
         return self.task.predict(self.network, inputs.to(self.device)).cpu()
 
     def _run_stacked(
-        self, network: StackedNetwork, vectors: torch.Tensor, inputs: torch.Tensor, largest: int
+        self, network: StackedNetwork | VmappedNetwork, vectors: torch.Tensor, inputs: torch.Tensor, largest: int
     ) -> torch.Tensor:
         examples = min(max(ACTIVATION_VALUES // largest, 1), EXAMPLES)
         together = max(ACTIVATION_VALUES // (largest * examples), 1)
@@ -128,23 +128,6 @@ class Predictor:
             # Classes first: a softmax over a short last dimension is slow.
             return outputs.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1)
         return torch.stack([self.task.probabilities(output) for output in outputs])
-
-    @staticmethod
-    def _largest_activation(network: StackedNetwork, weights: Weights, inputs: torch.Tensor) -> int:
-        """Values of the largest activation, patches included, that each of two networks has for one example."""
-        largest = 1
-
-        class Watch(torch.overrides.TorchFunctionMode):
-            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                nonlocal largest
-                result = func(*args, **(kwargs or {}))
-                if isinstance(result, torch.Tensor) and result.shape[-2:-1] == (2,) and result.ndim in (3, 5):
-                    largest = max(largest, result.numel() // 2)
-                return result
-
-        with Watch():
-            network(weights, inputs[None])
-        return largest
 
 
 def _timed(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:

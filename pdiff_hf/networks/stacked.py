@@ -1,14 +1,17 @@
 """Many networks of one architecture run at once: side by side in each layer, their weights stacked."""
 
+import math
 import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..pipelines.neural_network_diffusion import ParameterLayout
+from .adapted import AdaptedNetwork
 
 
 Weights = Mapping[str, torch.Tensor]
@@ -82,6 +85,13 @@ class StackedNetwork:
             if all(place in frozen for _, place in own) and self.shared.issuperset(node.all_input_nodes):
                 self.shared.add(node)
 
+    def largest_activation(self, weights: Weights, inputs: torch.Tensor) -> int:
+        """Values of the largest activation, patches included, that each of two networks has for one example."""
+        return _largest(
+            lambda: self(weights, inputs[None]),
+            lambda shape: math.prod(shape) // 2 if shape[-2:-1] == (2,) and len(shape) in (3, 5) else 0,
+        )
+
     def _pool_before_relu(self) -> None:
         """The largest of rectified values is the largest value, rectified: of which there are fewer."""
         for node in self.graph.nodes:
@@ -138,6 +148,63 @@ class StackedNetwork:
             else:
                 raise NotStackableError(f"{node.target} has no stacked form.")
         raise AssertionError("A graph ends with its output.")
+
+
+class VmappedNetwork:
+    r"""
+    The same by `torch.vmap`, for adapters of a base network: no architecture is unknown to it, and it is called as
+    [`StackedNetwork`] is.
+
+    Args:
+        network (`nn.Module`): The architecture; its own weights are not used.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+
+    def __call__(self, weights: Weights, inputs: torch.Tensor, common: dict[Any, Any] | None = None) -> torch.Tensor:
+        """Outputs `[N, E, ...]` of weights `[N or 1, ...]` and examples `[N or 1, E, ...]`."""
+        count = max(len(inputs), *(len(value) for value in weights.values()))
+
+        def one(own: Weights, examples: torch.Tensor) -> torch.Tensor:
+            return functional_call(self.network, dict(own), (examples,))
+
+        each = {name: value.expand(count, *value.shape[1:]) for name, value in weights.items()}
+        if len(inputs) == 1:
+            return torch.vmap(one, in_dims=(0, None))(each, inputs[0])
+        return torch.vmap(one)(each, inputs)
+
+    def largest_activation(self, weights: Weights, inputs: torch.Tensor) -> int:
+        """Values of the largest activation for one example."""
+        one = {name: value[0] for name, value in weights.items()}
+        return _largest(lambda: functional_call(self.network, one, (inputs,)), math.prod)
+
+
+def side_by_side(network: nn.Module, frozen: Collection[str] = ()) -> StackedNetwork | VmappedNetwork:
+    r"""
+    What runs many networks of an architecture at once.
+
+    Raises:
+        [`NotStackableError`]: nothing does.
+    """
+    return VmappedNetwork(network) if isinstance(network, AdaptedNetwork) else StackedNetwork(network, frozen)
+
+
+def _largest(run: Callable[[], Any], size: Callable[[torch.Size], int]) -> int:
+    """The largest size of a tensor that is computed."""
+    largest = 1
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, size(result.shape))
+            return result
+
+    with Watch():
+        run()
+    return largest
 
 
 def _side_by_side(inputs: torch.Tensor) -> torch.Tensor:

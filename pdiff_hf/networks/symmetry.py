@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..extras import require
 from ..pipelines.neural_network_diffusion import ParameterLayout
-from .predictor import Predictor
+from .canonical import CanonicalForm
 
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -28,7 +28,6 @@ OTHER_FUNCTIONS = {F.gelu, F.silu, F.elu, F.softplus, F.hardswish, torch.sigmoid
 SCALED_METHODS, OTHER_METHODS = {"relu", "relu_", "contiguous"}, {"sigmoid", "tanh"}
 SUMS = {"add", "iadd", "add_"}
 ROUNDS = 20
-REFERENCE_ROUNDS, REFERENCE_NETWORKS = 3, 1024
 
 
 class UnknownSymmetryError(ValueError):
@@ -63,7 +62,7 @@ class Group:
     consumers: list[Member] = field(default_factory=list)
 
 
-class Symmetry:
+class Symmetry(CanonicalForm):
     r"""
     The hidden units of an architecture that can be exchanged, and those that can be scaled, found in its forward pass:
     chains of linear and convolutional layers with normalization, and residual sums, at any depth.
@@ -84,6 +83,9 @@ class Symmetry:
         self.groups = _Trace(network, layout, example).groups()
         if not self.groups:
             raise UnknownSymmetryError("There are no hidden units whose tensors are all generated.")
+
+    def __str__(self) -> str:
+        return f"groups of {', '.join(str(group.units) for group in self.groups)} hidden units"
 
     def described(self, layout: ParameterLayout) -> dict[str, Any]:
         """The groups as [`NeuronTransformerModel`] is told them: `units`, and `tensors` with the `axes` of each."""
@@ -158,25 +160,12 @@ class Symmetry:
                 break
         return aligned
 
-    def reference(self, vectors: torch.Tensor) -> torch.Tensor:
-        """What a zoo `[N, P]` is aligned to: its mean, aligned, which starts at the first network."""
-        balanced = self.balance(vectors)
-        reference = balanced[0]
-        for _ in range(REFERENCE_ROUNDS):
-            reference = self.align(balanced, reference).mean(0)
-        return reference
-
-    def canonical(self, vectors: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """One representative `[N, P]` of each of the networks that differ by order and scale of units."""
-        return self.align(self.balance(vectors), reference)
-
-    def holds(self, predict: Predictor, vector: torch.Tensor, inputs: torch.Tensor) -> bool:
-        """Whether order and scale of units leave a network's predictions as they are."""
-        generator, changed = torch.Generator().manual_seed(0), vector[None]
+    def shuffled(self, vector: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """A network `[P]` with its units in another order."""
+        changed = vector[None]
         for group in self.groups:
             changed = self.permute(changed, group, torch.randperm(group.units, generator=generator))
-        before, after = predict(torch.cat([vector[None], self.balance(changed)]).float(), inputs)
-        return torch.allclose(before, after, atol=1e-4)
+        return changed[0]
 
 
 def _units(vectors: torch.Tensor, member: Member) -> torch.Tensor:
@@ -367,27 +356,3 @@ def _dims(node: fx.Node) -> tuple[int, ...]:
     shape = node.all_input_nodes[0].meta["tensor_meta"].shape
     listed = dims if isinstance(dims, tuple | list) else [] if dims is None else [dims]
     return tuple(one % len(shape) for one in listed if isinstance(one, int))
-
-
-def aligned_distances(
-    symmetry: Symmetry, networks: torch.Tensor, trained: torch.Tensor, candidates: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""
-    L2 distance `[n]` of each network to the nearest training network, the former permuted to match, and which that is.
-
-    Args:
-        symmetry (`Symmetry`): Of the architecture.
-        networks (`torch.Tensor`): `[n, P]`.
-        trained (`torch.Tensor`): `[N, P]`.
-        candidates (`torch.Tensor`):
-            Indices of the training networks to try, `[n, k]`: the nearest as it is, and those with the most similar
-            errors, which permutations do not change. Matching with all would take long.
-    """
-    found = torch.stack(
-        [
-            torch.stack([(symmetry.align(network[None], trained[i])[0] - trained[i]).norm() for i in tries])
-            for network, tries in zip(networks, candidates.tolist(), strict=True)
-        ]
-    )
-    away, place = found.min(1)
-    return away, candidates.gather(1, place[:, None])[:, 0]

@@ -16,7 +16,7 @@ from ..runs import generator_at
 from ..tasks import Task
 from ..tasks.family import is_shared
 from .predictor import Predictor
-from .stacked import NotStackableError, StackedNetwork, stack
+from .stacked import NotStackableError, side_by_side, stack
 
 
 # Optimizer steps that tell whether networks that are trained at once are those that are trained one by one, and by
@@ -164,7 +164,7 @@ class StackedTrainer:
             for task, seed in zip(tasks, seeds, strict=True):
                 torch.manual_seed(seed)
                 networks.append(task.build_network().to(self.device).train())
-        self.network = StackedNetwork(networks[0])
+        self.network = side_by_side(networks[0])
         if any(buffer.numel() for buffer in networks[0].buffers()):
             raise NotStackableError("Buffers may change in training.")
         trained = [dict(network.named_parameters()) for network in networks]

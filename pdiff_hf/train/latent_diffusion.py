@@ -11,7 +11,7 @@ from torch import nn
 from ..config import check_above_zero, check_not_negative, check_positive
 from ..errors import ConfigError
 from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
-from ..networks.stacked import NotStackableError, StackedNetwork
+from ..networks.stacked import NotStackableError, side_by_side
 from ..parallel import from_main
 from ..pipelines.neural_network_diffusion import (
     LinearParameterAutoencoder,
@@ -250,7 +250,7 @@ def _train_kl(
     if config.behaviour_weight:
         task = load_task(trusted_name(config.task, zoo.task))
         try:
-            network = StackedNetwork(task.build_network().eval())
+            network = side_by_side(task.build_network().eval())
         except NotStackableError as error:
             raise ConfigError(f"behaviour_weight needs networks that run side by side. {error}") from error
         some = networks(torch.tensor(evenly(len(networks), VARIANCE_NETWORKS)))

@@ -12,7 +12,8 @@ from torch import nn
 from ..config import check_above_zero, check_not_negative, check_positive
 from ..errors import ConfigError, TaskError, ZooError
 from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
-from ..networks.stacked import NotStackableError, StackedNetwork
+from ..networks.gauge import symmetry_of
+from ..networks.stacked import NotStackableError, StackedNetwork, VmappedNetwork, side_by_side
 from ..networks.symmetry import Symmetry, UnknownSymmetryError
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuronTransformerModel, ParameterLayout
@@ -114,13 +115,13 @@ class NeuronDiffusion:
         except ValueError as error:
             raise TaskError(f"The networks of {zoo.folder} are no networks of {name}: {error}") from error
         try:
-            self.symmetry = Symmetry(network, zoo.layout, self.inputs[:1])
+            self.symmetry = symmetry_of(network, zoo.layout, self.inputs[:1])
         except UnknownSymmetryError as error:
             raise TaskError(f"Hidden units of {name} cannot be tokens: {error}") from error
-        self.network: StackedNetwork | None = None
+        self.network: StackedNetwork | VmappedNetwork | None = None
         if config.behaviour_weight:
             try:
-                self.network = StackedNetwork(network)
+                self.network = side_by_side(network)
             except NotStackableError as error:
                 raise ConfigError(f"The behaviour loss needs networks that run side by side. {error}") from error
         self.encoder = condition_encoder(zoo, config.condition, config.seed)
@@ -136,7 +137,8 @@ class NeuronDiffusion:
         self, layout: ParameterLayout, loop: TrainingLoop
     ) -> tuple[dict[str, nn.Module | None], Callable[[torch.Tensor], Batch], int]:
         """No further components; the networks, and their initializations, both `[n, 1, P]` of indices."""
-        share_statistics(layout, self.symmetry)
+        if isinstance(self.symmetry, Symmetry):
+            share_statistics(layout, self.symmetry)
         data = {"networks": layout.normalize(torch.cat(list(self.zoo.batches())))[:, None]}
         if self.initial is not None:
             layout.fit_initial(self.initial[list(evenly(len(self.initial), INITIALS))])
@@ -182,6 +184,7 @@ class NeuronDiffusion:
         config = self.config
         return NeuronTransformerModel(
             **self.symmetry.described(self.zoo.layout),
+            ordered=not isinstance(self.symmetry, Symmetry),
             hidden_size=config.hidden_size,
             num_layers=config.num_layers,
             num_attention_heads=config.num_attention_heads,

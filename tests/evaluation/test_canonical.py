@@ -5,7 +5,7 @@ import torch
 
 import pdiff_hf
 from pdiff_hf import CollectConfig, WeightZoo, load_task, run_collect
-from pdiff_hf.evaluation.canonical import canonical_zoo, symmetry_of
+from pdiff_hf.evaluation.canonical import canonical_zoo, symmetry_that_holds
 from pdiff_hf.networks.predictor import Predictor
 
 
@@ -35,7 +35,7 @@ def test_networks_of_several_seeds_have_a_canonical_form_and_those_of_one_run_ne
     independent, trajectory, tmp_path
 ):
     predict, inputs = predictor(independent)
-    symmetry = symmetry_of(independent, predict, inputs)
+    symmetry = symmetry_that_holds(independent, predict, inputs)
     assert symmetry is not None
     canonical = canonical_zoo(independent, symmetry, tmp_path / "canonical")
     torch.testing.assert_close(
@@ -50,7 +50,7 @@ def test_the_front_of_independent_networks_is_higher_on_their_canonical_form(ind
     report = pdiff_hf.evaluate(**arguments)
     assert report["baselines_on"] == "canonical form"
     assert {"shrinking", "difference"} <= {row["kind"] for row in report["baselines"]}
-    monkeypatch.setattr("pdiff_hf.evaluation.study.symmetry_of", lambda *_: None)
+    monkeypatch.setattr("pdiff_hf.evaluation.study.symmetry_that_holds", lambda *_: None)
     raw = pdiff_hf.evaluate(**arguments)
     assert raw["baselines_on"] == "networks as they are"
     assert "shrinking" not in {row["kind"] for row in raw["baselines"]}

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 import pdiff_hf
 from pdiff_hf import ParameterLayout, Task, load_task
+from pdiff_hf.networks.canonical import aligned_distances
 from pdiff_hf.networks.predictor import Predictor
-from pdiff_hf.networks.symmetry import Symmetry, UnknownSymmetryError, aligned_distances
+from pdiff_hf.networks.symmetry import Symmetry, UnknownSymmetryError
 from pdiff_hf.tasks.digits import DigitsResNet
 from pdiff_hf.tasks.resnet import ResNet
 

@@ -40,14 +40,18 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
     token holds what belongs to no unit. Weights between two groups of units are features of the pair of units, as in
     neural graphs (Kofinas et al. 2024, arXiv 2403.12143; Lim et al. 2023, arXiv 2312.04501): they carry messages
     between the two as the network itself carries activations and gradients, and are updated by products of both
-    tokens. Nothing tells the units of a group apart but their weights, so that exchanging them exchanges the result.
+    tokens. Unless they are ordered, nothing tells the units of a group apart but their weights, so that exchanging
+    them exchanges the result.
 
     Parameters:
         num_parameters (`int`): P.
-        units (`list[int]`): Exchangeable units of each group.
+        units (`list[int]`): Units of each group.
         tensors (`list[dict]`):
             Where each tensor lies in the vector: `{"start": int, "shape": list[int], "axes": list[list[int]]}`. An
             axis is `[axis, group, repeat]`: along it lie the units of a group, `repeat` neighbouring places each.
+        ordered (`bool`, *optional*, defaults to `False`):
+            Whether the units of a group are told apart by their place: the directions of adapters that were put into
+            an order. By default they are exchangeable.
         hidden_size (`int`, *optional*, defaults to 128): Width D of a token.
         num_layers (`int`, *optional*, defaults to 4): Blocks.
         num_attention_heads (`int`, *optional*, defaults to 4): Heads of the attention between units.
@@ -74,6 +78,7 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
         num_parameters: int,
         units: list[int],
         tensors: list[dict[str, Any]],
+        ordered: bool = False,
         hidden_size: int = 128,
         num_layers: int = 4,
         num_attention_heads: int = 4,
@@ -98,6 +103,7 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
         sizes = self.index.token_sizes
         self.token_in = nn.ModuleList([nn.Linear(channels * size, hidden_size) for size in sizes])
         self.pair_in = nn.ModuleList([nn.Linear(channels * size, pair_channels) for size in self.index.pair_sizes])
+        self.places = nn.Embedding(sum(units), hidden_size) if ordered else None
         with_pairs = len(self.pair_in) > 0
         self.blocks = nn.ModuleList(
             [
@@ -144,6 +150,8 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
         tokens = torch.cat(
             [layer(values) for layer, values in zip(self.token_in, self.index.tokens(channels), strict=True)], 1
         )
+        if self.places is not None:
+            tokens = torch.cat([tokens[:, :-1] + self.places.weight.to(tokens.dtype), tokens[:, -1:]], 1)
         pairs = {
             key: layer(values)
             for layer, (key, values) in zip(self.pair_in, self.index.pairs(channels).items(), strict=True)

@@ -1,0 +1,154 @@
+"""A base network with an adapter, whose own tensors are the adapter's alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from ..errors import TaskError
+
+
+# What PEFT calls the two factors: of linear and convolutional layers, and of embeddings.
+FACTORS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+# It puts this before the names of the base network.
+PREFIX = "base_model.model."
+
+
+class AdaptedNetwork(nn.Module):
+    r"""
+    A base network with a LoRA adapter (Hu et al. 2021, arXiv 2106.09685). Its state dict holds the adapter alone,
+    under the names of PEFT's files, so that a task of adapters can build it. Forward adds each update B A, of scale 1,
+    to the weight of its layer, and takes the tensors that were trained entirely (PEFT's `modules_to_save`) in the
+    place of the base network's.
+
+    Args:
+        base (`nn.Module`): The base network, which is no part of the state dict. Its parameters are frozen.
+        adapter (`Mapping[str, torch.Tensor]`):
+            Names and values of an adapter: those that training begins with. Names that begin with
+            `base_model.model.` are PEFT's.
+
+    Raises:
+        [`TaskError`]: a tensor belongs to no part of the base network, or does not fit it.
+
+    Example:
+
+    ```py
+    >>> network = AdaptedNetwork(base, lora(base, ["q_proj", "v_proj"], rank=2, trained=["classifier"]))
+    >>> network.load_state_dict(zoo.state_dict(0))
+    ```
+    """
+
+    def __init__(self, base: nn.Module, adapter: Mapping[str, torch.Tensor]):
+        super().__init__()
+        # In a list, modules are no children.
+        self._base = [base.requires_grad_(False)]
+        parameters = dict(base.named_parameters())
+        owners = {f"{name}.weight": name for name in dict(base.named_modules())}
+        self._updates: list[tuple[str, str, str]] = []  # weight of the base network, A, B
+        self._trained: dict[str, str] = {}  # of the base network: of the adapter
+        for name, value in adapter.items():
+            path = name.removeprefix(PREFIX)
+            suffix = next((suffix for suffix in (*FACTORS, *FACTORS.values()) if path.endswith(suffix)), None)
+            target = path if suffix is None else f"{path.removesuffix(suffix)}.weight"
+            if target not in parameters:
+                raise TaskError(f"The adapter has `{name}`, and the base network no `{target}`.")
+            if suffix is None:
+                self._trained[target] = name
+            elif suffix in FACTORS:
+                other = name.removesuffix(suffix) + FACTORS[suffix]
+                if other not in adapter:
+                    raise TaskError(f"The adapter has `{name}`, and no `{other}`.")
+                self._updates.append((target, name, other))
+            _register(self, name, nn.Parameter(value.detach().clone()))
+        self._modules_of = {name: base.get_submodule(owner) for name, owner in owners.items() if name in parameters}
+        own = dict(self.named_parameters())
+        for target, name in self._trained.items():
+            if own[name].shape != parameters[target].shape:
+                raise TaskError(
+                    f"`{name}` is {list(own[name].shape)}, and that of the base network "
+                    f"{list(parameters[target].shape)}."
+                )
+        for target, a, b in self._updates:
+            self._update(target, own[a], own[b])
+
+    def _update(self, target: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """B A, in the shape of the weight that it is added to."""
+        module, weight = self._modules_of[target], self._base[0].get_parameter(target)
+        product = b.flatten(1) @ a.flatten(1)
+        if isinstance(module, nn.Embedding) or _by_inputs(module):
+            product = product.T
+        if product.shape != weight.flatten(1).shape:
+            raise TaskError(f"The update of `{target}` is {list(product.shape)}, and the weight {list(weight.shape)}.")
+        return product.reshape(weight.shape)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base network's outputs with the adapter; the logits, where it returns several things."""
+        own = dict(self.named_parameters())
+        base = self._base[0]
+        changed: dict[str, torch.Tensor] = {target: own[name] for target, name in self._trained.items()}
+        for target, a, b in self._updates:
+            changed[target] = changed.get(target, base.get_parameter(target)) + self._update(target, own[a], own[b])
+        outputs = functional_call(base, changed, args, kwargs)
+        return getattr(outputs, "logits", outputs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "AdaptedNetwork":
+        self._base[0]._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> "AdaptedNetwork":
+        """Of the base network too."""
+        self._base[0].train(mode)
+        return super().train(mode)
+
+
+def lora(base: nn.Module, targets: list[str], rank: int, trained: list[str] | None = None) -> dict[str, torch.Tensor]:
+    r"""
+    The LoRA adapter that training begins with, as PEFT initializes it: A is drawn, and B is zero.
+
+    Args:
+        base (`nn.Module`): The base network.
+        targets (`list[str]`): Last parts of the names of linear layers.
+        rank (`int`): r.
+        trained (`list[str]`, *optional*): Modules whose parameters are trained entirely.
+
+    Raises:
+        [`TaskError`]: no module has such a name, or a target is no linear layer.
+    """
+    adapter: dict[str, torch.Tensor] = {}
+    found = set()
+    for name, module in base.named_modules():
+        last = name.rpartition(".")[2]
+        if last in targets:
+            if not (isinstance(module, nn.Linear) or _by_inputs(module)):
+                raise TaskError(f"`{name}` is a {type(module).__name__}, and no linear layer.")
+            found.add(last)
+            weight: torch.Tensor = module.weight
+            inputs, outputs = weight.shape if _by_inputs(module) else weight.shape[::-1]
+            adapter[f"{PREFIX}{name}.lora_A.weight"] = nn.init.kaiming_uniform_(
+                weight.new_empty(rank, inputs), a=5**0.5
+            )
+            adapter[f"{PREFIX}{name}.lora_B.weight"] = weight.new_zeros(outputs, rank)
+        elif name in (trained or ()):
+            found.add(name)
+            for own, value in module.named_parameters():
+                adapter[f"{PREFIX}{name}.{own}"] = value.detach().clone()
+    if lacking := [name for name in (*targets, *(trained or ())) if name not in found]:
+        raise TaskError(f"{type(base).__name__} has no module `{lacking[0]}`.")
+    return adapter
+
+
+def _by_inputs(module: nn.Module) -> bool:
+    """Whether a layer stores its weight as [inputs, outputs], as `Conv1D` of transformers does."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _register(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Puts a parameter where its name says."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    module.register_parameter(last, parameter)
