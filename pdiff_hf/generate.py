@@ -16,6 +16,7 @@ from .parallel import processes, written
 from .runs import check_not_fewer, check_same_facts, check_same_run, save_run
 from .schedulers import replacement
 from .zoo import WeightZoo, ZooDtype, check_room_for, networks_per_batch
+from .zoo.export import export
 from .zoo.fill import fill
 
 
@@ -55,6 +56,8 @@ class GenerateConfig:
     """What the networks do, for the zoo's description."""
     dtype: ZooDtype = "float32"
     """How networks are stored; bfloat16 halves the files and keeps three digits."""
+    export: str | None = None
+    """Folder that gets a folder a network, as other libraries load it: PEFT, diffusers, or a safetensors file."""
     push_to_hub: str | None = None
     """Name of the dataset repository that the zoo is pushed to in the end."""
 
@@ -112,7 +115,8 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
     exists = is_zoo(folder)
     present = 0
     if exists:
-        check_same_run(folder, "generate", config, but_for=("output_dir", "num_networks", "batch_size", "push_to_hub"))
+        free = ("output_dir", "num_networks", "batch_size", "export", "push_to_hub")
+        check_same_run(folder, "generate", config, but_for=free)
         present = len(WeightZoo(folder))
         check_not_fewer(folder, present, config.num_networks)
     source = pipeline_folder(config.pipeline, config.revision)
@@ -183,6 +187,8 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
     )
     if state.is_main_process:
         zoo.write_card(f"Networks sampled by Neural Network Diffusion from the pipeline `{origin['pipeline']}`.")
+        if config.export is not None:
+            export(zoo, config.export)
         if config.push_to_hub is not None:
             zoo.push_to_hub(config.push_to_hub)
     return zoo

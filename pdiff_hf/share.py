@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-from .errors import HubError
+from .errors import ConfigError, HubError
 from .files import check_kind, is_pipeline, is_zoo, locked
 from .hub.client import explained
 from .hub.pipelines import pipeline_files
@@ -54,12 +54,14 @@ class PullConfig:
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Makes a zoo of model repositories on the Hub that share an architecture."""
+    """Makes a zoo of model repositories on the Hub that share an architecture, or of LoRA adapters of a base model."""
 
-    repositories: str
-    """A pattern of their names in one namespace: 'org/*-digits'."""
     output_dir: str
     """Folder of the zoo."""
+    repositories: str | None = None
+    """A pattern of the repositories' names in one namespace: 'org/*-digits'."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters: folders and files here, names on the Hub and patterns of them; PEFT, diffusers, kohya."""
     filename: str = "model.safetensors"
     """The file of each that holds its weights; safetensors only."""
     patterns: tuple[str, ...] = ("*",)
@@ -70,9 +72,15 @@ class ImportConfig:
     task: str | None = None
     """What the networks do: a built-in task, or path/to/file.py:MyTask."""
 
+    def __post_init__(self) -> None:
+        if (self.repositories is None) == (not self.adapters):
+            raise ConfigError("Pass either --repositories or --adapters: what the zoo is made of.")
+
 
 def run_import(config: ImportConfig) -> str:
     """Imports, and says what is there."""
+    if config.repositories is None:
+        return repr(WeightZoo.from_adapters(config.output_dir, config.adapters, task=config.task))
     return repr(
         WeightZoo.from_hub(
             config.output_dir,

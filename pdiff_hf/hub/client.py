@@ -50,6 +50,12 @@ def matching_models(pattern: str, token: str | None) -> list[tuple[str, str]]:
         return [(name, str(HfApi(token=token).model_info(name).sha)) for name in names]
 
 
+def commit_of(repo_id: str, token: str | None) -> str:
+    """The present commit of a model repository."""
+    with explained(repo_id, None):
+        return str(HfApi(token=token).model_info(repo_id).sha)
+
+
 def repository_files(repo_id: str, revision: str, token: str | None) -> list[str]:
     """Names of the files of a model repository."""
     with explained(repo_id, revision):

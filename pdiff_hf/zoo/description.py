@@ -10,6 +10,7 @@ import torch
 from ..errors import ZooError
 from ..files import check_opens, is_zoo, whole
 from ..pipelines.neural_network_diffusion.layout.parameter_layout import check_tensors
+from .adapters import check_adapter
 from .shards import STORED_AS
 
 
@@ -36,12 +37,20 @@ class Description:
         if not isinstance(self.may_differ, list) or not all(isinstance(name, str) for name in self.may_differ):
             raise ValueError(f"may_differ is {self.may_differ!r:.200}")
         check_tensors(self.tensors)
+        if self.adapter is not None:
+            check_adapter(self.adapter)
 
     @property
     def tensors(self) -> list[dict[str, Any]]:
         """The tensors of the layout."""
         tensors: list[dict[str, Any]] = self.layout["tensors"]
         return tensors
+
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """PEFT's configuration, where the networks are adapters."""
+        adapter: dict[str, Any] | None = self.layout.get("adapter")
+        return adapter
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -1,6 +1,5 @@
 """Networks that were trained elsewhere: checkpoint files, and model repositories on the Hub."""
 
-import json
 import os
 import pickle
 import re
@@ -20,37 +19,25 @@ from ..hub.client import download_file, matching_models, repository_files
 
 
 StateDict = dict[str, torch.Tensor]
-ADAPTER_CONFIG = "adapter_config.json"
-# What an adapter's tensors mean depends on these entries of its configuration.
-ADAPTER_FACTS = (
-    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-    *("fan_in_fan_out", "layers_to_transform", "base_model_name_or_path"),
-)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A file that holds a network, got when it is needed, with the row of the network's metadata."""
 
-    get: Callable[[str | None], Path]
+    get: Callable[[], Path]
     row: dict[str, Any]
     key: str | None = None
 
     def read(self) -> StateDict:
         """The state dict in the file."""
-        return read_state_dict(self.get(None), self.key)
-
-    def adapter(self) -> dict[str, Any] | None:
-        """What an adapter's tensors mean, where the file is one and its configuration lies beside it."""
-        if not self.get(None).name.startswith("adapter_model"):
-            return None
-        try:
-            config = json.loads(self.get(ADAPTER_CONFIG).read_text(encoding="utf-8"))
-            return {name: config.get(name) for name in ADAPTER_FACTS}
-        except (OSError, HubError):
-            return None
-        except (ValueError, AttributeError) as error:
-            raise ZooError(f"{self.row['source']}: its {ADAPTER_CONFIG} is damaged: {error}") from error
+        file = self.get()
+        if file.name.startswith("adapter_model."):
+            raise ZooError(
+                f"{self.row['source']} is an adapter, whose tensors mean nothing without its configuration: import it "
+                "with WeightZoo.from_adapters, or `pdiff-hf import --adapters`."
+            )
+        return read_state_dict(file, self.key)
 
 
 def checkpoints_of_files(files: Iterable[str | os.PathLike[str]], key: str | None) -> list[Checkpoint]:
@@ -65,14 +52,11 @@ def checkpoints_of_files(files: Iterable[str | os.PathLike[str]], key: str | Non
     if not paths:
         raise ZooError("No checkpoints were given.")
     if not ordered or paths == sorted(paths) or paths == sorted(paths, key=str):
-        paths.sort(key=lambda path: _natural(str(path)))
+        paths.sort(key=lambda path: natural(str(path)))
     home = Path(os.path.commonpath([path.absolute().parent for path in paths]))
 
-    def beside(file: Path, name: str | None) -> Path:
-        return file if name is None else file.with_name(name)
-
     return [
-        Checkpoint(partial(beside, path), {"source": path.absolute().relative_to(home).as_posix()}, key)
+        Checkpoint(partial(Path, path), {"source": path.absolute().relative_to(home).as_posix()}, key)
         for path in paths
     ]
 
@@ -85,19 +69,18 @@ def checkpoints_of_repositories(pattern: str, filename: str, token: str | None) 
     if not models:
         raise ZooError(f"No model repository on the Hub matches {pattern!r}.")
 
-    def fetch(name: str, commit: str, beside: str | None) -> Path:
-        wanted = filename if beside is None else (Path(filename).parent / beside).as_posix()
+    def fetch(name: str, commit: str) -> Path:
         try:
-            return Path(download_file(name, "model", commit, token, wanted))
+            return Path(download_file(name, "model", commit, token, filename))
         except HubError as error:
             cause = error.__cause__
             if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
                 raise HubError(
-                    f"{name} at revision {commit!r} {_instead(repository_files(name, commit, token), wanted)}"
+                    f"{name} at revision {commit!r} {_instead(repository_files(name, commit, token), filename)}"
                 ) from error
             raise
 
-    models.sort(key=lambda model: _natural(model[0]))
+    models.sort(key=lambda model: natural(model[0]))
     return [Checkpoint(partial(fetch, name, commit), {"source": name, "revision": commit}) for name, commit in models]
 
 
@@ -110,23 +93,9 @@ def _instead(files: list[str], wanted: str) -> str:
     return f"has no {wanted} and no other safetensors file. Formats that can hold code are not read from the Hub."
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """A sort key by which numbers in names count."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def check_adapters(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raises [`ZooError`] where adapters have tensors of one shape and other meanings."""
-    first = checkpoints[0].adapter()
-    for checkpoint in checkpoints[1:]:
-        other = checkpoint.adapter()
-        if other == first:
-            continue
-        sources = f"{checkpoint.row['source']} and {checkpoints[0].row['source']}"
-        if first is None or other is None:
-            raise ZooError(f"{sources}: one of these adapters has an {ADAPTER_CONFIG} and the other has none.")
-        name = next(name for name in ADAPTER_FACTS if first[name] != other[name])
-        raise ZooError(f"{sources} are adapters of different {name}: {other[name]!r} and {first[name]!r}.")
 
 
 def twins(checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
@@ -202,6 +171,12 @@ def _is_safetensors(file: Path) -> bool:
     with file.open("rb") as content:
         start = content.read(9)
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= file.stat().st_size
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    with safe_open(file, "pt") as content:
+        return dict(content.metadata() or {})
 
 
 def _read_safetensors(file: Path) -> StateDict:

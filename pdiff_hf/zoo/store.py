@@ -20,9 +20,12 @@ from ..files import LOCK, UNFINISHED, check_kind, check_opens, check_room, expla
 from ..hub.cards import write_zoo_card
 from ..hub.client import download, download_file, is_repository
 from ..hub.push import push
+from ..networks.canonical import REFERENCE_NETWORKS
+from ..networks.gauge import Gauge
 from ..pipelines.neural_network_diffusion import ParameterLayout
+from .adapters import Adapter, Names, check_same, config_of_zoo, find_adapters
 from .description import Description, read_description
-from .imports import Checkpoint, check_adapters, checkpoints_of_files, checkpoints_of_repositories, twins
+from .imports import Checkpoint, checkpoints_of_files, checkpoints_of_repositories, twins
 from .rows import Rows, column_types
 from .shards import STORED_AS, Shards
 
@@ -153,7 +156,8 @@ class WeightZoo:
             networks_per_shard=networks_per_shard
             or max(1, SHARD_BYTES // (getattr(torch, dtype).itemsize * layout.vector_size)),
             dtype=dtype,
-            layout={"tensors": layout.architecture},
+            layout={"tensors": layout.architecture}
+            | ({} if layout.config.adapter is None else {"adapter": dict(layout.config.adapter)}),
             may_differ=[may_differ] if isinstance(may_differ, str) else list(may_differ),
         )
         frozen = {name: value.contiguous() for name, value in layout.frozen_state_dict().items()}
@@ -278,6 +282,59 @@ class WeightZoo:
         return cls._import(folder, checkpoints, patterns, task, may_differ)
 
     @classmethod
+    def from_adapters(
+        cls,
+        folder: str | os.PathLike[str],
+        adapters: Names,
+        task: str | None = None,
+        token: str | None = None,
+        dtype: ZooDtype = "float32",
+    ) -> "WeightZoo":
+        r"""
+        Makes a zoo of LoRA adapters of one base model: of folders of PEFT, and of LoRA files of diffusers and kohya,
+        which diffusers converts. Their scales (`lora_alpha`, rsLoRA) go into the factors, which are stored in
+        canonical form ([`~networks.gauge.Gauge`]) in float32; their products stay what they were. What is generated
+        is of scale 1.
+
+        Args:
+            folder (`str` or `os.PathLike`): Where the zoo goes.
+            adapters (`str`, `os.PathLike` or a list of them):
+                Folders and safetensors files, folders of such folders, and names of model repositories on the Hub,
+                also as patterns such as `org/*-lora`. The first one gives names and shapes.
+            task (`str`, *optional*): What the networks do, as [`load_task`] takes it.
+            token (`str`, *optional*): For private repositories; the one of `hf auth login` by default.
+            dtype (`str`, *optional*, defaults to `"float32"`): How they are stored, as in [`WeightZoo.create`].
+
+        Raises:
+            [`HubError`]: a repository cannot be read.
+            [`ZooError`]: one is no LoRA adapter, or has another base model or revision, other ranks or modules than
+            the first; nothing is left behind then.
+        """
+        found = find_adapters(adapters, token)
+        first, theirs = found[0], found[0].read()
+        layout = make_layout(theirs[0], ("*",), config_of_zoo(theirs[1]))
+        gauge = Gauge(layout)
+
+        def read(one: Adapter) -> torch.Tensor:
+            ours = one.read()
+            check_same(one, first, ours, theirs)
+            return layout.flatten(ours[0])
+
+        with locked(folder):
+            zoo = cls.create(folder, layout, task, dtype=dtype)
+            try:
+                some = evenly(len(found), networks_per_batch(layout.vector_size, REFERENCE_NETWORKS))
+                reference = gauge.reference(torch.stack([read(found[place]) for place in some]))
+                with zoo:
+                    for one in tqdm(found, desc="import", unit="adapter"):
+                        zoo.append(gauge.canonical(read(one)[None], reference)[0], **one.row)
+            except BaseException:
+                zoo.delete()
+                raise
+            zoo.write_card(f"{len(zoo)} LoRA adapters that were trained elsewhere, imported in canonical form.")
+        return zoo
+
+    @classmethod
     def _import(
         cls,
         folder: str | os.PathLike[str],
@@ -287,7 +344,6 @@ class WeightZoo:
         may_differ: Sequence[str],
     ) -> "WeightZoo":
         """A zoo of networks that were trained elsewhere; on an error there is none."""
-        check_adapters(checkpoints)
         tied = twins(checkpoints)
 
         def read(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -334,7 +390,7 @@ class WeightZoo:
             if len(self._shards):
                 # Compares what zoo.json claims with a shard, before it is allocated.
                 self._shards.open(0)
-            layout = ParameterLayout(tensors=self._description.tensors)
+            layout = ParameterLayout(tensors=self._description.tensors, adapter=self._description.adapter)
             layout.load_frozen(load_file(file))
         except (OSError, SafetensorError, ValueError) as error:
             raise ZooError(f"{file} does not fit zoo.json: {error}") from error
@@ -554,9 +610,12 @@ def check_room_for(folder: Path, networks: int, layout: ParameterLayout, dtype: 
     check_room(folder, networks * layout.vector_size * getattr(torch, dtype).itemsize)
 
 
-def make_layout(state_dict: Mapping[str, torch.Tensor], patterns: str | Sequence[str]) -> ParameterLayout:
+def make_layout(
+    state_dict: Mapping[str, torch.Tensor], patterns: str | Sequence[str], adapter: dict[str, Any] | None = None
+) -> ParameterLayout:
     """The layout of a network, or a [`ZooError`] that says why it has none."""
     try:
-        return ParameterLayout.from_state_dict(state_dict, patterns)
+        layout = ParameterLayout.from_state_dict(state_dict, patterns)
+        return layout if adapter is None else ParameterLayout(tensors=layout.architecture, adapter=adapter)
     except ValueError as error:
         raise ZooError(str(error)) from error

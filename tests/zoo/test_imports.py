@@ -1,7 +1,6 @@
 """Checkpoints of all kinds become the networks that they are, or are refused with the reason."""
 
 import collections
-import json
 import shutil
 
 import pytest
@@ -232,42 +231,11 @@ def test_tensors_that_are_equal_in_the_first_network_alone_are_not_tied(tmp_path
     assert torch.equal(zoo.state_dict(1)["target"], value)
 
 
-# ---- adapters
-
-
-CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": False, "base_model_name_or_path": "me/base"}
-
-
-def save_adapter(folder, **changes):
-    folder.mkdir()
-    save_file({"lora_A": torch.ones(4, 2), "lora_B": torch.ones(2, 4)}, folder / "adapter_model.safetensors")
-    if changes.get("r", 4) is not None:
-        (folder / "adapter_config.json").write_text(json.dumps(CONFIG | changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"lora_alpha": 16}, "are adapters of different lora_alpha: 16 and 8"),
-        ({"use_rslora": True}, "different use_rslora"),
-        ({"base_model_name_or_path": "me/other"}, "different base_model_name_or_path"),
-        ({"alpha_pattern": {"q": 3}}, "different alpha_pattern"),
-        ({"r": None}, "one of these adapters has an adapter_config.json and the other has none"),
-    ],
-)
-def test_adapters_of_other_meaning_are_refused(tmp_path, changes, message):
-    save_adapter(tmp_path / "a")
-    save_adapter(tmp_path / "b", **changes)
-    files = sorted(tmp_path.glob("*/adapter_model.safetensors"))
-    with pytest.raises(ZooError, match=message):
-        imported(tmp_path, files)
+def test_an_adapter_is_imported_with_its_configuration_or_not_at_all(tmp_path):
+    save_file({"lora_A": torch.ones(4, 2), "lora_B": torch.ones(2, 4)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ZooError, match=r"adapter_model\.safetensors is an adapter.* WeightZoo\.from_adapters"):
+        imported(tmp_path, [tmp_path / "adapter_model.safetensors"])
     assert not (tmp_path / "zoo").exists()
-
-
-def test_adapters_of_one_meaning_become_a_zoo(tmp_path):
-    save_adapter(tmp_path / "a")
-    save_adapter(tmp_path / "b", inference_mode=True)
-    assert len(imported(tmp_path, sorted(tmp_path.glob("*/adapter_model.safetensors")))) == 2
 
 
 def test_an_ordered_state_dict_keeps_its_order(tmp_path):

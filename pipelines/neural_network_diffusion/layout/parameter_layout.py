@@ -74,12 +74,15 @@ class ParameterLayout(ModelMixin, ConfigMixin):
             it has `"tied_to": str` too; from [`~ParameterLayout.fit`], `"values": "positive" | "not negative" |
             "whole"` where that is so, and `"range": [int, int]` of whole ones; from [`~ParameterLayout.fit_initial`],
             `"initial": {"distribution": "uniform" | "normal" | "constant" | "other", "mean": float, "std": float}`.
+        adapter (`dict`, *optional*):
+            Where the networks are LoRA adapters of scale 1: their configuration, as PEFT writes it; empty for those
+            of diffusers.
     """
 
     _no_split_modules = ["ParameterLayout"]
 
     @register_to_config
-    def __init__(self, tensors: list[dict[str, Any]]):
+    def __init__(self, tensors: list[dict[str, Any]], adapter: dict[str, Any] | None = None):
         super().__init__()
         check_tensors(tensors)
         # Follows casts, and so makes `dtype` answer for the normalized vectors. It has to be the first buffer.

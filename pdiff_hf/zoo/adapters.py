@@ -1,0 +1,339 @@
+"""LoRA adapters that were trained elsewhere: folders and repositories of PEFT, and files of diffusers and kohya."""
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ZooError
+from ..extras import require
+from ..hub.client import commit_of, download_file, is_repository, matching_models, repository_files
+from .imports import StateDict, natural, read_metadata, read_state_dict
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+# Of PEFT's configuration, what says where an adapter belongs, and how far it is that of another. The rest is of
+# training, or may name files and code.
+TEXTS = ("base_model_name_or_path", "revision", "task_type", "bias", "peft_version")
+FLAGS = ("fan_in_fan_out", "use_dora", "use_rslora")
+NAMES = ("target_modules", "modules_to_save")
+PATTERNS = ("rank_pattern", "alpha_pattern")
+MOST_CONFIG, MOST_NAMES = 2**20, 10_000
+MAGNITUDE = "lora_magnitude_vector"
+COMPARED = {
+    "base_model_name_or_path": "base models",
+    "revision": "revisions of the base model",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+}
+INSTEAD = "Load it with its own pipeline, and save it with `save_lora_weights`."
+# Tensors of scale 1, and what PEFT's configuration says.
+Read = tuple[StateDict, dict[str, Any]]
+Names = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    r"""
+    An adapter, got when it is needed.
+
+    Attributes:
+        source (`str`): What it is called.
+        row (`dict`): What the zoo notes of it.
+        files (`list[str]`): Those that it lies among.
+        get (`Callable[[str], Path]`): One of them.
+    """
+
+    source: str
+    row: dict[str, Any]
+    files: list[str]
+    get: Callable[[str], Path]
+
+    def read(self) -> Read:
+        r"""
+        Its tensors, of scale 1, and what PEFT's configuration says of it.
+
+        Raises:
+            [`ZooError`]: it is no LoRA adapter, or is damaged.
+            [`HubError`]: it cannot be got.
+        """
+        try:
+            if CONFIG in self.files:
+                return self._of_peft()
+            return self._of_diffusers(), {}
+        except ZooError as error:
+            raise ZooError(f"{self.source}: {error}") from error
+
+    def _of_peft(self) -> Read:
+        if WEIGHTS not in self.files:
+            raise ZooError(
+                f"it has an {CONFIG} and no {WEIGHTS}: its upload is not complete, or its weights are in a format "
+                "that may run code."
+            )
+        config = read_config(self.get(CONFIG))
+        state_dict = {name: _float(name, value) for name, value in read_state_dict(self.get(WEIGHTS)).items()}
+        for name, factor in list(state_dict.items()):
+            module, _, rest = name.partition(".lora_")
+            if rest.startswith(("A", "embedding_A")):
+                rank, said = len(factor), _of_pattern(config["rank_pattern"], module, config["r"])
+                if rank != said:
+                    raise ZooError(f"its {CONFIG} says rank {said}, and `{name}` has {rank}.")
+                other = f"{module}.lora_{rest.replace('A', 'B', 1)}"
+                if other not in state_dict:
+                    raise ZooError(f"it has `{name}` and no `{other}`.")
+                state_dict[other] = state_dict[other] * _scale(config, module, rank)
+        return state_dict, config
+
+    def _of_diffusers(self) -> StateDict:
+        safe = [name for name in self.files if name.endswith(".safetensors")]
+        if DIFFUSERS_WEIGHTS not in safe and len(safe) != 1:
+            found = ", ".join(safe or self.files)[:300] or "nothing"
+            raise ZooError(f"it has neither {CONFIG} nor {DIFFUSERS_WEIGHTS} nor one safetensors file, and {found}.")
+        file = self.get(DIFFUSERS_WEIGHTS if DIFFUSERS_WEIGHTS in safe else safe[0])
+        return _converted(read_state_dict(file), _packed_config(file))
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """What PEFT's configuration says where an adapter belongs, of the right types: it may come from anywhere."""
+    if file.stat().st_size > MOST_CONFIG:
+        raise ZooError(f"its {CONFIG} is larger than {MOST_CONFIG:,} bytes.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ZooError(f"its {CONFIG} is damaged: {error!s:.200}") from error
+    return checked_config(content)
+
+
+def checked_config(content: dict[str, Any]) -> dict[str, Any]:
+    """The known entries of PEFT's configuration, or a [`ZooError`] that says what is wrong with one."""
+    if content.get("peft_type") != "LORA":
+        raise ZooError(f"it is an adapter of type {content.get('peft_type')!r:.50}; LORA is read.")
+
+    def entry(name: str, fits: Callable[[Any], bool], default: Any) -> Any:
+        value = content.get(name)
+        if value is None:
+            return default
+        if not fits(value):
+            raise ZooError(f"its {CONFIG} has {name} = {value!r:.100}.")
+        return value
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+    def is_text(value: Any) -> bool:
+        return isinstance(value, str) and len(value) < 500 and value.isprintable()
+
+    def are_names(value: Any) -> bool:
+        return is_text(value) or (
+            isinstance(value, list) and len(value) <= MOST_NAMES and all(is_text(one) for one in value)
+        )
+
+    def is_pattern(value: Any) -> bool:
+        # PEFT takes regular expressions, which can take forever; names are what people write.
+        return (
+            isinstance(value, dict)
+            and len(value) <= MOST_NAMES
+            and all(re.fullmatch(r"\^?[\w.-]+", key) and is_number(number) for key, number in value.items())
+        )
+
+    config: dict[str, Any] = {"peft_type": "LORA"}
+    config |= {name: entry(name, is_text, None) for name in TEXTS}
+    config |= {name: entry(name, lambda value: isinstance(value, bool), False) for name in FLAGS}
+    config |= {name: entry(name, are_names, None) for name in NAMES}
+    config |= {name: entry(name, is_pattern, {}) for name in PATTERNS}
+    config["r"] = entry("r", lambda value: type(value) is int and value > 0, 8)
+    config["lora_alpha"] = entry("lora_alpha", is_number, 8)
+    for name in NAMES:
+        if isinstance(config[name], list):
+            config[name] = sorted(config[name])
+    return config
+
+
+def check_adapter(adapter: Any) -> None:
+    """Raises `ValueError` where what a zoo says of its adapters is nothing that PEFT would be given."""
+    if not isinstance(adapter, dict):
+        raise ValueError(f"the adapter is {adapter!r:.200}")
+    try:
+        if adapter and adapter != config_of_zoo(checked_config(adapter)):
+            raise ValueError("the adapter has entries that a zoo does not have")
+    except ZooError as error:
+        raise ValueError(str(error)) from error
+
+
+def _of_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
+    """What a pattern of names says of a module: the first whose last parts it names."""
+    for key, value in pattern.items():
+        name = key.removeprefix("^")
+        if module == name or module.endswith(f".{name}"):
+            return value
+    return default
+
+
+def _float(name: str, value: torch.Tensor) -> torch.Tensor:
+    if not value.is_floating_point():
+        raise ZooError(f"`{name}` is {value.dtype}, and no floating-point tensor.")
+    return value.float()
+
+
+def _packed_config(file: Path) -> dict[str, Any]:
+    """What diffusers notes of an adapter in the file of its weights, by part of the pipeline."""
+    packed = read_metadata(file).get("lora_adapter_metadata")
+    if packed is None:
+        return {}
+    try:
+        content = json.loads(packed)
+        return dict(content.items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ZooError(f"what {file.name} says of itself is damaged: {error!s:.200}") from error
+
+
+def _converted(state_dict: StateDict, packed: dict[str, Any]) -> StateDict:
+    """Tensors of a LoRA of diffusers or kohya under PEFT's names, of scale 1."""
+    loaders = require("diffusers.loaders.lora_pipeline", "adapters")
+    try:
+        of_diffusers, alphas = loaders.StableDiffusionLoraLoaderMixin.lora_state_dict(dict(state_dict))
+    except Exception as error:  # whatever a format of others makes of the converters
+        raise ZooError(f"diffusers does not convert it ({type(error).__name__}: {error!s:.200}). {INSTEAD}") from error
+    new = _names_of_peft([*of_diffusers, *(name.removesuffix(".alpha") for name in alphas or ())])
+    converted = {new[name]: _float(name, value) for name, value in of_diffusers.items()}
+    scales = {new[name.removesuffix(".alpha")].partition(".lora_")[0]: alpha for name, alpha in (alphas or {}).items()}
+    for name, factor in converted.items():
+        module, _, kind = name.partition(".lora_")
+        if kind not in ("A.weight", "B.weight"):
+            raise ZooError(f"`{name}` is no factor of a LoRA that is known here. {INSTEAD}")
+        other = f"{module}.lora_{'B' if kind.startswith('A') else 'A'}.weight"
+        if other not in converted:
+            raise ZooError(f"it has `{name}` and no `{other}`.")
+        if kind == "B.weight":
+            rank = len(converted[other])
+            part = module.partition(".")[0]
+            own = {key.removeprefix(f"{part}."): value for key, value in packed.items() if key.startswith(f"{part}.")}
+            config = checked_config(own) if own else {"lora_alpha": scales.get(module, rank), "alpha_pattern": {}}
+            converted[name] = factor * _scale(config, module, rank)
+    return converted
+
+
+def _names_of_peft(names: list[str]) -> dict[str, str]:
+    """PEFT's names of tensors that diffusers names."""
+    converters = require("diffusers.utils.state_dict_utils", "adapters")
+    of_text = {name: name for name in names if name.startswith("text_encoder")}
+    with contextlib.suppress(ValueError):  # PEFT's own names already
+        of_text = converters.convert_state_dict_to_peft(of_text)
+    rest = {name: name for name in names if not name.startswith("text_encoder")}
+    return {old: new for new, old in converters.convert_unet_state_dict_to_peft(of_text | rest).items()}
+
+
+def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+    """By what PEFT multiplies the update of a module."""
+    alpha = _of_pattern(config["alpha_pattern"], module, config["lora_alpha"])
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def find_adapters(names: Names, token: str | None) -> list[Adapter]:
+    r"""
+    The adapters that names stand for.
+
+    Args:
+        names (`str`, `os.PathLike` or a list of them):
+            Folders and safetensors files of this machine; folders of such folders; names of model repositories on the
+            Hub, also as patterns such as `org/*-lora`.
+        token (`str`, *optional*): Of the Hub.
+    """
+    found: list[Adapter] = []
+    for name in [names] if isinstance(names, str | os.PathLike) else names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            found += _of_folder(path)
+        elif path.is_file():
+            found.append(Adapter(path.name, {"source": path.name}, [path.name], path.parent.joinpath))
+        elif any(sign in str(name) for sign in "*?["):
+            models = matching_models(str(name), token)
+            if not models:
+                raise ZooError(f"No model repository on the Hub matches {str(name)!r}.")
+            found += [_of_repository(*model, token) for model in sorted(models, key=lambda model: natural(model[0]))]
+        elif is_repository(name):
+            found.append(_of_repository(str(name), commit_of(str(name), token), token))
+        else:
+            raise ZooError(f"{str(name)!r} is no folder or file here, and no name of a repository on the Hub.")
+    if not found:
+        raise ZooError("No adapters were given.")
+    return found
+
+
+def _of_folder(folder: Path) -> list[Adapter]:
+    """That in a folder, or those in its folders and files."""
+    files = sorted(file.name for file in folder.iterdir() if file.is_file())
+    if CONFIG in files or DIFFUSERS_WEIGHTS in files:
+        return [Adapter(folder.name, {"source": folder.name}, files, folder.joinpath)]
+    found = [
+        Adapter(name, {"source": name}, [name], folder.joinpath) for name in files if name.endswith(".safetensors")
+    ]
+    for inner in sorted(folder.iterdir(), key=lambda path: natural(path.name)):
+        if inner.is_dir() and not inner.name.startswith("."):
+            own = sorted(file.name for file in inner.iterdir() if file.is_file())
+            if CONFIG in own or any(name.endswith(".safetensors") for name in own):
+                found.append(Adapter(inner.name, {"source": inner.name}, own, inner.joinpath))
+    if not found:
+        raise ZooError(f"{folder} holds no adapters: no {CONFIG} and no safetensors files, nor folders of them.")
+    return sorted(found, key=lambda one: natural(one.source))
+
+
+def _of_repository(name: str, commit: str, token: str | None) -> Adapter:
+    files = repository_files(name, commit, token)
+    return Adapter(name, {"source": name, "revision": commit}, files, partial(_download, name, commit, token))
+
+
+def _download(name: str, commit: str, token: str | None, file: str) -> Path:
+    return Path(download_file(name, "model", commit, token, file))
+
+
+def check_same(one: Adapter, first: Adapter, ours: Read, theirs: Read) -> None:
+    """Raises [`ZooError`] where an adapter is one of another network, or of another form, than the first."""
+    both, (state_dict, config), (expected, of_first) = f"{one.source} and {first.source}", ours, theirs
+    for name, text in COMPARED.items():
+        if config.get(name) != of_first.get(name):
+            raise ZooError(f"{both} have different {text}: {config.get(name)!r:.200} and {of_first.get(name)!r:.200}.")
+    with_magnitudes = [any(MAGNITUDE in name for name in tensors) for tensors in (state_dict, expected)]
+    if with_magnitudes[0] != with_magnitudes[1]:
+        has, lacks = (one, first) if with_magnitudes[0] else (first, one)
+        raise ZooError(f"{has.source} has magnitude vectors of DoRA, and {lacks.source} has none.")
+    mine, others = (sorted(a.keys() - b.keys()) for a, b in ((state_dict, expected), (expected, state_dict)))
+    if mine and [list(state_dict[n].shape) for n in mine] == [list(expected[n].shape) for n in others]:
+        raise ZooError(
+            f"{both} have tensors of the same shapes at different paths, such as `{mine[0]}` and `{others[0]}`: they "
+            "were saved with different versions of transformers. Load and save the older one with the newer."
+        )
+    if mine or others:
+        has = one if mine else first
+        raise ZooError(f"{both} adapt different modules: {has.source} alone has `{(mine or others)[0]}`.")
+    for name, value in state_dict.items():
+        if value.shape != expected[name].shape:
+            axis = 0 if ".lora_A" in name or ".lora_embedding_A" in name else 1
+            rank = ".lora_" in name and value.shape[axis] != expected[name].shape[axis]
+            raise ZooError(
+                f"{both} have different {'ranks' if rank else 'shapes'}: `{name}` is {list(value.shape)} and "
+                f"{list(expected[name].shape)}."
+            )
+
+
+def config_of_zoo(config: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's configuration of the adapters of a zoo, which are all of scale 1."""
+    if not config:
+        return {}
+    return config | {
+        "lora_alpha": config["r"],
+        "alpha_pattern": dict(config["rank_pattern"]),
+        "use_rslora": False,
+        "inference_mode": True,
+    }

@@ -1,0 +1,297 @@
+"""LoRA adapters in and out, as the libraries that made them read and write them."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pdiff_hf import ParameterLayout, WeightZoo
+from pdiff_hf.cli import main
+from pdiff_hf.errors import ConfigError, ZooError
+from pdiff_hf.networks.adapted import AdaptedNetwork
+from pdiff_hf.share import ImportConfig
+from pdiff_hf.zoo.export import export
+
+
+class Base(nn.Module):
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.query = nn.Linear(6, 8)
+            self.value = nn.Linear(8, 5)
+            self.head = nn.Linear(5, 3)
+
+    def forward(self, inputs):
+        return self.head(self.value(self.query(inputs).tanh()).tanh())
+
+
+INPUTS = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+SETTINGS = {"r": 2, "lora_alpha": 8, "target_modules": ["query", "value"], "modules_to_save": ["head"]}
+
+
+def save_adapter(folder, seed: int = 0, **settings) -> torch.Tensor:
+    """A folder of PEFT with random values; the outputs of the base network with it."""
+    model = peft.get_peft_model(Base(), peft.LoraConfig(**{**SETTINGS, **settings}))
+    model.peft_config["default"].base_model_name_or_path = "me/base"
+    generator = torch.Generator().manual_seed(seed)
+    state_dict = {
+        name: 0.3 * torch.randn(value.shape, generator=generator)
+        for name, value in peft.get_peft_model_state_dict(model).items()
+    }
+    peft.set_peft_model_state_dict(model, state_dict)
+    model.save_pretrained(folder)
+    return model(INPUTS).detach()
+
+
+def change_config(folder, **changes) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def outputs(state_dict) -> torch.Tensor:
+    return AdaptedNetwork(Base(), state_dict)(INPUTS).detach()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_rslora": True}, {"alpha_pattern": {"query": 3}}, {"rank_pattern": {"value": 3}}, {"r": 1}],
+    ids=str,
+)
+def test_scales_go_into_the_factors(tmp_path, settings):
+    expected = [save_adapter(tmp_path / "in" / f"run-{seed}", seed, **settings) for seed in range(3)]
+    zoo = WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in")
+    assert [row["source"] for row in zoo.metadata] == ["run-0", "run-1", "run-2"]
+    for index, one in enumerate(expected):
+        torch.testing.assert_close(outputs(zoo.state_dict(index)), one, atol=1e-5, rtol=1e-5)
+    config = zoo.layout.config.adapter
+    assert config["base_model_name_or_path"] == "me/base"
+    assert config["lora_alpha"] == config["r"]
+    assert not config["use_rslora"]
+
+
+def test_adapters_of_other_scales_are_comparable(tmp_path):
+    save_adapter(tmp_path / "in" / "0")
+    shutil.copytree(tmp_path / "in" / "0", tmp_path / "in" / "1")
+    change_config(tmp_path / "in" / "1", lora_alpha=2)
+    file = tmp_path / "in" / "1" / "adapter_model.safetensors"
+    save_file({name: value * (4 if "lora_B" in name else 1) for name, value in load_file(file).items()}, file)
+    zoo = WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in")
+    torch.testing.assert_close(zoo[0], zoo[1], atol=1e-6, rtol=1e-5)
+
+
+def test_what_is_exported_is_loaded_by_peft(tmp_path):
+    expected = [save_adapter(tmp_path / "in" / str(seed), seed, rank_pattern={"value": 3}) for seed in range(2)]
+    zoo = WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in")
+    export(zoo, tmp_path / "out")
+    model = peft.PeftModel.from_pretrained(Base(), tmp_path / "out" / "00000")
+    torch.testing.assert_close(model(INPUTS), expected[0], atol=1e-5, rtol=1e-5)
+    model.load_adapter(tmp_path / "out" / "00001", "other")
+    model.set_adapter("other")
+    torch.testing.assert_close(model(INPUTS), expected[1], atol=1e-5, rtol=1e-5)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(INPUTS), expected[1], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ZooError, match="is not empty"):
+        export(zoo, tmp_path / "out")
+
+
+def test_hotswap_takes_what_is_exported(tmp_path):
+    settings = {"modules_to_save": None}
+    expected = [save_adapter(tmp_path / "in" / str(seed), seed, **settings) for seed in range(2)]
+    export(WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in"), tmp_path / "out")
+    hotswap = pytest.importorskip("peft.utils.hotswap")
+    model = peft.PeftModel.from_pretrained(Base(), tmp_path / "out" / "00000")
+    hotswap.hotswap_adapter(model, str(tmp_path / "out" / "00001"), adapter_name="default")
+    torch.testing.assert_close(model(INPUTS), expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_dora_keeps_its_magnitudes(tmp_path):
+    expected = [save_adapter(tmp_path / "in" / str(seed), seed, use_dora=True) for seed in range(2)]
+    export(WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in"), tmp_path / "out")
+    model = peft.PeftModel.from_pretrained(Base(), tmp_path / "out" / "00001")
+    torch.testing.assert_close(model(INPUTS), expected[1], atol=1e-4, rtol=1e-4)
+
+
+# ---- what does not belong together
+
+
+def rename(folder, old, new):
+    file = folder / "adapter_model.safetensors"
+    save_file({name.replace(old, new): value for name, value in load_file(file).items()}, file)
+
+
+REFUSED = {
+    "base": (lambda f: change_config(f, base_model_name_or_path="me/other"), "different base models: 'me/other' and"),
+    "revision": (lambda f: change_config(f, revision="v2"), "different revisions of the base model: 'v2' and None"),
+    "rank": (lambda f: save_again(f, r=3), r"different ranks: `.*lora_A.*` is \[3, 6\] and \[2, 6\]"),
+    "targets": (lambda f: save_again(f, target_modules=["query"]), "adapt different modules: a alone has `.*value"),
+    "rank_pattern": (lambda f: save_again(f, rank_pattern={"value": 3}), "different rank_pattern"),
+    "alpha_pattern": (lambda f: save_again(f, alpha_pattern={"value": 3}), "different alpha_pattern"),
+    "dora": (lambda f: save_again(f, use_dora=True), "b has magnitude vectors of DoRA, and a has none"),
+    "paths": (lambda f: rename(f, "query", "q_proj"), "same shapes at different paths.*versions of transformers"),
+    "other kind": (lambda f: change_config(f, peft_type="IA3"), "b: it is an adapter of type 'IA3'"),
+    "damaged": (lambda f: (f / "adapter_config.json").write_text("{"), "b: its adapter_config.json is damaged"),
+    "list": (lambda f: (f / "adapter_config.json").write_text("[]"), "b: its adapter_config.json is damaged"),
+    "wrong rank": (lambda f: change_config(f, r=3), "says rank 3, and `.*lora_A.*` has 2"),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "and no adapter_model.safetensors"),
+    "half": (lambda f: rename(f, "query.lora_B", "query.bias"), "and no `.*lora_B"),
+    "nonsense": (lambda f: change_config(f, lora_alpha="8"), "has lora_alpha = '8'"),
+    "infinite": (lambda f: change_config(f, lora_alpha=float("inf")), "has lora_alpha = inf"),
+    "pattern": (lambda f: change_config(f, alpha_pattern={"(a+)+$": 3}), "has alpha_pattern = "),
+    "text": (lambda f: change_config(f, base_model_name_or_path="\x1b[31m"), "has base_model_name_or_path = "),
+}
+
+
+def save_again(folder, **settings):
+    shutil.rmtree(folder)
+    save_adapter(folder, **settings)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_adapters_that_do_not_belong_together_are_refused(tmp_path, name):
+    for folder in ("a", "b"):
+        save_adapter(tmp_path / "in" / folder)
+    change, message = REFUSED[name]
+    change(tmp_path / "in" / "b")
+    with pytest.raises(ZooError, match=message):
+        WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in")
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_what_is_no_adapter_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ZooError, match="empty holds no adapters"):
+        WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "empty")
+    with pytest.raises(ZooError, match="no folder or file here, and no name"):
+        WeightZoo.from_adapters(tmp_path / "zoo", "nothing at all")
+    with pytest.raises(ZooError, match="No adapters were given"):
+        WeightZoo.from_adapters(tmp_path / "zoo", [])
+    with pytest.raises(ConfigError, match="either --repositories or --adapters"):
+        ImportConfig(str(tmp_path / "zoo"))
+
+
+def test_a_zoo_that_claims_an_unusual_configuration_is_damaged(tmp_path):
+    save_adapter(tmp_path / "in" / "a")
+    WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in")
+    file = tmp_path / "zoo" / "zoo.json"
+    content = json.loads(file.read_text())
+    content["layout"]["adapter"]["auto_mapping"] = {"parent_library": "somewhere"}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ZooError, match="entries that a zoo does not have"):
+        WeightZoo(tmp_path / "zoo")
+
+
+# ---- diffusers and kohya
+
+
+def unet() -> UNet2DConditionModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=8, attention_head_dim=4,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=4,
+        ).eval()  # fmt: skip
+
+
+NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+TEXT = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+
+
+def of_unet(model: UNet2DConditionModel) -> torch.Tensor:
+    return model(NOISE, 5, TEXT).sample.detach()
+
+
+def adapted_unet(seed: int) -> tuple[UNet2DConditionModel, dict[str, torch.Tensor]]:
+    model = unet()
+    model.add_adapter(peft.LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"]))
+    generator = torch.Generator().manual_seed(seed)
+    state_dict = {
+        name: 0.5 * torch.randn(value.shape, generator=generator)
+        for name, value in peft.get_peft_model_state_dict(model).items()
+    }
+    peft.set_peft_model_state_dict(model, state_dict)
+    return model, state_dict
+
+
+def save_with_metadata(folder, model, state_dict):
+    config = model.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=state_dict, unet_lora_adapter_metadata=config)
+
+
+def save_old(folder, model, state_dict):
+    scaled = {name: value * (4 if "lora_B" in name else 1) for name, value in state_dict.items()}
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=convert_state_dict_to_diffusers(scaled))
+
+
+def save_kohya(folder, model, state_dict):
+    folder.mkdir(parents=True)
+    named = {}
+    for name, value in state_dict.items():
+        module, _, factor = name.partition(".lora_")
+        key = "lora_unet_" + module.replace(".", "_")
+        named[f"{key}.lora_{'down' if factor.startswith('A') else 'up'}.weight"] = value.contiguous()
+        named[f"{key}.alpha"] = torch.tensor(8.0)
+    save_file(named, folder / "style.safetensors")
+
+
+@pytest.mark.parametrize("save", [save_with_metadata, save_old, save_kohya])
+def test_loras_of_diffusers_and_kohya_are_converted_by_diffusers(tmp_path, save):
+    expected = []
+    for seed in range(2):
+        model, state_dict = adapted_unet(seed)
+        expected.append(of_unet(model))
+        save(tmp_path / "in" / str(seed), model, state_dict)
+    zoo = WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in")
+    assert zoo.layout.config.adapter == {}
+    export(zoo, tmp_path / "out")
+    plain = of_unet(unet())
+    for index, one in enumerate(expected):
+        model = unet()
+        file = tmp_path / "out" / f"{index:05d}" / "pytorch_lora_weights.safetensors"
+        model.load_lora_adapter(load_file(file), prefix="unet")
+        torch.testing.assert_close(of_unet(model), one, atol=1e-4, rtol=1e-4)
+        assert (one - plain).abs().max() > 1e-2
+
+
+def test_a_pipeline_loads_what_is_exported(tmp_path):
+    model, state_dict = adapted_unet(3)
+    save_with_metadata(tmp_path / "in" / "0", model, state_dict)
+    export(WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in"), tmp_path / "out")
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    pipe = StableDiffusionPipeline(vae, None, None, unet(), DDIMScheduler(), None, None, requires_safety_checker=False)
+    pipe.load_lora_weights(tmp_path / "out" / "00000", adapter_name="generated")
+    pipe.set_adapters("generated")
+    torch.testing.assert_close(of_unet(pipe.unet), of_unet(model), atol=1e-4, rtol=1e-4)
+
+
+def test_a_file_of_another_format_says_what_to_do(tmp_path):
+    save_file({"blocks.0.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ZooError, match=r"other\.safetensors: .* save it with `save_lora_weights`"):
+        WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "other.safetensors")
+
+
+def test_the_command_says_what_is_there(tmp_path, capsys):
+    save_adapter(tmp_path / "in" / "a")
+    main(["import", "--adapters", str(tmp_path / "in"), "--output-dir", str(tmp_path / "zoo")])
+    assert "1 networks of " in capsys.readouterr().out
+
+
+# ---- of other zoos
+
+
+def test_networks_of_other_zoos_become_files_of_safetensors(tmp_path):
+    network = Base()
+    zoo = WeightZoo.create(tmp_path / "zoo", ParameterLayout.from_state_dict(network.state_dict(), ("head.*",)))
+    with zoo:
+        zoo.append(Base().state_dict())
+    export(zoo, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "00000" / "model.safetensors")
+    assert found.keys() == network.state_dict().keys()
+    network.load_state_dict(found, strict=True)
