@@ -23,6 +23,10 @@ from pdiff_hf.tasks.subsets import DigitsSubset, DigitsSubsets
 
 
 FRESH_EACH, FRESH_SEED = 4, 10**6
+HEADER = (
+    "family | seed | verdict | generated: mean, min | ensembles of 16 | best without a generator | trained"
+    " | over shuffled | over the best | minutes | steps of training that take as long"
+)
 
 
 class OneStart(DigitsSubset):
@@ -142,11 +146,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 def main(config: Config) -> None:
     """Prints a line a generator."""
     torch.set_num_threads(config.threads)
-    header = (
-        "family | seed | verdict | generated: mean, min | ensembles of 16 | best without a generator | trained"
-        " | over shuffled | over the best | minutes | steps of training that take as long"
-    )
-    table(config, header, measure, cells)
+    table(config, HEADER, measure, cells)
 
 
 if __name__ == "__main__":

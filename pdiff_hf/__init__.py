@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # `as`: exported, for type checkers too
     from .generate import GenerateConfig as GenerateConfig
     from .generate import run_generate as run_generate
     from .hub import load_pipeline as load_pipeline
+    from .networks.adapted import AdaptedNetwork as AdaptedNetwork
+    from .networks.adapted import lora as lora
     from .pipelines.neural_network_diffusion import ConditionEncoder as ConditionEncoder
     from .pipelines.neural_network_diffusion import LinearParameterAutoencoder as LinearParameterAutoencoder
     from .pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline as NeuralNetworkDiffusionPipeline
@@ -37,6 +39,7 @@ _HOMES = {
     "evaluation": ("Baseline", "EvaluateConfig", "evaluate", "run_evaluate"),
     "generate": ("GenerateConfig", "run_generate"),
     "hub": ("load_pipeline",),
+    "networks.adapted": ("AdaptedNetwork", "lora"),
     "pipelines.neural_network_diffusion": (
         "ConditionEncoder",
         "LinearParameterAutoencoder",

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from .config import check_not_negative, check_positive, check_seed
 from .errors import ConfigError, ZooError
 from .files import is_zoo
+from .networks.adapted import AdaptedNetwork
 from .networks.trainer import NetworkTrainer, StackedTrainer, is_stackable
 from .parallel import Saving, from_main, processes, written
 from .pipelines.neural_network_diffusion import ParameterLayout
@@ -19,6 +20,7 @@ from .runs import check_not_fewer, check_same_run, save_run
 from .tasks import Task, TaskFamily, check_family, load_family
 from .tasks.family import OneTask
 from .zoo import WeightZoo, ZooDtype, check_room_for, make_layout, networks_per_batch
+from .zoo.adapters import checked_config
 from .zoo.fill import fill
 
 
@@ -100,7 +102,8 @@ def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
         config = replace(config, protocol="independent", num_networks=config.networks_per_task * len(conditions))
     with torch.random.fork_rng():
         network = task.build_network()
-    layout = make_layout(network.state_dict(), config.patterns or task.patterns)
+    adapter = checked_config(network.adapter_config) if isinstance(network, AdaptedNetwork) else None
+    layout = make_layout(network.state_dict(), config.patterns or task.patterns, adapter)
     present = len(WeightZoo(folder)) if is_zoo(folder) else 0
     check_not_fewer(folder, present, config.num_networks)
     check_room_for(folder, config.num_networks - present, layout, config.dtype)

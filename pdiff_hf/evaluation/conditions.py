@@ -12,7 +12,7 @@ from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
 from ..networks.canonical import REFERENCE_NETWORKS
 from ..networks.predictor import Predictor
 from ..networks.stacked import NotStackableError, side_by_side
-from ..networks.trainer import data_of
+from ..networks.trainer import NetworkTrainer, data_of, flatten
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from ..tasks import Task, TaskFamily
@@ -36,7 +36,9 @@ GUIDANCES = (1.0, 1.5, 2.0)
 # A column that says how good a network is, and levels of it that are asked for.
 QUALITY, LEVELS = "validation_accuracy", 9
 # Which of the answers are no more than looking up.
-LOOKED_UP = ("mean network", "nearest condition", "mean of the nearest")
+LOOKED_UP = ("one network for all tasks", "mean network", "nearest condition", "mean of the nearest")
+# Tasks that one network is trained for together, and for how many times as long as those of one task.
+TOGETHER, TIMES = 256, 4
 
 
 class ConditionAudit:
@@ -91,6 +93,7 @@ class ConditionAudit:
         }
         rivals = self._rivals()
         groups |= rivals
+        groups["one network for all tasks"] = self._score(self._together().expand(len(self.asked), 1, -1))
         for name, vectors in self._answers():
             groups[name] = self._score(vectors[:, None])
         if self.fresh is not None:
@@ -154,6 +157,21 @@ class ConditionAudit:
             for name, predictions in self.family.rivals(condition, inputs).items():
                 found.setdefault(name, []).append(task.correct(predictions, targets).float().mean())
         return {name: {"single": torch.stack(values), "least": None} for name, values in found.items()}
+
+    def _together(self) -> torch.Tensor:
+        """A network that is trained on examples of many training tasks, without being told of which, `[P]`."""
+        conditions = self.family.conditions("train")
+        tasks = [self.family.task(conditions[place]) for place in evenly(len(conditions), TOGETHER)]
+        every = max(1, len(tasks) // TIMES)
+        parts = [
+            (inputs[place % every :: every], targets[place % every :: every])
+            for place, (inputs, targets) in enumerate(data_of(tasks, "train"))
+        ]
+        inputs, targets = (torch.cat(some) for some in zip(*parts, strict=True))
+        together = copy.copy(tasks[0])
+        together.data = lambda split: (inputs, targets)  # type: ignore[method-assign]
+        network = NetworkTrainer(together, self.seed).trained()
+        return flatten(self.trained.layout, network.state_dict())
 
     def _answers(self) -> list[tuple[str, torch.Tensor]]:
         """What needs no generator, the best of each kind on validation conditions: vectors `[C, P]`."""

@@ -29,6 +29,9 @@ class AdaptedNetwork(nn.Module):
             Names and values of an adapter: those that training begins with. Names that begin with
             `base_model.model.` are PEFT's.
 
+    Attributes:
+        adapter_config (`dict`): PEFT's configuration of it.
+
     Raises:
         [`TaskError`]: a tensor belongs to no part of the base network, or does not fit it.
 
@@ -72,6 +75,24 @@ class AdaptedNetwork(nn.Module):
                 )
         for target, a, b in self._updates:
             self._update(target, own[a], own[b])
+
+    @property
+    def adapter_config(self) -> dict[str, Any]:
+        """PEFT's configuration of the adapter; the base model is named where transformers knows it."""
+        own = dict(self.named_parameters())
+        ranks = {target.removesuffix(".weight"): len(own[a]) for target, a, _ in self._updates}
+        rank = next(iter(ranks.values()), 1)
+        trained = sorted({target.rpartition(".")[0] for target in self._trained})
+        return {
+            "peft_type": "LORA",
+            "base_model_name_or_path": getattr(self._base[0], "name_or_path", None) or None,
+            "r": rank,
+            "lora_alpha": rank,
+            "rank_pattern": {name: own_rank for name, own_rank in ranks.items() if own_rank != rank},
+            "target_modules": sorted(ranks),
+            "modules_to_save": trained or None,
+            "fan_in_fan_out": any(_by_inputs(self._modules_of[target]) for target, _, _ in self._updates),
+        }
 
     def _update(self, target: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """B A, in the shape of the weight that it is added to."""

@@ -93,7 +93,7 @@ def _statistics(zoo: WeightZoo) -> ParameterLayout:
         return layout.config.tensors, layout.state_dict()
 
     tensors, statistics = from_main(fitted)
-    layout = ParameterLayout(tensors=tensors)
+    layout = ParameterLayout(tensors=tensors, adapter=zoo.layout.config.adapter)
     layout.load_state_dict(statistics)
     if not (layout.std > 0).any():
         raise ZooError(f"The {len(zoo)} networks of {zoo.folder} are identical: there is no distribution to learn.")

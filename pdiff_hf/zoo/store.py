@@ -151,15 +151,18 @@ class WeightZoo:
         dtype: ZooDtype,
         may_differ: Sequence[str],
     ) -> None:
-        description = Description(
-            task=task,
-            networks_per_shard=networks_per_shard
-            or max(1, SHARD_BYTES // (getattr(torch, dtype).itemsize * layout.vector_size)),
-            dtype=dtype,
-            layout={"tensors": layout.architecture}
-            | ({} if layout.config.adapter is None else {"adapter": dict(layout.config.adapter)}),
-            may_differ=[may_differ] if isinstance(may_differ, str) else list(may_differ),
-        )
+        adapter = layout.config.adapter
+        try:
+            description = Description(
+                task=task,
+                networks_per_shard=networks_per_shard
+                or max(1, SHARD_BYTES // (getattr(torch, dtype).itemsize * layout.vector_size)),
+                dtype=dtype,
+                layout={"tensors": layout.architecture} | ({} if adapter is None else {"adapter": dict(adapter)}),
+                may_differ=[may_differ] if isinstance(may_differ, str) else list(may_differ),
+            )
+        except ValueError as error:  # the layout of a pipeline may come from anywhere
+            raise ZooError(f"This layout is none of a zoo: {error}") from error
         frozen = {name: value.contiguous() for name, value in layout.frozen_state_dict().items()}
         with whole(folder / "frozen.safetensors") as file:
             save_file(frozen, file)
@@ -312,7 +315,7 @@ class WeightZoo:
         """
         found = find_adapters(adapters, token)
         first, theirs = found[0], found[0].read()
-        layout = make_layout(theirs[0], ("*",), config_of_zoo(theirs[1]))
+        layout = make_layout(theirs[0], ("*",), theirs[1])
         gauge = Gauge(layout)
 
         def read(one: Adapter) -> torch.Tensor:
@@ -613,9 +616,12 @@ def check_room_for(folder: Path, networks: int, layout: ParameterLayout, dtype: 
 def make_layout(
     state_dict: Mapping[str, torch.Tensor], patterns: str | Sequence[str], adapter: dict[str, Any] | None = None
 ) -> ParameterLayout:
-    """The layout of a network, or a [`ZooError`] that says why it has none."""
+    """The layout of a network, or of an adapter with this configuration, or a [`ZooError`] that says why there is
+    none."""
     try:
         layout = ParameterLayout.from_state_dict(state_dict, patterns)
-        return layout if adapter is None else ParameterLayout(tensors=layout.architecture, adapter=adapter)
+        if adapter is not None:
+            layout.register_to_config(adapter=config_of_zoo(adapter))
+        return layout
     except ValueError as error:
         raise ZooError(str(error)) from error
