@@ -16,7 +16,6 @@ from .parallel import processes, written
 from .runs import check_not_fewer, check_same_facts, check_same_run, save_run
 from .schedulers import replacement
 from .zoo import WeightZoo, ZooDtype, check_room_for, networks_per_batch
-from .zoo.export import export
 from .zoo.fill import fill
 
 
@@ -188,7 +187,7 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
     if state.is_main_process:
         zoo.write_card(f"Networks sampled by Neural Network Diffusion from the pipeline `{origin['pipeline']}`.")
         if config.export is not None:
-            export(zoo, config.export)
+            zoo.export(config.export)
         if config.push_to_hub is not None:
             zoo.push_to_hub(config.push_to_hub)
     return zoo

@@ -290,6 +290,8 @@ def test_the_audit_compares_with_all_that_needs_no_generator(report):
     assert figures["verdict"]["gains"]["retrieval"]["over"] == "the side itself"
     assert groups["trained on the task"]["single"]["mean"] > 0.9
     assert groups["hypernetwork"]["single"]["mean"] > 0.85
+    # It is not told which side is asked for.
+    assert groups["one network for all tasks"]["single"]["mean"] < 0.75
     assert groups["shuffled condition"]["single"]["mean"] < groups["generated"]["single"]["mean"] - 0.2
     assert 0.4 < groups["majority class"]["single"]["mean"] < 0.65
     assert set(figures["verdict"]["gains"]) == {"shuffled", "retrieval", "regression"}
@@ -349,6 +351,7 @@ def test_verdicts(generated, shuffled, retrieval, ridge, label):
         shuffled_condition=shuffled,
         majority_class=0.5,
         mean_network=0.5,
+        one_network_for_all_tasks=0.5,
         nearest_condition=0.6,
         mean_of_the_nearest=retrieval,
         ridge_regression=ridge,

@@ -12,6 +12,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from ..errors import HubError, PipelineError
 from ..files import whole
 from ..text import load_yaml, plain
+from .client import is_repository, license_of
 
 
 EVALUATION = ("<!-- pdiff-hf: evaluation -->", "<!-- pdiff-hf: evaluation end -->")
@@ -19,6 +20,8 @@ EVALUATION = ("<!-- pdiff-hf: evaluation -->", "<!-- pdiff-hf: evaluation end --
 MODEL_NAME = "pdiff"
 # Stands in cards where the name of the repository will be.
 PLACEHOLDER = "path/or/name/of/this/repository"
+# By which the Hub finds adapters.
+ADAPTER_TAGS = ("lora", "peft")
 GENERATED = ("<!-- pdiff-hf: what follows is rewritten by every push -->", "<!-- pdiff-hf: end -->")
 
 
@@ -72,12 +75,15 @@ def write_zoo_card(
     count: int,
     parameters: int,
     features: list[dict[str, Any]] | None = None,
+    adapter: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the dataset card of a zoo of so many networks of so many parameters, whose rows have these columns, and
-    keeps what a person wrote into it."""
+    """Writes the dataset card of a zoo of so many networks of so many parameters, whose rows have these columns and
+    which may be adapters of this configuration, and keeps what a person wrote into it."""
+    base = _base_model(adapter)
     card_data = DatasetCardData(
         dataset_info=None if features is None else {"features": features},
-        tags=["neural-network-diffusion", "model-zoo", "weights"],
+        tags=["neural-network-diffusion", "model-zoo", "weights", *(ADAPTER_TAGS if adapter is not None else ())],
+        base_model=base,
         configs=[{"config_name": "default", "data_files": "metadata.jsonl"}],
     )
     card = DatasetCard.from_template(
@@ -87,10 +93,30 @@ def write_zoo_card(
         description=description,
         count=count,
         parameters=parameters,
+        adapter=_of_adapter(adapter, base),
         markers=GENERATED,
         placeholder=PLACEHOLDER,
     )
     _write_card(folder, str(card))
+
+
+def _base_model(adapter: dict[str, Any] | None) -> str | None:
+    """The name on the Hub of what networks are adapters of."""
+    name = (adapter or {}).get("base_model_name_or_path")
+    return name if name is not None and is_repository(name) and not Path(name).exists() else None
+
+
+def _of_adapter(adapter: dict[str, Any] | None, base: str | None) -> str | None:
+    """What a card says of adapters; nothing of other networks."""
+    if adapter is None:
+        return None
+    if not adapter:
+        return "The networks are LoRA adapters, for `pipe.load_lora_weights` of diffusers."
+    named = plain(str(adapter.get("base_model_name_or_path") or "a model that their files do not name"))
+    revision = f" at revision {plain(adapter['revision'])}" if adapter.get("revision") else ""
+    license = None if base is None else license_of(base)
+    licensed = f" The licence of the base model is {plain(license)}." if license else ""
+    return f"The networks are LoRA adapters of `{named}`{revision}, of rank {adapter['r']} and scale 1.{licensed}"
 
 
 def write_pipeline_card(
@@ -102,6 +128,7 @@ def write_pipeline_card(
     sources: Iterable[str] = (),
     dataset: str | None = None,
     asked: str | None = None,
+    adapter: dict[str, Any] | None = None,
 ) -> None:
     r"""
     Writes the model card of a pipeline, keeping what a person wrote into it.
@@ -115,12 +142,17 @@ def write_pipeline_card(
         sources (`Iterable[str]`, *optional*): The repositories that the networks came from.
         dataset (`str`, *optional*): The zoo's repository, where it came from the Hub.
         asked (`str`, *optional*): A sentence that says what it can be asked for.
+        adapter (`dict[str, Any]`, *optional*): PEFT's configuration, where the networks are adapters.
     """
+    base = _base_model(adapter)
     card_data = ModelCardData(
-        base_model=sorted(sources) or None,
+        base_model=sorted({*sources, *([base] if base else [])}) or None,
         datasets=None if dataset is None else [dataset],
         library_name="diffusers",
-        tags=["neural-network-diffusion", "weight-generation", "diffusers:NeuralNetworkDiffusionPipeline"],
+        tags=[
+            *("neural-network-diffusion", "weight-generation", "diffusers:NeuralNetworkDiffusionPipeline"),
+            *(ADAPTER_TAGS if adapter is not None else ()),
+        ],
     )
     card = ModelCard.from_template(
         card_data,
@@ -131,6 +163,7 @@ def write_pipeline_card(
         parameters=parameters,
         facts={name: plain(str(value)) for name, value in recipe.items()},
         asked=None if asked is None else plain(asked),
+        adapter=_of_adapter(adapter, base),
         markers=GENERATED,
         placeholder=PLACEHOLDER,
         evaluation=EVALUATION,

@@ -56,6 +56,17 @@ def commit_of(repo_id: str, token: str | None) -> str:
         return str(HfApi(token=token).model_info(repo_id).sha)
 
 
+def license_of(repo_id: str, token: str | None = None) -> str | None:
+    """The licence that the card of a model repository names, where it can be read and names one."""
+    try:
+        with explained(repo_id, None):
+            card = HfApi(token=token).model_info(repo_id).card_data
+    except HubError:
+        return None
+    license = getattr(card, "license", None)
+    return license if isinstance(license, str) else None
+
+
 def repository_files(repo_id: str, revision: str, token: str | None) -> list[str]:
     """Names of the files of a model repository."""
     with explained(repo_id, revision):

@@ -114,4 +114,5 @@ def _write_card(config: LoopConfig, zoo: WeightZoo, folder: Path, sources: set[s
         sources=sources,
         dataset=None if Path(config.zoo).is_dir() else config.zoo,
         asked=asked,
+        adapter=zoo.layout.config.adapter,
     )

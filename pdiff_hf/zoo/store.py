@@ -25,6 +25,7 @@ from ..networks.gauge import Gauge
 from ..pipelines.neural_network_diffusion import ParameterLayout
 from .adapters import Adapter, Names, check_same, config_of_zoo, find_adapters
 from .description import Description, read_description
+from .export import export
 from .imports import Checkpoint, checkpoints_of_files, checkpoints_of_repositories, twins
 from .rows import Rows, column_types
 from .shards import STORED_AS, Shards
@@ -216,7 +217,8 @@ class WeightZoo:
     def write_card(self, description: str) -> None:
         """Writes the dataset card, keeping what a person wrote into it."""
         features = column_types(self.rows())
-        write_zoo_card(self.folder, description, self.task, len(self), self.vector_size, features)
+        adapter = self._description.adapter
+        write_zoo_card(self.folder, description, self.task, len(self), self.vector_size, features, adapter)
 
     @classmethod
     def from_checkpoints(
@@ -584,6 +586,21 @@ class WeightZoo:
         shutil.copytree(
             self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.part", f"{UNFINISHED}*", LOCK)
         )
+
+    def export(self, folder: str | os.PathLike[str]) -> None:
+        r"""
+        Writes a folder a network, named by its index: of adapters what `PeftModel.from_pretrained(base, folder)` or,
+        where they are of diffusers, `pipe.load_lora_weights(folder)` loads; of other networks `model.safetensors`,
+        their complete state dict.
+
+        Args:
+            folder (`str` or `os.PathLike`): Where the folders go; it must not hold anything yet.
+
+        Raises:
+            [`ZooError`]: the folder is not empty.
+            [`WriteError`]: it cannot be written.
+        """
+        export(self.layout, (self.state_dict(index) for index in range(len(self))), folder)
 
     def delete(self) -> None:
         """Removes the zoo's files, and its folder where nothing else is in it."""

@@ -16,7 +16,6 @@ from pdiff_hf.cli import main
 from pdiff_hf.errors import ConfigError, ZooError
 from pdiff_hf.networks.adapted import AdaptedNetwork
 from pdiff_hf.share import ImportConfig
-from pdiff_hf.zoo.export import export
 
 
 class Base(nn.Module):
@@ -89,7 +88,7 @@ def test_adapters_of_other_scales_are_comparable(tmp_path):
 def test_what_is_exported_is_loaded_by_peft(tmp_path):
     expected = [save_adapter(tmp_path / "in" / str(seed), seed, rank_pattern={"value": 3}) for seed in range(2)]
     zoo = WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in")
-    export(zoo, tmp_path / "out")
+    zoo.export(tmp_path / "out")
     model = peft.PeftModel.from_pretrained(Base(), tmp_path / "out" / "00000")
     torch.testing.assert_close(model(INPUTS), expected[0], atol=1e-5, rtol=1e-5)
     model.load_adapter(tmp_path / "out" / "00001", "other")
@@ -98,13 +97,13 @@ def test_what_is_exported_is_loaded_by_peft(tmp_path):
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(INPUTS), expected[1], atol=1e-5, rtol=1e-5)
     with pytest.raises(ZooError, match="is not empty"):
-        export(zoo, tmp_path / "out")
+        zoo.export(tmp_path / "out")
 
 
 def test_hotswap_takes_what_is_exported(tmp_path):
     settings = {"modules_to_save": None}
     expected = [save_adapter(tmp_path / "in" / str(seed), seed, **settings) for seed in range(2)]
-    export(WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in"), tmp_path / "out")
+    WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in").export(tmp_path / "out")
     hotswap = pytest.importorskip("peft.utils.hotswap")
     model = peft.PeftModel.from_pretrained(Base(), tmp_path / "out" / "00000")
     hotswap.hotswap_adapter(model, str(tmp_path / "out" / "00001"), adapter_name="default")
@@ -113,7 +112,7 @@ def test_hotswap_takes_what_is_exported(tmp_path):
 
 def test_dora_keeps_its_magnitudes(tmp_path):
     expected = [save_adapter(tmp_path / "in" / str(seed), seed, use_dora=True) for seed in range(2)]
-    export(WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in"), tmp_path / "out")
+    WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in").export(tmp_path / "out")
     model = peft.PeftModel.from_pretrained(Base(), tmp_path / "out" / "00001")
     torch.testing.assert_close(model(INPUTS), expected[1], atol=1e-4, rtol=1e-4)
 
@@ -250,7 +249,7 @@ def test_loras_of_diffusers_and_kohya_are_converted_by_diffusers(tmp_path, save)
         save(tmp_path / "in" / str(seed), model, state_dict)
     zoo = WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in")
     assert zoo.layout.config.adapter == {}
-    export(zoo, tmp_path / "out")
+    zoo.export(tmp_path / "out")
     plain = of_unet(unet())
     for index, one in enumerate(expected):
         model = unet()
@@ -263,7 +262,7 @@ def test_loras_of_diffusers_and_kohya_are_converted_by_diffusers(tmp_path, save)
 def test_a_pipeline_loads_what_is_exported(tmp_path):
     model, state_dict = adapted_unet(3)
     save_with_metadata(tmp_path / "in" / "0", model, state_dict)
-    export(WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in"), tmp_path / "out")
+    WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in").export(tmp_path / "out")
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
     pipe = StableDiffusionPipeline(vae, None, None, unet(), DDIMScheduler(), None, None, requires_safety_checker=False)
     pipe.load_lora_weights(tmp_path / "out" / "00000", adapter_name="generated")
@@ -291,7 +290,7 @@ def test_networks_of_other_zoos_become_files_of_safetensors(tmp_path):
     zoo = WeightZoo.create(tmp_path / "zoo", ParameterLayout.from_state_dict(network.state_dict(), ("head.*",)))
     with zoo:
         zoo.append(Base().state_dict())
-    export(zoo, tmp_path / "out")
+    zoo.export(tmp_path / "out")
     found = load_file(tmp_path / "out" / "00000" / "model.safetensors")
     assert found.keys() == network.state_dict().keys()
     network.load_state_dict(found, strict=True)
