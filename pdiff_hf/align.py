@@ -15,7 +15,8 @@ from .networks.predictor import Predictor
 from .networks.symmetry import UnknownSymmetryError
 from .parallel import processes, written
 from .runs import save_run
-from .tasks import check_task, load_task
+from .tasks import check_family, load_family
+from .tasks.family import training_inputs
 from .tasks.task import trusted_name
 from .zoo import WeightZoo, check_room_for, evenly
 
@@ -62,9 +63,9 @@ def _align(config: AlignConfig, folder: Path) -> str:
     if len(zoo) == 0:
         raise ZooError(f"{config.zoo} has no networks.")
     name = trusted_name(config.task, zoo.task)
-    task = load_task(name)
-    check_task(task, processes().device, training=False)
-    inputs = task.data("train")[0][:EXAMPLES]
+    family = load_family(name)
+    check_family(family, processes().device, training=False)
+    task, inputs = family.task(family.conditions("train")[0]), training_inputs(family)[:EXAMPLES]
     try:
         symmetry = symmetry_of(task.build_network(), zoo.layout, inputs[:1])
     except UnknownSymmetryError as error:

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from pdiff_hf import Task
+from pdiff_hf import AdaptedNetwork, Task, lora
 from pdiff_hf.tasks import TaskFamily
 
 
@@ -49,6 +49,38 @@ class Sides(TaskFamily):
 
     def rivals(self, condition, inputs):
         return {"the side itself": torch.stack([-inputs @ (d := torch.tensor(condition["direction"])), inputs @ d], 1)}
+
+
+class Base(nn.Module):
+    """What adapters are trained for."""
+
+    name_or_path = "me/base"
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.hidden = nn.Linear(2, 8)
+            self.out = nn.Linear(8, 8)
+            self.head = nn.Linear(8, 2)
+
+    def forward(self, inputs):
+        return self.head(self.out(self.hidden(inputs).tanh()).tanh())
+
+
+class AdapterOfSide(Side):
+    """The same with an adapter of rank 2, and a head, of a base network."""
+
+    def build_network(self):
+        base = Base()
+        return AdaptedNetwork(base, lora(base, ["hidden", "out"], 2, ["head"]))
+
+
+class AdaptersOfSides(Sides):
+    """Adapters for directions all around."""
+
+    def task(self, condition):
+        return AdapterOfSide(super().task(condition).angle)
 
 
 class OwnInputs(Sides):

@@ -331,9 +331,7 @@ def config_of_zoo(config: dict[str, Any]) -> dict[str, Any]:
     """PEFT's configuration of the adapters of a zoo, which are all of scale 1."""
     if not config:
         return {}
-    return config | {
-        "lora_alpha": config["r"],
-        "alpha_pattern": dict(config["rank_pattern"]),
-        "use_rslora": False,
-        "inference_mode": True,
-    }
+    of_scale_1 = {"lora_alpha": config["r"], "alpha_pattern": dict(config["rank_pattern"]), "use_rslora": False}
+    known = config | of_scale_1 | {"inference_mode": True}
+    # Where PEFT is told nothing, its defaults hold.
+    return {name: value for name, value in known.items() if value is not None}

@@ -25,7 +25,8 @@ FAR_FROM_ZERO = 10
 # Frozen tensors that count batches say nothing of a network's function.
 COUNTER = "num_batches_tracked"
 # What the values of a tensor are drawn from before training; "other" is what is known of no tensor.
-UNIFORM, NORMAL, CONSTANT, OTHER = "uniform", "normal", "constant", "other"
+# Values that are "the same" in all untrained networks, as those of a pretrained head, are kept.
+UNIFORM, NORMAL, CONSTANT, SAME, OTHER = "uniform", "normal", "constant", "the same", "other"
 KURTOSIS = {UNIFORM: 1.8, NORMAL: 3.0}
 # Of so few networks, sums of squares say nothing.
 FEW = 30
@@ -73,7 +74,8 @@ class ParameterLayout(ModelMixin, ConfigMixin):
             "role": "generated" | "frozen" | "tied"}`, usually made by [`ParameterLayout.from_state_dict`]. Where tied
             it has `"tied_to": str` too; from [`~ParameterLayout.fit`], `"values": "positive" | "not negative" |
             "whole"` where that is so, and `"range": [int, int]` of whole ones; from [`~ParameterLayout.fit_initial`],
-            `"initial": {"distribution": "uniform" | "normal" | "constant" | "other", "mean": float, "std": float}`.
+            `"initial": {"distribution": "uniform" | "normal" | "constant" | "the same" | "other", "mean": float,
+            "std": float}`.
         adapter (`dict`, *optional*):
             Where the networks are LoRA adapters of scale 1: their configuration, as PEFT writes it; empty for those
             of diffusers.
@@ -98,8 +100,10 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         self.register_buffer("std", torch.ones(self.vector_size))
         self.register_buffer("log", torch.zeros(self.vector_size, dtype=torch.bool))
         # By their place in the list: any text is a name in a state dict, and not of a buffer.
-        self.frozen = nn.Module()
+        self.frozen, self.initial = nn.Module(), nn.Module()
         for place, tensor in enumerate(tensors):
+            if tensor.get("initial", {}).get("distribution") == SAME:
+                self.initial.register_buffer(str(place), torch.zeros(_numel(tensor)))
             if tensor["role"] == FROZEN:
                 values = torch.zeros(tensor["shape"], dtype=getattr(torch, tensor["dtype"]))
                 self.frozen.register_buffer(str(place), values)
@@ -371,9 +375,13 @@ class ParameterLayout(ModelMixin, ConfigMixin):
             `ParameterLayout`: itself.
         """
         tensors = [dict(tensor) for tensor in self.config.tensors]
-        for tensor in tensors:
+        self.initial = nn.Module()
+        for place, tensor in enumerate(tensors):
             if tensor["role"] == GENERATED:
-                tensor["initial"] = _distribution(vectors[:, self.slices[tensor["name"]]].to("cpu", torch.float64))
+                values = vectors[:, self.slices[tensor["name"]]]
+                tensor["initial"] = _distribution(values.to("cpu", torch.float64))
+                if tensor["initial"]["distribution"] == SAME:
+                    self.initial.register_buffer(str(place), values[0].to(self.mean.device, torch.float32, copy=True))
         self.register_to_config(tensors=tensors)
         return self
 
@@ -391,13 +399,16 @@ class ParameterLayout(ModelMixin, ConfigMixin):
             `ValueError`: of some tensor it is not known how it is drawn.
         """
         vectors = torch.empty(len(generators), self.vector_size)
-        for tensor in self.tensors(GENERATED):
+        for place, tensor in self._places(GENERATED):
             initial = tensor.get("initial") or {"distribution": OTHER}
             part = vectors[:, self.slices[tensor["name"]]]
             if initial["distribution"] == OTHER:
                 raise ValueError(
                     f"`{tensor['name']}` is initialized in a way of its own, or it is not known how: pass `initial`."
                 )
+            if initial["distribution"] == SAME:
+                part.copy_(self.initial.get_buffer(str(place)).cpu().expand_as(part))
+                continue
             for row, generator in zip(part, generators, strict=True):
                 if initial["distribution"] == UNIFORM:
                     row.uniform_(-(3**0.5), 3**0.5, generator=generator)
@@ -549,6 +560,8 @@ def _distribution(values: torch.Tensor) -> dict[str, Any]:
     found = {"distribution": CONSTANT, "mean": mean.item(), "std": variance.sqrt().item()}
     if (values == values[0, 0]).all():
         return {**found, "mean": values[0, 0].item(), "std": 0.0}
+    if (values == values[0]).all():
+        return {**found, "distribution": SAME}
     kurtosis = (rest.square().square().mean() / variance.square()).item()
     # Independent draws of one distribution: means over networks differ little from place to place, and sums of squares
     # over places differ from network to network, which those of orthogonal matrices do not.
@@ -566,7 +579,7 @@ def _is_initial(initial: Any) -> bool:
     return (
         isinstance(initial, Mapping)
         and set(initial) == {"distribution", "mean", "std"}
-        and initial["distribution"] in (*KURTOSIS, CONSTANT, OTHER)
+        and initial["distribution"] in (*KURTOSIS, CONSTANT, SAME, OTHER)
         and all(type(initial[name]) in (int, float) and abs(initial[name]) < LARGEST for name in ("mean", "std"))
         and initial["std"] >= 0
     )
