@@ -1,6 +1,7 @@
 """One frozen dataclass a stage is its command line, its YAML file and its Python face."""
 
 import importlib.util
+import json
 import math
 import os
 import reprlib
@@ -142,6 +143,29 @@ def load_config(config_class: type[Config], file: str | Path) -> Config:
         elif not any(_matches(value, option) for option in allowed):
             raise ConfigError(f"{file}: {name} is {reprlib.repr(value)}, and should be {hints[name]}.")
     return config_class(**content)
+
+
+def read_objects(file: str | Path, what: str) -> list[dict[str, Any]]:
+    """The JSON objects in a file, one a line."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what}: {file} cannot be read: {error}.") from error
+    found = [json_object(line, f"line {number} of {file}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise ConfigError(f"{what}: {file} is empty.")
+    return found
+
+
+def json_object(text: str, where: str) -> dict[str, Any]:
+    """The JSON object that a text is, or a [`ConfigError`] that says where it stands."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is no JSON: {error}: {text!r:.200}.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} has to be a JSON object, and is {text!r:.200}.")
+    return value
 
 
 def _content(file: str | Path) -> dict[str, Any]:

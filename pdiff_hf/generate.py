@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .config import check_not_negative, check_positive, check_seed
+from .config import check_not_negative, check_positive, check_seed, json_object, read_objects
 from .errors import ConfigError
 from .files import is_zoo
 from .hub.pipelines import load_pipeline, pipeline_folder, weights_sha256
@@ -88,25 +88,8 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
 def _conditions(config: GenerateConfig) -> list[dict[str, Any]]:
     """What is asked for, one network after the other; nothing where nothing is."""
     if config.conditions is not None:
-        try:
-            lines = Path(config.conditions).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"conditions: {config.conditions} cannot be read: {error}.") from error
-        texts = {f"line {number} of {config.conditions}": line for number, line in enumerate(lines, 1) if line.strip()}
-        if not texts:
-            raise ConfigError(f"conditions: {config.conditions} is empty.")
-    else:
-        texts = {} if config.condition is None else {"condition": config.condition}
-    found = []
-    for where, text in texts.items():
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where} is no JSON: {error}: {text!r:.200}.") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"{where} has to be a JSON object, and is {text!r:.200}.")
-        found.append(row)
-    return found
+        return read_objects(config.conditions, "conditions")
+    return [] if config.condition is None else [json_object(config.condition, "condition")]
 
 
 def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+from .config import read_objects
 from .errors import ConfigError, HubError
 from .files import check_kind, is_pipeline, is_zoo, locked
 from .hub.client import explained
@@ -62,6 +63,8 @@ class ImportConfig:
     """A pattern of the repositories' names in one namespace: 'org/*-digits'."""
     adapters: tuple[str, ...] = ()
     """LoRA adapters: folders and files here, names on the Hub and patterns of them; PEFT, diffusers, kohya."""
+    metadata: str | None = None
+    """A file with a JSON object a line, of each adapter: its "source", and columns that the zoo gets."""
     filename: str = "model.safetensors"
     """The file of each that holds its weights; safetensors only."""
     patterns: tuple[str, ...] = ("*",)
@@ -80,7 +83,8 @@ class ImportConfig:
 def run_import(config: ImportConfig) -> str:
     """Imports, and says what is there."""
     if config.repositories is None:
-        return repr(WeightZoo.from_adapters(config.output_dir, config.adapters, task=config.task))
+        rows = [] if config.metadata is None else read_objects(config.metadata, "metadata")
+        return repr(WeightZoo.from_adapters(config.output_dir, config.adapters, task=config.task, metadata=rows))
     return repr(
         WeightZoo.from_hub(
             config.output_dir,

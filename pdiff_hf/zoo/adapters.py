@@ -5,8 +5,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -269,6 +269,16 @@ def find_adapters(names: Names, token: str | None) -> list[Adapter]:
     if not found:
         raise ZooError("No adapters were given.")
     return found
+
+
+def with_metadata(adapters: list[Adapter], metadata: Iterable[Mapping[str, Any]]) -> list[Adapter]:
+    """The adapters with further columns in their rows, by their source."""
+    by_source = {row.get("source"): dict(row) for row in metadata}
+    if not by_source:
+        return adapters
+    if lacking := [one.source for one in adapters if one.row["source"] not in by_source]:
+        raise ZooError(f"The metadata have no row whose source is {lacking[0]!r}.")
+    return [replace(one, row=by_source[one.row["source"]] | one.row) for one in adapters]
 
 
 def _of_folder(folder: Path) -> list[Adapter]:

@@ -23,7 +23,7 @@ from ..hub.push import push
 from ..networks.canonical import REFERENCE_NETWORKS
 from ..networks.gauge import Gauge
 from ..pipelines.neural_network_diffusion import ParameterLayout
-from .adapters import Adapter, Names, check_same, config_of_zoo, find_adapters
+from .adapters import Adapter, Names, check_same, config_of_zoo, find_adapters, with_metadata
 from .description import Description, read_description
 from .export import export
 from .imports import Checkpoint, checkpoints_of_files, checkpoints_of_repositories, twins
@@ -294,6 +294,7 @@ class WeightZoo:
         task: str | None = None,
         token: str | None = None,
         dtype: ZooDtype = "float32",
+        metadata: Iterable[Mapping[str, Any]] = (),
     ) -> "WeightZoo":
         r"""
         Makes a zoo of LoRA adapters of one base model: of folders of PEFT, and of LoRA files of diffusers and kohya,
@@ -309,13 +310,16 @@ class WeightZoo:
             task (`str`, *optional*): What the networks do, as [`load_task`] takes it.
             token (`str`, *optional*): For private repositories; the one of `hf auth login` by default.
             dtype (`str`, *optional*, defaults to `"float32"`): How they are stored, as in [`WeightZoo.create`].
+            metadata (`Iterable[Mapping[str, Any]]`, *optional*):
+                Further columns of the zoo's rows, such as what each adapter is for: a dict an adapter, whose
+                `"source"` is its name on the Hub, or that of its folder or file.
 
         Raises:
             [`HubError`]: a repository cannot be read.
             [`ZooError`]: one is no LoRA adapter, or has another base model or revision, other ranks or modules than
-            the first; nothing is left behind then.
+            the first, or no metadata where others have some; nothing is left behind then.
         """
-        found = find_adapters(adapters, token)
+        found = with_metadata(find_adapters(adapters, token), metadata)
         first, theirs = found[0], found[0].read()
         layout = make_layout(theirs[0], ("*",), theirs[1])
         gauge = Gauge(layout)

@@ -4,15 +4,17 @@ import json
 import os
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import save_file
 
-from pdiff_hf import PdiffError, WeightZoo
+from pdiff_hf import AdaptedNetwork, PdiffError, WeightZoo
 from pdiff_hf.cli import main as cli
 
-from ..hub_server import HubClient, HubServer, client_environment
+from ..hub_server import USERS, HubClient, HubServer, client_environment
+from ..test_readme import commands, containing
 
 
 MANY = 40
@@ -28,7 +30,7 @@ NAME = "base_model.model.query.lora_{}.weight"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub"), lfs_threshold=10_000) as server:
+    with HubServer(tmp_path_factory.mktemp("hub"), users={**USERS, "hf_me": "me"}, lfs_threshold=10_000) as server:
         yield server
 
 
@@ -50,11 +52,11 @@ def factors(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def publish_one(name: str, files: dict[str, bytes | str], private: bool = False) -> None:
-    HfApi().create_repo(f"alice/{name}", private=private)
+def publish_one(name: str, files: dict[str, bytes | str], private: bool = False, owner: str = "alice") -> None:
+    HfApi().create_repo(f"{owner}/{name}", private=private)
     for file, content in files.items():
         content = content.encode() if isinstance(content, str) else content
-        HfApi().upload_file(path_or_fileobj=content, path_in_repo=file, repo_id=f"alice/{name}")
+        HfApi().upload_file(path_or_fileobj=content, path_in_repo=file, repo_id=f"{owner}/{name}")
 
 
 def publish() -> None:
@@ -165,3 +167,53 @@ def test_what_a_configuration_says_of_code_stays_where_it_is(alice, tmp_path):
     written = json.loads((tmp_path / "out" / "00000" / "adapter_config.json").read_text())
     assert not {"auto_mapping", "megatron_core", "runtime_config"} & written.keys()
     assert written["base_model_name_or_path"] == "alice/base"
+
+
+def publish_topics() -> None:
+    for number in range(6):
+        model = peft.get_peft_model(Base(), peft.LoraConfig(r=2, target_modules=["query"]))
+        model.peft_config["default"].base_model_name_or_path = "me/base"
+        names = peft.get_peft_model_state_dict(model)
+        generator = torch.Generator().manual_seed(number)
+        values = {name: torch.randn(value.shape, generator=generator) for name, value in names.items()}
+        peft.set_peft_model_state_dict(model, values)
+        model.save_pretrained("one")
+        files = {name: Path("one", name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+        publish_one(f"topic-{number}-lora", files, owner="me")
+    rows = [{"source": f"me/topic-{number}-lora", "topic": ["cats", "dogs"][number % 2]} for number in range(6)]
+    Path("topics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Base(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.query = torch.nn.Linear(6, 5)
+
+    def forward(self, inputs):
+        return self.query(inputs)
+
+
+SHORTER = {"import": (), "train": ("--unet-steps", "20"), "generate": ("--num-inference-steps", "3")}
+
+
+def run_the_readme() -> list[str]:
+    stages = commands(containing("bash", "import --adapters"))
+    for _, stage, *arguments in stages:
+        cli([stage, *arguments, *SHORTER[stage]])
+    space = {"base": Base()}
+    exec(containing("python", "PeftModel"), space)
+    zoo = WeightZoo("runs/adapters/generated")
+    inputs = torch.randn(3, 6)
+    torch.testing.assert_close(space["model"](inputs), AdaptedNetwork(Base(), zoo.state_dict(0))(inputs))
+    assert [row["topic"] for row in zoo.metadata] == ["cats"] * 8
+    return [stage for _, stage, *_ in stages]
+
+
+def test_the_readme_from_the_hub_to_peft(server, tmp_path):
+    me = HubClient(client_environment(server.url, tmp_path / "home", token="hf_me", xet=False))
+    me(os.chdir, tmp_path)
+    me(publish_topics)
+    assert me(run_the_readme) == ["import", "train", "generate"]
+    me.stop()

@@ -117,6 +117,20 @@ def test_dora_keeps_its_magnitudes(tmp_path):
     torch.testing.assert_close(model(INPUTS), expected[1], atol=1e-4, rtol=1e-4)
 
 
+def test_rows_say_what_adapters_are_for(tmp_path):
+    for name in ("0", "1"):
+        save_adapter(tmp_path / "in" / name)
+    rows = [{"source": name, "topic": topic, "index": 7} for name, topic in (("1", "cats"), ("0", "dogs"))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--adapters", str(tmp_path / "in"), "--metadata", str(tmp_path / "rows.jsonl")]
+    main(["import", *arguments, "--output-dir", str(tmp_path / "zoo")])
+    found = [(row["index"], row["source"], row["topic"]) for row in WeightZoo(tmp_path / "zoo").metadata]
+    assert found == [(0, "0", "dogs"), (1, "1", "cats")]
+    with pytest.raises(ZooError, match="no row whose source is '1'"):
+        WeightZoo.from_adapters(tmp_path / "other", tmp_path / "in", metadata=rows[1:])
+    assert not (tmp_path / "other").exists()
+
+
 # ---- what does not belong together
 
 
