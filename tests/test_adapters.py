@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from pdiff_hf import (
+    EvaluateConfig,
     GenerateConfig,
     NeuronTrainConfig,
     TrainConfig,
     WeightZoo,
     load_pipeline,
     run_collect,
+    run_evaluate,
     run_generate,
     run_train,
 )
@@ -117,3 +119,27 @@ def test_the_published_family_takes_adapters_too(aligned, tmp_path):
     state_dict = pipe(num_networks=1, generator=torch.Generator().manual_seed(0), num_inference_steps=2).state_dicts[0]
     FAMILY.task(FAMILY.conditions("test")[0]).build_network().load_state_dict(state_dict)
     assert pipe.layout.config.adapter == aligned.layout.config.adapter
+
+
+@pytest.mark.slow
+def test_the_audit_of_a_condition_knows_adapters(aligned, tmp_path):
+    run_train(
+        NeuronTrainConfig(
+            zoo=str(aligned.folder),
+            output_dir=str(tmp_path / "pipeline"),
+            task=NAME,
+            condition=("direction",),
+            transformer_steps=300,
+            initial=False,
+            **SMALL,
+        )
+    )
+    report = run_evaluate(
+        EvaluateConfig(NAME, str(aligned.folder), str(tmp_path / "pipeline"), output_dir=str(tmp_path / "report"))
+    )
+    groups = {name: group["single"]["mean"] for name, group in report["groups"].items()}
+    assert groups["mix of the nearest"] > 0.85
+    assert groups["one network for all tasks"] < 0.75
+    assert groups["generated"] > 0.85
+    assert groups["shuffled condition"] < groups["generated"] - 0.2
+    assert report["training"]["steps"] >= 1

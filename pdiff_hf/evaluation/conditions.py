@@ -10,6 +10,7 @@ import torch
 from ..errors import ZooError
 from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
 from ..networks.canonical import REFERENCE_NETWORKS
+from ..networks.gauge import Gauge
 from ..networks.predictor import Predictor
 from ..networks.stacked import NotStackableError, side_by_side
 from ..networks.trainer import NetworkTrainer, data_of, flatten
@@ -36,7 +37,10 @@ GUIDANCES = (1.0, 1.5, 2.0)
 # A column that says how good a network is, and levels of it that are asked for.
 QUALITY, LEVELS = "validation_accuracy", 9
 # Which of the answers are no more than looking up.
-LOOKED_UP = ("one network for all tasks", "mean network", "nearest condition", "mean of the nearest")
+LOOKED_UP = (
+    *("majority class", "one network for all tasks", "mean network", "nearest condition", "mean of the nearest"),
+    "mix of the nearest",
+)
 # Tasks that one network is trained for together, and for how many times as long as those of one task.
 TOGETHER, TIMES = 256, 4
 
@@ -197,7 +201,14 @@ class ConditionAudit:
             return self._on_validation(layout(answer(self._validation[0]), return_dict=False)[0][:, None])
 
         found = []
-        for kind in answers(self.rows, networks, behaviour, self.seed):
+        mix = None
+        if isinstance(symmetry, Gauge):
+            gauge = symmetry
+
+            def mix(near: torch.Tensor) -> torch.Tensor:
+                return layout.normalize(gauge.mix(vectors[near])[None])[0]
+
+        for kind in answers(self.rows, networks, behaviour, self.seed, mix):
             best = max(kind.candidates, key=on_validation) if len(kind.candidates) > 1 else kind.candidates[0]
             found.append((kind.name, layout(best(self.asked), return_dict=False)[0]))
         return found
@@ -330,7 +341,7 @@ def _verdict(groups: dict[str, dict[str, Any]], rivals: Sequence[str] = ()) -> d
     regressions = [name for name in groups if name.startswith(("ridge", "hypernetwork"))]
     gains = {
         "shuffled": gain(["shuffled condition"]),
-        "retrieval": gain(["majority class", *LOOKED_UP, *rivals]),
+        "retrieval": gain([name for name in (*LOOKED_UP, *rivals) if name in groups]),
         "regression": gain(regressions),
     }
     accuracy = f"{100 * ours.mean().item():.2f} % on {len(ours)} conditions that no training network had"

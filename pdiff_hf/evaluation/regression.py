@@ -59,7 +59,13 @@ class Conditions:
         return distances <= reach + 1e-4
 
 
-def answers(rows: Sequence[Row], networks: torch.Tensor, behaviour: Behaviour | None, seed: int) -> list[Answers]:
+def answers(
+    rows: Sequence[Row],
+    networks: torch.Tensor,
+    behaviour: Behaviour | None,
+    seed: int,
+    mix: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> list[Answers]:
     r"""
     What needs no generator.
 
@@ -68,6 +74,7 @@ def answers(rows: Sequence[Row], networks: torch.Tensor, behaviour: Behaviour | 
         networks (`torch.Tensor`): These networks, in canonical form and normalized, `[N, P]`.
         behaviour (`Behaviour`, *optional*): The loss on outputs that the hypernetwork shares with the generator.
         seed (`int`): Of the hypernetwork.
+        mix (`Callable`, *optional*): A network `[P]` of these, by a boolean mask `[N]`: of adapters, by their updates.
     """
     conditions = Conditions(rows)
     found = [
@@ -75,6 +82,8 @@ def answers(rows: Sequence[Row], networks: torch.Tensor, behaviour: Behaviour | 
         Answers("nearest condition", [lambda asked: networks[conditions.nearest(asked, 1).int().argmax(1)]]),
         Answers("mean of the nearest", [_averaging(conditions, networks, count) for count in NEIGHBOURS]),
     ]
+    if mix is not None:
+        found.append(Answers("mix of the nearest", [_mixing(conditions, mix, count) for count in NEIGHBOURS]))
     for degree, name in ((1, "ridge regression"), (2, "ridge, pairs"), (3, "ridge, triples")):
         features = _interactions(conditions.rows, degree)
         if features is not None:
@@ -89,6 +98,12 @@ def _averaging(conditions: Conditions, networks: torch.Tensor, count: int) -> Ca
         return near @ networks / near.sum(1, keepdim=True)
 
     return answer
+
+
+def _mixing(
+    conditions: Conditions, mix: Callable[[torch.Tensor], torch.Tensor], count: int
+) -> Callable[[Sequence[Row]], torch.Tensor]:
+    return lambda asked: torch.stack([mix(near) for near in conditions.nearest(asked, count)])
 
 
 def _interactions(numbers: torch.Tensor, degree: int) -> torch.Tensor | None:

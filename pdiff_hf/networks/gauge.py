@@ -90,16 +90,18 @@ class Gauge(CanonicalForm):
         """Vectors `[N, P]` with factors of the same product for which B^T B = A A^T is diagonal and falls."""
         vectors = vectors.clone()
         for pair in self.pairs:
-            b, a = self.factors(vectors, pair)
-            (basis_b, rest_b), (basis_a, rest_a) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
-            left, values, right = torch.linalg.svd(rest_b @ rest_a.mT, full_matrices=False)
-            roots = values.sqrt()
-            balanced_b, balanced_a = torch.zeros_like(b), torch.zeros_like(a)
-            # Fewer than the rank, where a layer is narrower than that.
-            balanced_b[:, :, : roots.shape[1]] = basis_b @ left * roots[:, None]
-            balanced_a[:, : roots.shape[1]] = roots[:, :, None] * right @ basis_a.mT
-            self._put(vectors, pair, balanced_b, balanced_a)
+            self._put(vectors, pair, *_balanced(*self.factors(vectors, pair), self.ranks[pair]))
         return vectors
+
+    def mix(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The adapter `[P]` whose updates are nearest to the mean updates of others, `[N, P]`, and whose other tensors
+        are their mean: PEFT's `add_weighted_adapter` by singular values."""
+        mixed = vectors.mean(0, keepdim=True)
+        for pair in self.pairs:
+            b, a = self.factors(vectors, pair)
+            together = b.movedim(0, 1).flatten(1)[None] / len(vectors), a.flatten(0, 1)[None]
+            self._put(mixed, pair, *_balanced(*together, self.ranks[pair]))
+        return mixed[0]
 
     def align(self, vectors: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """Rotated vectors `[N, P]`, each brought near to the reference `[P]`."""
@@ -120,6 +122,18 @@ class Gauge(CanonicalForm):
             basis = basis + 0.3 * torch.randn(basis.shape, generator=generator, dtype=torch.float64) / len(basis)
             self._put(changed, pair, b @ basis, torch.linalg.inv(basis) @ a)
         return changed[0]
+
+
+def _balanced(b: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balanced factors of this rank of the products of B `[N, out, R]` and A `[N, R, in]`."""
+    (basis_b, rest_b), (basis_a, rest_a) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
+    left, values, right = torch.linalg.svd(rest_b @ rest_a.mT, full_matrices=False)
+    roots = values[:, :rank].sqrt()
+    kept = roots.shape[1]  # fewer than the rank, where a layer is narrower than that
+    balanced_b, balanced_a = b.new_zeros(len(b), b.shape[1], rank), a.new_zeros(len(a), rank, a.shape[2])
+    balanced_b[:, :, :kept] = basis_b @ left[:, :, :kept] * roots[:, None]
+    balanced_a[:, :kept] = roots[:, :, None] * right[:, :kept] @ basis_a.mT
+    return balanced_b, balanced_a
 
 
 def symmetry_of(network: nn.Module, layout: ParameterLayout, example: torch.Tensor) -> Symmetry | Gauge:

@@ -85,6 +85,20 @@ def test_zeros_and_deficient_ranks_stay_what_they_are():
         torch.testing.assert_close(before, after, atol=1e-5, rtol=1e-5)
 
 
+def test_a_mix_has_the_mean_update_as_far_as_its_rank_goes():
+    gauge, vectors = zoo_of(2)
+    same = torch.stack([gauge.shuffled(vectors[0], torch.Generator().manual_seed(seed)) for seed in range(4)])
+    for before, after in zip(products(gauge, vectors[:1]), products(gauge, gauge.mix(same)[None]), strict=True):
+        torch.testing.assert_close(before, after, atol=1e-5, rtol=1e-5)
+    # Factors, averaged in bases of their own, are of another update.
+    assert (products(gauge, same.mean(0, keepdim=True))[0] - products(gauge, vectors[:1])[0]).norm() > 1e-2
+    (u, s, vh), (mixed,) = (
+        torch.linalg.svd(products(gauge, vectors)[0].mean(0)),
+        products(gauge, gauge.mix(vectors)[None])[0],
+    )
+    torch.testing.assert_close(mixed, u[:, :2] * s[:2] @ vh[:2], atol=1e-5, rtol=1e-5)
+
+
 def test_the_form_is_continuous_where_singular_values_are_equal():
     gauge, vectors = zoo_of(2)
     reference = gauge.reference(vectors)
