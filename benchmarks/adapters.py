@@ -46,17 +46,17 @@ RANK, TARGETS, TRAINED = 2, ["q_proj", "v_proj"], ["classifier"]
 
 @cache
 def base() -> nn.Module:
-    """The pretrained network, with a head of two classes that is not."""
+    """The pretrained network, with a head of two classes that is not trained."""
     transformers = require("transformers", "adapters")
     folder = FOLDER / "base"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        if not (folder / "model.safetensors").exists():
-            _pretrained(transformers).save_pretrained(folder)
-        network: nn.Module = transformers.ViTForImageClassification.from_pretrained(
-            folder, attn_implementation="eager"
-        )
-        network.classifier = nn.Linear(32, 2)
+    if not (folder / "model.safetensors").exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            pretrained = _pretrained(transformers)
+            pretrained.num_labels = pretrained.config.num_labels = 2
+            pretrained.classifier = nn.Linear(32, 2)
+        pretrained.save_pretrained(folder)
+    network: nn.Module = transformers.ViTForImageClassification.from_pretrained(folder, attn_implementation="eager")
     return network.eval()
 
 

@@ -165,8 +165,9 @@ def check_adapter(adapter: Any) -> None:
     if not isinstance(adapter, dict):
         raise ValueError(f"the adapter is {adapter!r:.200}")
     try:
-        if adapter and adapter != config_of_zoo(checked_config(adapter)):
-            raise ValueError("the adapter has entries that a zoo does not have")
+        known = checked_config(adapter).keys() | {"inference_mode"} if adapter else set()
+        if unknown := sorted(adapter.keys() - known):
+            raise ValueError(f"the adapter has the entry {unknown[0]!r:.100}, which that of a zoo does not have")
     except ZooError as error:
         raise ValueError(str(error)) from error
 

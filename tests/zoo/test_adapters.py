@@ -196,7 +196,7 @@ def test_a_zoo_that_claims_an_unusual_configuration_is_damaged(tmp_path):
     content = json.loads(file.read_text())
     content["layout"]["adapter"]["auto_mapping"] = {"parent_library": "somewhere"}
     file.write_text(json.dumps(content))
-    with pytest.raises(ZooError, match="entries that a zoo does not have"):
+    with pytest.raises(ZooError, match="the entry 'auto_mapping', which"):
         WeightZoo(tmp_path / "zoo")
 
 
