@@ -114,9 +114,9 @@ class Config:
     """Base networks."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the generators."""
-    networks_per_task: int = 2
+    networks_per_task: int = 1
     """Adapters of each training task."""
-    transformer_steps: int = 2500
+    transformer_steps: int = 2000
     """Of the generator's training."""
     threads: int = 2
     """Of torch."""
@@ -140,6 +140,7 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
             task=family,
             condition=("classes",),
             seed=seed,
+            batch_size=64,
             mixed_precision="bf16",
             transformer_steps=config.transformer_steps,
             checkpointing_steps=10**9,

@@ -102,7 +102,9 @@ def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
         config = replace(config, protocol="independent", num_networks=config.networks_per_task * len(conditions))
     with torch.random.fork_rng():
         network = task.build_network()
-    adapter = checked_config(network.adapter_config) if isinstance(network, AdaptedNetwork) else None
+    adapter = network.adapter_config if isinstance(network, AdaptedNetwork) else None
+    if adapter:
+        adapter = checked_config(adapter)
     layout = make_layout(network.state_dict(), config.patterns or task.patterns, adapter)
     present = len(WeightZoo(folder)) if is_zoo(folder) else 0
     check_not_fewer(folder, present, config.num_networks)

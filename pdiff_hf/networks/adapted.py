@@ -30,7 +30,7 @@ class AdaptedNetwork(nn.Module):
             `base_model.model.` are PEFT's.
 
     Attributes:
-        adapter_config (`dict`): PEFT's configuration of it.
+        adapter_config (`dict`): PEFT's configuration of it; empty where the names are those of diffusers.
 
     Raises:
         [`TaskError`]: a tensor belongs to no part of the base network, or does not fit it.
@@ -78,7 +78,10 @@ class AdaptedNetwork(nn.Module):
 
     @property
     def adapter_config(self) -> dict[str, Any]:
-        """PEFT's configuration of the adapter; the base model is named where transformers knows it."""
+        """PEFT's configuration of the adapter, where its names are PEFT's; the base model is named where transformers
+        knows it."""
+        if not any(name.startswith(PREFIX) for _, name, _ in self._updates):
+            return {}
         own = dict(self.named_parameters())
         ranks = {target.removesuffix(".weight"): len(own[a]) for target, a, _ in self._updates}
         rank = next(iter(ranks.values()), 1)
@@ -124,15 +127,20 @@ class AdaptedNetwork(nn.Module):
         return super().train(mode)
 
 
-def lora(base: nn.Module, targets: list[str], rank: int, trained: list[str] | None = None) -> dict[str, torch.Tensor]:
+def lora(
+    base: nn.Module, targets: list[str], rank: int, trained: list[str] | None = None, prefix: str = PREFIX
+) -> dict[str, torch.Tensor]:
     r"""
     The LoRA adapter that training begins with, as PEFT initializes it: A is drawn, and B is zero.
 
     Args:
         base (`nn.Module`): The base network.
-        targets (`list[str]`): Last parts of the names of linear layers.
+        targets (`list[str]`): Ends of the names of linear layers, in whole parts.
         rank (`int`): r.
         trained (`list[str]`, *optional*): Modules whose parameters are trained entirely.
+        prefix (`str`, *optional*, defaults to `"base_model.model."`):
+            Stands before all names. Without it they are those of a LoRA of diffusers, where the base network holds the
+            denoiser as `unet` or `transformer`.
 
     Raises:
         [`TaskError`]: no module has such a name, or a target is no linear layer.
@@ -140,21 +148,21 @@ def lora(base: nn.Module, targets: list[str], rank: int, trained: list[str] | No
     adapter: dict[str, torch.Tensor] = {}
     found = set()
     for name, module in base.named_modules():
-        last = name.rpartition(".")[2]
-        if last in targets:
+        target = next((one for one in targets if f".{name}".endswith(f".{one}")), None)
+        if target is not None:
             if not (isinstance(module, nn.Linear) or _by_inputs(module)):
                 raise TaskError(f"`{name}` is a {type(module).__name__}, and no linear layer.")
-            found.add(last)
+            found.add(target)
             weight: torch.Tensor = module.weight
             inputs, outputs = weight.shape if _by_inputs(module) else weight.shape[::-1]
-            adapter[f"{PREFIX}{name}.lora_A.weight"] = nn.init.kaiming_uniform_(
+            adapter[f"{prefix}{name}.lora_A.weight"] = nn.init.kaiming_uniform_(
                 weight.new_empty(rank, inputs), a=5**0.5
             )
-            adapter[f"{PREFIX}{name}.lora_B.weight"] = weight.new_zeros(outputs, rank)
+            adapter[f"{prefix}{name}.lora_B.weight"] = weight.new_zeros(outputs, rank)
         elif name in (trained or ()):
             found.add(name)
             for own, value in module.named_parameters():
-                adapter[f"{PREFIX}{name}.{own}"] = value.detach().clone()
+                adapter[f"{prefix}{name}.{own}"] = value.detach().clone()
     if lacking := [name for name in (*targets, *(trained or ())) if name not in found]:
         raise TaskError(f"{type(base).__name__} has no module `{lacking[0]}`.")
     return adapter

@@ -18,13 +18,14 @@ PAIRS_OF = {"train": 800, "validation": 40, "test": 128}
 EXAMPLES_OF = {"train": 75, "validation": 12, "test": 48}
 
 
-def _turned(images: torch.Tensor, way: int) -> torch.Tensor:
-    turned = torch.rot90(images, way % 4, (-2, -1))
-    return turned.flip(-1) if way >= 4 else turned
+def turned(images: torch.Tensor, way: int) -> torch.Tensor:
+    """Images, turned or mirrored in one of eight ways."""
+    rotated = torch.rot90(images, way % 4, (-2, -1))
+    return rotated.flip(-1) if way >= 4 else rotated
 
 
 @cache
-def _examples(digit: int, split: str) -> torch.Tensor:
+def examples(digit: int, split: str) -> torch.Tensor:
     """Images of a digit, `[n, 1, 8, 8]`."""
     inputs, classes = digits()
     start, end = {"train": (0, 1000), "validation": (1000, 1200), "test": (1200, 1797)}[split]
@@ -32,8 +33,9 @@ def _examples(digit: int, split: str) -> torch.Tensor:
 
 
 @cache
-def _mean_image(digit: int, way: int) -> tuple[float, ...]:
-    return tuple(round(pixel, 4) for pixel in _turned(_examples(digit, "train"), way).mean(0).flatten().tolist())
+def mean_image(digit: int, way: int) -> tuple[float, ...]:
+    """Of the training examples of a class, 64 pixels."""
+    return tuple(round(pixel, 4) for pixel in turned(examples(digit, "train"), way).mean(0).flatten().tolist())
 
 
 class DigitsPair(TwoDigitsMLP):
@@ -44,7 +46,7 @@ class DigitsPair(TwoDigitsMLP):
 
     def data(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         """150, 24 and 96 examples."""
-        images = [_turned(_examples(digit, split), way) for digit, way in self.classes]
+        images = [turned(examples(digit, split), way) for digit, way in self.classes]
         return torch.cat(images), torch.tensor([0, 1]).repeat_interleave(EXAMPLES_OF[split])
 
 
@@ -61,12 +63,12 @@ class DigitsPrototypes(TaskFamily):
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
         both = [pair for place in order for pair in (pairs[place], pairs[place][::-1])]
         return [
-            {"first": list(_mean_image(*one)), "second": list(_mean_image(*other))}
+            {"first": list(mean_image(*one)), "second": list(mean_image(*other))}
             for one, other in both[: PAIRS_OF[split]]
         ]
 
     def task(self, condition: dict[str, Any]) -> Task:
-        known = {_mean_image(digit, way): (digit, way) for digit in range(10) for way in range(8)}
+        known = {mean_image(digit, way): (digit, way) for digit in range(10) for way in range(8)}
         first, second = (known[tuple(condition[name])] for name in ("first", "second"))
         return DigitsPair((first, second))
 
