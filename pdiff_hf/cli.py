@@ -1,5 +1,6 @@
 """The `pdiff-hf` command: a name for each stage."""
 
+import difflib
 import importlib
 import importlib.metadata
 import os
@@ -38,8 +39,13 @@ def main(args: Sequence[str] | None = None) -> None:
     lines = ["usage: pdiff-hf STAGE [--config FILE] [arguments]", ""]
     lines += [f"  {name:<11} {purpose}" for name, (_, purpose) in STAGES.items()]
     lines += ["", "`pdiff-hf STAGE --help` lists a stage's arguments; --traceback shows where an error came from."]
+    if stage == "--version":
+        print(f"pdiff-hf {importlib.metadata.version('pdiff-hf')}", flush=True)
+        return
     if stage not in (*STAGES, "-h", "--help"):
-        raise SystemExit(f"pdiff-hf: there is no stage {stage!r}.\n\n" + "\n".join(lines))
+        near = difflib.get_close_matches(stage, STAGES, 1)
+        meant = f" Did you mean {near[0]}?" if near else ""
+        raise SystemExit(f"pdiff-hf: there is no stage {stage!r}.{meant}\n\n" + "\n".join(lines))
     try:
         if stage in STAGES:
             with _interruptible(stage):

@@ -1,5 +1,6 @@
 """What a careless user meets at the command line: one clear line, before the work where it can be known before."""
 
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -361,3 +362,20 @@ def test_networks_of_other_frozen_tensors_are_not_scored_as_these(tmp_path):
 
 
 assert os.name == "posix"  # signals, pipes and limits of files are those of POSIX
+
+
+def test_a_misspelt_stage_is_recognized():
+    assert line_of("colect").startswith("pdiff-hf: there is no stage 'colect'. Did you mean collect?")
+    assert "Did you mean" not in line_of("xyz")
+
+
+def test_the_version_is_said(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"pdiff-hf {importlib.metadata.version('pdiff-hf')}\n"
+
+
+@pytest.mark.parametrize(("stage", "before"), [("train", "collect"), ("evaluate", "collect"), ("generate", "train")])
+def test_outside_of_the_folder_of_the_runs_no_stranger_is_asked(tmp_path, monkeypatch, stage, before):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: pytest.fail("asked the Hub"))
+    assert f"`pdiff-hf {before}` makes" in line_of(stage)

@@ -22,8 +22,9 @@ from ..errors import HubError
 
 
 def is_repository(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether this can be the name of a repository: `namespace/name`."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) is not None
+    """Whether this can be the name of a repository: `namespace/name`. In `runs/` are the folders of the defaults."""
+    name = str(name_or_path)
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith("runs/")
 
 
 def download(repo_id: str, repo_type: str, revision: str | None, token: str | None, patterns: list[str]) -> str:

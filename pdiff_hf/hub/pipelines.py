@@ -53,7 +53,9 @@ def load_pipeline(
     if any(Path(folder).glob(f"{UNFINISHED}pipeline")) and not is_pipeline(folder):
         raise PipelineError(f"{name_or_path} holds no pipeline: saving it was interrupted. Save or train it again.")
     if not is_pipeline(folder):
-        raise PipelineError(f"{name_or_path} holds no pipeline: there is no model_index.json.")
+        raise PipelineError(
+            f"{name_or_path} holds no pipeline: there is no model_index.json. `pdiff-hf train` makes one."
+        )
     try:
         index = NeuralNetworkDiffusionPipeline.load_config(str(folder))
         _check_schedule(folder / "scheduler")

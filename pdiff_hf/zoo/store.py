@@ -192,7 +192,10 @@ class WeightZoo:
         if Path(name_or_path).is_dir():
             return cls(name_or_path)
         if not is_repository(name_or_path):
-            raise ZooError(f"{str(name_or_path)!r} is neither a folder nor the name of a repository on the Hub.")
+            raise ZooError(
+                f"{name_or_path} is no folder here, and no name of a repository on the Hub. `pdiff-hf collect` makes "
+                "a zoo."
+            )
         repo_id = str(name_or_path)
         files = ["zoo.json", "metadata.jsonl", "frozen.safetensors"]
         folder = Path(download(repo_id, "dataset", revision, token, files))
@@ -417,8 +420,10 @@ class WeightZoo:
         yield from self._rows.read(self._shards.count)
         yield from self._pending_rows
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """The parameter vector of one network, float32 `[P]`; reads no other."""
+    def __getitem__(self, index: int | slice) -> torch.Tensor:
+        """The parameter vector of one network, float32 `[P]`, or those of a slice, `[n, P]`; reads no others."""
+        if isinstance(index, slice):
+            return self.vectors(range(*index.indices(len(self))))
         return self.vectors([index])[0]
 
     def vectors(self, indices: Sequence[int] | None = None) -> torch.Tensor:

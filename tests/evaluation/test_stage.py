@@ -552,7 +552,7 @@ def test_networks_of_an_unknown_task_need_one(zoo, layout, tmp_path):
 
 
 def test_what_is_neither_zoo_nor_pipeline_is_refused(digits_zoo, tmp_path):
-    with pytest.raises(ZooError, match="is neither a folder nor the name of a repository on the Hub"):
+    with pytest.raises(ZooError, match="is no folder here, and no name of a repository"):
         pdiff_hf.evaluate(trained=digits_zoo, generated=str(tmp_path / "nothing" / "here"))
     with pytest.raises(ZooError, match="holds no zoo"):
         pdiff_hf.evaluate(trained=digits_zoo, generated=tmp_path)

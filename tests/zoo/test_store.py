@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pdiff_hf import WeightZoo, ZooError
+from pdiff_hf import ParameterLayout, WeightZoo, ZooError
 from pdiff_hf.errors import WriteError
 from pdiff_hf.files import whole
 from pdiff_hf.zoo import shards
@@ -165,7 +165,7 @@ def truncate(file):
 def test_a_folder_without_a_zoo_is_told_from_a_repository(tmp_path):
     with pytest.raises(ZooError, match="holds no zoo"):
         WeightZoo.from_pretrained(tmp_path)
-    with pytest.raises(ZooError, match="neither a folder nor"):
+    with pytest.raises(ZooError, match="is no folder here, and no name"):
         WeightZoo.from_pretrained("no/such/folder")
 
 
@@ -416,3 +416,13 @@ def test_rows_are_appended_and_not_written_again(zoo):
     assert file.stat().st_ino == inode
     assert [row.get("seed") for row in WeightZoo(zoo.folder).metadata] == [*range(10), 77]
     assert len(file.read_text().splitlines()) == 11
+
+
+def test_a_slice_gives_the_vectors_of_its_networks(tmp_path):
+    zoo = WeightZoo.create(tmp_path / "zoo", ParameterLayout.from_state_dict({"w": torch.zeros(3)}))
+    with zoo:
+        for index in range(5):
+            zoo.append(torch.full((3,), float(index)))
+    assert zoo[1:3][:, 0].tolist() == [1, 2]
+    assert zoo[::-2][:, 0].tolist() == [4, 2, 0]
+    assert zoo[-1][0] == 4
