@@ -21,6 +21,7 @@ STAGES = {
     "generate": ("generate:run_generate", "sample networks from a pipeline into a zoo"),
     "evaluate": ("evaluation.stage:run_evaluate", "compare generated networks with those that they were learned from"),
     "quickstart": ("quickstart:run_quickstart", "all of it on scikit-learn's digits"),
+    "info": ("info:run_info", "say what a folder or a repository holds, and how good it is"),
     "import": ("share:run_import", "make a zoo of model repositories on the Hub"),
     "push": ("share:run_push", "put a zoo or a pipeline on the Hub"),
     "pull": ("share:run_pull", "get a zoo or a pipeline from the Hub"),

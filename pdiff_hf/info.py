@@ -1,0 +1,123 @@
+"""`pdiff-hf info`: what a folder or a repository holds, of what it was made, and how good it is."""
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+import yaml
+
+from .errors import ConfigError, HubError
+from .files import is_pipeline, is_zoo
+from .hub.client import is_repository
+from .hub.pipelines import load_pipeline, pipeline_folder
+from .text import load_yaml, printable
+from .zoo import WeightZoo
+
+
+# Columns of a zoo that hold a measure of its networks.
+MEASURES = ("validation_accuracy", "accuracy")
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Says what a folder holds, or a repository on the Hub: a zoo, a pipeline or a report."""
+
+    place: tyro.conf.Positional[str]
+    """The folder, or the name on the Hub: namespace/name."""
+
+
+def run_info(config: InfoConfig) -> str:
+    r"""
+    Some lines of text.
+
+    Raises:
+        [`ConfigError`]: it holds neither a zoo nor a pipeline nor a report.
+        [`HubError`]: the repository cannot be read.
+    """
+    return printable(_said(config.place))
+
+
+def _said(place: str) -> str:
+    folder = Path(place).expanduser()
+    if (folder / "report.json").is_file():
+        return _of_report(folder)
+    if is_zoo(folder):
+        return _of_zoo(WeightZoo(folder))
+    if is_pipeline(folder):
+        return _of_pipeline(folder)
+    if folder.exists() or not is_repository(place):
+        raise ConfigError(f"{place} holds no zoo, no pipeline and no report.")
+    try:
+        return _of_pipeline(pipeline_folder(place))
+    except HubError:
+        return _of_zoo(WeightZoo.from_pretrained(place))  # a data set may have the name
+
+
+def _of_zoo(zoo: WeightZoo) -> str:
+    lines = [
+        f"A zoo of {len(zoo)} networks of {zoo.vector_size:,} generated parameters, {zoo.dtype}.".replace("torch.", "")
+    ]
+    adapter = zoo.layout.config.adapter
+    if adapter is not None:
+        lines.append(f"They are LoRA adapters of {adapter.get('base_model_name_or_path') or 'a diffusion model'}.")
+    frozen = sum(value.numel() for value in zoo.layout.frozen_state_dict().values())
+    if frozen:
+        lines.append(f"{frozen:,} numbers more are the same in all of them.")
+    if zoo.task is not None:
+        lines.append(f"Task: {zoo.task}.")
+    rows = zoo.metadata
+    for name in MEASURES:
+        values = [row[name] for row in rows if isinstance(row.get(name), float)]
+        if values:
+            mean = sum(values) / len(values)
+            lines.append(f"{name}: mean {100 * mean:.2f} %, {100 * min(values):.2f} to {100 * max(values):.2f}.")
+    if rows:
+        lines.append(f"Columns: {', '.join(rows[0])}.")
+    return "\n".join(lines + _made(zoo.folder, ("collect", "align", "generate")))
+
+
+def _of_pipeline(folder: Path) -> str:
+    pipe = load_pipeline(folder)
+    parts = {
+        name: sum(parameter.numel() for parameter in part.parameters())
+        for name, part in pipe.components.items()
+        if hasattr(part, "parameters") and any(True for _ in part.parameters())
+    }
+    lines = [
+        f"A pipeline that samples networks of {pipe.layout.vector_size:,} generated parameters, by "
+        f"{type(pipe.scheduler).__name__}.",
+        "Trained parts: " + ", ".join(f"{name} of {count:,} parameters" for name, count in parts.items()) + ".",
+    ]
+    if pipe.condition_encoder is not None:
+        lines.append(f"It can be asked. {pipe.condition_encoder.known()}")
+    return "\n".join(lines + _made(folder, ("train",)) + _verdict_of_card(folder))
+
+
+def _of_report(folder: Path) -> str:
+    try:
+        sentence = json.loads((folder / "report.json").read_text(encoding="utf-8"))["verdict"]["sentence"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{folder / 'report.json'} is damaged: {error!r:.200}") from error
+    return "\n".join([f"A report. {sentence}", *_made(folder, ("evaluate",))])
+
+
+def _made(folder: Path, stages: tuple[str, ...]) -> list[str]:
+    """The settings of the run that made a folder, but for those that are nothing."""
+    for stage in stages:
+        with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
+            settings = load_yaml((folder / f"{stage}.yaml").read_text(encoding="utf-8")).items()
+            said = ", ".join(f"{name}={value}"[:200] for name, value in settings if value not in (None, [], False))
+            return [f"Made by `pdiff-hf {stage}` with {said}."]
+    return []
+
+
+def _verdict_of_card(folder: Path) -> list[str]:
+    """The first sentence of the evaluation in the card, where there is one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return []
+    _, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("<!-- pdiff-hf: evaluation -->")
+    lines = [line for line in rest.partition("<!-- pdiff-hf: evaluation end -->")[0].splitlines() if line.strip()]
+    return lines[:1]

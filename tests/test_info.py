@@ -1,0 +1,60 @@
+"""What a folder or a repository is said to hold."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pdiff_hf import EvaluateConfig, run_evaluate
+from pdiff_hf.cli import main
+from pdiff_hf.errors import ConfigError
+from pdiff_hf.info import InfoConfig, run_info
+
+
+def test_a_zoo_says_how_large_and_how_good_it_is(digits_zoo, capsys):
+    main(["info", str(digits_zoo.folder)])
+    said = capsys.readouterr().out
+    accuracies = torch.tensor([row["validation_accuracy"] for row in digits_zoo.rows()])
+    assert f"A zoo of {len(digits_zoo)} networks of 1,898 generated parameters, float32" in said
+    assert f"validation_accuracy: mean {100 * accuracies.mean():.2f} %" in said
+    assert "Task: digits-convnet." in said
+    assert "Made by `pdiff-hf collect` with task=digits-convnet" in said
+
+
+def test_a_pipeline_and_its_report_say_the_verdict(digits_zoo, digits_pipeline, tmp_path):
+    shutil.copytree(digits_pipeline, tmp_path / "pipeline")
+    before = run_info(InfoConfig(str(tmp_path / "pipeline")))
+    assert "A pipeline that samples networks of 1,898 generated parameters, by DDPMScheduler" in before
+    assert "unet of " in before.partition("Trained parts: ")[2]
+    assert "Not evaluated yet" in before
+    report = run_evaluate(
+        EvaluateConfig(
+            "digits-convnet",
+            str(digits_zoo.folder),
+            str(tmp_path / "pipeline"),
+            output_dir=str(tmp_path / "report"),
+            num_networks=4,
+            networks_per_point=3,
+        )
+    )
+    sentence = report["verdict"]["sentence"]
+    assert sentence in run_info(InfoConfig(str(tmp_path / "report")))
+    assert sentence in run_info(InfoConfig(str(tmp_path / "pipeline")))
+
+
+def test_what_holds_nothing_and_what_is_damaged_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="holds no zoo, no pipeline and no report"):
+        run_info(InfoConfig(str(tmp_path)))
+    with pytest.raises(ConfigError, match="holds no zoo, no pipeline and no report"):
+        run_info(InfoConfig("runs/nothing"))
+    for content in ("{", "[]", '{"verdict": 3}', "[" * 100_000):
+        (tmp_path / "report.json").write_text(content)
+        with pytest.raises(ConfigError, match="is damaged"):
+            run_info(InfoConfig(str(tmp_path)))
+
+
+def test_what_a_stranger_wrote_is_harmless_in_a_terminal(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps({"verdict": {"sentence": "\x1b[2Jgone"}}))
+    (tmp_path / "evaluate.yaml").write_text("task: !!python/object/apply:os.system [x]\n")
+    assert run_info(InfoConfig(str(tmp_path))) == "A report. \\x1b[2Jgone"
