@@ -4,9 +4,11 @@ import difflib
 import importlib
 import importlib.metadata
 import os
+import shlex
 import signal
 import sys
 import threading
+import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +28,13 @@ STAGES = {
     "push": ("share:run_push", "put a zoo or a pipeline on the Hub"),
     "pull": ("share:run_pull", "get a zoo or a pipeline from the Hub"),
 }
+# After an interruption.
+AGAIN = " The same command goes on from there."
+GO_ON = {
+    "collect": AGAIN,
+    "generate": AGAIN,
+    "train": " With --resume-from-checkpoint latest, the same command goes on from the last checkpoint.",
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -39,7 +48,11 @@ def main(args: Sequence[str] | None = None) -> None:
     stage, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     lines = ["usage: pdiff-hf STAGE [--config FILE] [arguments]", ""]
     lines += [f"  {name:<11} {purpose}" for name, (_, purpose) in STAGES.items()]
-    lines += ["", "`pdiff-hf STAGE --help` lists a stage's arguments; --traceback shows where an error came from."]
+    lines += [
+        "",
+        "`pdiff-hf STAGE --help` lists a stage's arguments; --traceback shows where an error came from,",
+        "--quiet says only what went wrong, and --version which pdiff-hf this is.",
+    ]
     if stage == "--version":
         print(f"pdiff-hf {importlib.metadata.version('pdiff-hf')}", flush=True)
         return
@@ -80,7 +93,8 @@ def _interruptible(stage: str) -> Iterator[None]:
     except BaseException as error:
         if not interrupted and not isinstance(error, KeyboardInterrupt):
             raise
-        print(f"\npdiff-hf {stage}: interrupted. What was written is whole.", file=sys.stderr)
+        remedy = GO_ON.get(stage, "")
+        print(f"\npdiff-hf {stage}: interrupted. What was written is whole.{remedy}", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         if ours:
@@ -95,14 +109,17 @@ def stage_function(stage: str) -> tuple[Callable[[Any], Any], type]:
 
 
 def _run(stage: str, args: Sequence[str]) -> None:
-    show_all = "--traceback" in args
+    show_all, quiet = "--traceback" in args, "--quiet" in args
     try:
         from .config import parse
 
         run, config_class = stage_function(stage)
-        result = run(parse(config_class, stage, [arg for arg in args if arg != "--traceback"]))
-        if isinstance(result, str):
-            print(result, flush=True)
+        config: Any = parse(config_class, stage, [arg for arg in args if arg not in ("--traceback", "--quiet")])
+        started = time.perf_counter()
+        result = run(config)
+        said = result if isinstance(result, str) else _outcome(stage, config, result, time.perf_counter() - started)
+        if said and (isinstance(result, str) or not quiet):
+            print(said, flush=True)
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -111,6 +128,24 @@ def _run(stage: str, args: Sequence[str]) -> None:
         from .text import printable
 
         raise SystemExit(printable(f"pdiff-hf {stage}: {_explanation(error)}")) from error
+
+
+def _outcome(stage: str, config: Any, result: Any, seconds: float) -> str | None:
+    """Where the result of a stage is, how much it is, how long it took, and what comes next; of one process of all."""
+    from .parallel import processes
+
+    if not processes().is_main_process or stage not in ("collect", "train", "generate", "evaluate"):
+        return None
+    folder = shlex.quote(config.output_dir)
+    took = f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    if stage in ("collect", "generate"):
+        what = f"{len(result)} networks of {result.vector_size:,} parameters are in {folder} ({took})."
+        if stage == "collect":
+            return f"{what} Next: pdiff-hf train --zoo {folder}"
+        return f"{what} Next: pdiff-hf evaluate --trained ZOO --generated {folder}"
+    if stage == "train":
+        return f"The pipeline is in {folder} ({took}). Next: pdiff-hf generate --pipeline {folder}"
+    return f"The report is in {folder} ({took}): report.html, report.md, and pictures."
 
 
 def _explanation(error: Exception) -> str:
