@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ COMPARED = {
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
 }
+# Of the U-Nets of Stable Diffusion, XL too: by it diffusers reads the places that kohya numbers.
+LAYERS_PER_BLOCK = 2
 INSTEAD = "Load it with its own pipeline, and save it with `save_lora_weights`."
 # Tensors of scale 1, and what PEFT's configuration says.
 Read = tuple[StateDict, dict[str, Any]]
@@ -202,8 +205,12 @@ def _packed_config(file: Path) -> dict[str, Any]:
 def _converted(state_dict: StateDict, packed: dict[str, Any]) -> StateDict:
     """Tensors of a LoRA of diffusers or kohya under PEFT's names, of scale 1."""
     loaders = require("diffusers.loaders.lora_pipeline", "adapters")
+    if any("dora_scale" in name for name in state_dict):
+        raise ZooError(f"it has scales of DoRA, which diffusers leaves out. {INSTEAD}")
     try:
-        of_diffusers, alphas = loaders.StableDiffusionLoraLoaderMixin.lora_state_dict(dict(state_dict))
+        of_diffusers, alphas = loaders.StableDiffusionLoraLoaderMixin.lora_state_dict(
+            dict(state_dict), unet_config=SimpleNamespace(layers_per_block=LAYERS_PER_BLOCK)
+        )
     except Exception as error:  # whatever a format of others makes of the converters
         raise ZooError(f"diffusers does not convert it ({type(error).__name__}: {error!s:.200}). {INSTEAD}") from error
     new = _names_of_peft([*of_diffusers, *(name.removesuffix(".alpha") for name in alphas or ())])

@@ -284,6 +284,20 @@ def test_a_pipeline_loads_what_is_exported(tmp_path):
     torch.testing.assert_close(of_unet(pipe.unet), of_unet(model), atol=1e-4, rtol=1e-4)
 
 
+def test_blocks_that_kohya_numbers_are_found(tmp_path):
+    key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{key}.lora_down.weight": torch.ones(2, 8), f"{key}.lora_up.weight": torch.ones(8, 2)}
+    save_file(tensors | {f"{key}.alpha": torch.tensor(4.0)}, tmp_path / "xl.safetensors")
+    state_dict = WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "xl.safetensors").state_dict(0)
+    module = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert state_dict.keys() == {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
+    product = state_dict[f"{module}.lora_B.weight"] @ state_dict[f"{module}.lora_A.weight"]
+    torch.testing.assert_close(product, torch.full((8, 8), 2 * 4.0 / 2))
+    save_file(tensors | {f"{key}.dora_scale": torch.ones(8, 1)}, tmp_path / "xl.safetensors")
+    with pytest.raises(ZooError, match="scales of DoRA, which diffusers leaves out"):
+        WeightZoo.from_adapters(tmp_path / "other", tmp_path / "xl.safetensors")
+
+
 def test_a_file_of_another_format_says_what_to_do(tmp_path):
     save_file({"blocks.0.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(ZooError, match=r"other\.safetensors: .* save it with `save_lora_weights`"):
