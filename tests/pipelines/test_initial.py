@@ -151,3 +151,20 @@ def test_initializations_that_do_not_fit_are_refused(told, initial, message):
 def test_a_denoiser_that_is_not_told_takes_none():
     with pytest.raises(ValueError, match="knows nothing of initializations"):
         run(build_pipe("neuron"), initial=torch.zeros(2, 42))
+
+
+def test_what_is_the_same_in_all_untrained_networks_is_kept(tmp_path):
+    layout = ParameterLayout.from_state_dict({"drawn": torch.zeros(40), "head": torch.zeros(2, 3)})
+    head = torch.tensor([0.5, -1.0, 2.0, 0.0, 3.0, -0.25])
+    vectors = torch.cat([torch.randn(60, 40, generator=torch.Generator().manual_seed(0)), head.expand(60, -1)], 1)
+    layout.fit_initial(vectors)
+    assert layout.config.tensors[1]["initial"]["distribution"] == "the same"
+    layout.save_pretrained(tmp_path)
+    for one in (layout, ParameterLayout.from_pretrained(tmp_path)):
+        drawn = one.draw_initial([torch.Generator().manual_seed(seed) for seed in range(3)])
+        assert torch.equal(drawn[:, 40:], head.expand(3, -1))
+        assert drawn[:, :40].std() > 0.5
+    # Fitted again, on others, nothing of it is left.
+    layout.fit_initial(torch.randn(60, 46, generator=torch.Generator().manual_seed(1)))
+    assert layout.config.tensors[1]["initial"]["distribution"] == "normal"
+    assert not dict(layout.initial.named_buffers())

@@ -233,3 +233,10 @@ def test_statistics_of_vectors_on_an_accelerator_are_those_on_the_cpu(layout):
     assert layout.mean.device.type == "cuda"
     assert torch.equal(layout.mean.cpu(), expected.mean)
     assert torch.equal(layout.std.cpu(), expected.std)
+
+
+@pytest.mark.parametrize("adapter", [3, "text", ["r"]])
+def test_an_adapter_that_is_no_configuration_is_refused(adapter):
+    tensors = [{"name": "w", "shape": [2], "dtype": "float32", "role": "generated"}]
+    with pytest.raises(ValueError, match="adapter of a layout is a mapping"):
+        ParameterLayout(tensors=tensors, adapter=adapter)

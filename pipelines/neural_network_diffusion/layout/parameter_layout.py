@@ -87,6 +87,8 @@ class ParameterLayout(ModelMixin, ConfigMixin):
     def __init__(self, tensors: list[dict[str, Any]], adapter: dict[str, Any] | None = None):
         super().__init__()
         check_tensors(tensors)
+        if adapter is not None and not isinstance(adapter, Mapping):
+            raise ValueError(f"The adapter of a layout is a mapping, not {type(adapter).__name__}.")
         # Follows casts, and so makes `dtype` answer for the normalized vectors. It has to be the first buffer.
         self.register_buffer("normalized_like", torch.zeros(()), persistent=False)
         self.slices: dict[str, slice] = {}
