@@ -47,8 +47,8 @@ class PullConfig:
     """Its name on the Hub: namespace/name."""
     output_dir: str
     """Where it goes."""
-    kind: Literal["pipeline", "zoo"] = "pipeline"
-    """A model repository with a pipeline, or a dataset repository with a zoo."""
+    kind: Literal["pipeline", "zoo"] | None = None
+    """A model repository with a pipeline, or a dataset repository with a zoo; whichever is there by default."""
     revision: str | None = None
     """Branch, tag or commit."""
 
@@ -117,18 +117,19 @@ def run_pull(config: PullConfig) -> str:
 
 
 def _pull(config: PullConfig, folder: Path) -> str:
-    check_kind(folder, "generate" if config.kind == "zoo" else "train")
+    kind = config.kind or _found(config)
+    check_kind(folder, "generate" if kind == "zoo" else "train")
     # Where the client notes what it downloaded into a folder.
     notes = folder / ".cache" / "huggingface" / "download"
     if (is_zoo(folder) or is_pipeline(folder)) and not notes.is_dir():
         raise HubError(f"{folder} holds a zoo or a pipeline that was not pulled. Choose another --output-dir.")
-    repo_type = "dataset" if config.kind == "zoo" else "model"
-    index = "zoo.json" if config.kind == "zoo" else "model_index.json"
+    repo_type = "dataset" if kind == "zoo" else "model"
+    index = "zoo.json" if kind == "zoo" else "model_index.json"
     with explained(config.repo, config.revision):
         commit = HfApi().repo_info(config.repo, repo_type=repo_type, revision=config.revision).sha
         arguments: dict[str, Any] = {"repo_type": repo_type, "revision": commit}
         described = Path(hf_hub_download(config.repo, index, **arguments))
-        patterns = [*ZOO_FILES] if config.kind == "zoo" else pipeline_files(_read_index(described))
+        patterns = [*ZOO_FILES] if kind == "zoo" else pipeline_files(_read_index(described))
         # First gone and last there: what an interrupted pull leaves is no mixture of two commits.
         (folder / index).unlink(missing_ok=True)
         snapshot_download(config.repo, local_dir=folder, allow_patterns=patterns, ignore_patterns=index, **arguments)
@@ -140,6 +141,13 @@ def _pull(config: PullConfig, folder: Path) -> str:
                 note.unlink()
         hf_hub_download(config.repo, index, local_dir=folder, **arguments)
     return str(folder)
+
+
+def _found(config: PullConfig) -> str:
+    """What a repository of this name holds."""
+    with explained(config.repo, config.revision):
+        holds_pipeline = HfApi().file_exists(config.repo, "model_index.json", revision=config.revision)
+    return "pipeline" if holds_pipeline else "zoo"
 
 
 def _read_index(file: Path) -> dict[str, Any]:
