@@ -64,7 +64,7 @@ def test_an_aligned_zoo_is_in_canonical_form(zoo, aligned):
     assert spread < 0.9 * before
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("told", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_adapters_are_generated_for_tasks_that_nobody_trained(zoo, aligned, tmp_path, told):
     learned = zoo if told else aligned
     run_train(

@@ -1,8 +1,6 @@
 """What a careless user meets at the command line: one clear line, before the work where it can be known before."""
 
-import importlib.metadata
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -363,41 +361,3 @@ def test_networks_of_other_frozen_tensors_are_not_scored_as_these(tmp_path):
 
 
 assert os.name == "posix"  # signals, pipes and limits of files are those of POSIX
-
-
-def test_a_misspelt_stage_is_recognized():
-    assert line_of("colect").startswith("pdiff-hf: there is no stage 'colect'. Did you mean collect?")
-    assert "Did you mean" not in line_of("xyz")
-
-
-def test_the_version_is_said(capsys):
-    main(["--version"])
-    assert capsys.readouterr().out == f"pdiff-hf {importlib.metadata.version('pdiff-hf')}\n"
-
-
-@pytest.mark.parametrize(("stage", "before"), [("train", "collect"), ("evaluate", "collect"), ("generate", "train")])
-def test_outside_of_the_folder_of_the_runs_no_stranger_is_asked(tmp_path, monkeypatch, stage, before):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: pytest.fail("asked the Hub"))
-    assert f"`pdiff-hf {before}` makes" in line_of(stage)
-
-
-def test_a_stage_ends_with_where_its_result_is_and_what_comes_next(tmp_path, capsys):
-    zoo, pipeline, generated, report = (str(tmp_path / name) for name in ("a zoo", "pipeline", "generated", "report"))
-    small = [
-        f"--{name.replace('_', '-')}={value}" for name, value in SMALL_TRAINING.items() if name != "block_out_channels"
-    ]
-    main(["collect", "--output-dir", zoo, "--num-networks", "4", "--epochs", "1"])
-    said = capsys.readouterr().out
-    assert re.search(
-        rf"4 networks of 1,898 parameters are in '{zoo}' \([\d.]+ s\). Next: pdiff-hf train --zoo '{zoo}'", said
-    )
-    main(["train", "--zoo", zoo, "--output-dir", pipeline, *small, "--unet-steps", "2"])
-    assert f"Next: pdiff-hf generate --pipeline {pipeline}" in capsys.readouterr().out
-    again = ["generate", "--pipeline", pipeline, "--output-dir", generated, "--num-networks", "2"]
-    main(again)
-    assert f"Next: pdiff-hf evaluate --trained ZOO --generated {generated}" in capsys.readouterr().out
-    main([*again, "--quiet"])
-    assert capsys.readouterr().out == ""
-    main(["evaluate", "--trained", zoo, "--generated", generated, "--output-dir", report, "--networks-per-point", "2"])
-    assert f"The report is in {report}" in capsys.readouterr().out

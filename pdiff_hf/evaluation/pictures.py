@@ -1,6 +1,7 @@
 """The pictures of a report, in one style: legible in print, in Okabe and Ito's colours, which all can tell apart."""
 
 import json
+import re
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
@@ -86,8 +87,9 @@ def conditions(report: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.Tensor]], folder: Path) -> list[Path]:
-    """The networks of each group by similarity and accuracy, and the baselines as curves."""
-    figure, ax = _figure(6.4, 4.8)
+    """The networks of each group by similarity and accuracy, the baselines as curves, and the front with its interval
+    where the generated networks are."""
+    figure, ax = _figure(8.4, 4.8)
     for kind, (colour, line) in CURVES.items():
         points = [point for point in report["baselines"] if point["kind"] == kind]
         if not points:
@@ -100,12 +102,19 @@ def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.
     for name, marker in (("trained", "o"), ("generated", "^"), ("fresh", "D")):
         if name in networks:
             x, y = networks[name][0], 100 * networks[name][1]
-            ax.scatter(x, y, s=10, marker=marker, color=COLOURS[name], alpha=0.4, linewidths=0)
+            ax.scatter(x, y, s=8, marker=marker, color=COLOURS[name], alpha=0.25, linewidths=0)
             shown[name] = (x.mean().item(), y.mean().item())
             label = f"{LABELS[name]}: mean of {report['groups'][name]['count']}"
             ax.scatter(
-                *shown[name], s=90, marker=marker, color=COLOURS[name], edgecolor="black", zorder=4, label=label
+                *shown[name], s=130, marker=marker, color=COLOURS[name], edgecolor="black", zorder=4, label=label
             )
+    verdict = report["verdict"]
+    if "generated" in shown and verdict["accuracy_gain"] is not None and None not in verdict["interval"]:
+        similar, accurate = shown["generated"]
+        low, high = (accurate - 100 * gain for gain in verdict["interval"][::-1])
+        there = accurate - 100 * verdict["accuracy_gain"]
+        errors = [[max(there - low, 0)], [max(high - there, 0)]]
+        ax.errorbar(similar, there, errors, color="black", capsize=4, marker="_", zorder=5, label="front there, 99 %")
     # The networks and what surrounds them; the curves lead on to chance.
     means = [mean for _, mean in shown.values()]
     spread = max(0.5, 3 * max((100 * y.std(correction=0).item()) for _, y in networks.values()))
@@ -113,8 +122,10 @@ def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.
     ax.set_ylim(min(means) - spread - 1, min(100.5, max(means) + spread))
     ax.set_xlabel("similarity of the errors to the most similar training network (IoU)")
     ax.set_ylabel("accuracy on the test split, %")
-    ax.set_title(f"{plain(report['task'])}: {report['verdict']['label']}", parse_math=False)
-    ax.legend(loc="lower left", fontsize=7.5, framealpha=0.9)
+    words = re.split(r": | \(", verdict["sentence"])[0]
+    ax.set_title(f"{plain(report['task'])}\n{words}", fontsize=10, parse_math=False)
+    # Beside the networks: inside, it hides some of them.
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7.5, frameon=False)
     return _save(figure, folder, "plane")
 
 

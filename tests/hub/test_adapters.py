@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from safetensors.torch import save_file
 
 from pdiff_hf import AdaptedNetwork, PdiffError, WeightZoo
@@ -54,9 +54,11 @@ def factors(seed: int) -> dict[str, torch.Tensor]:
 
 def publish_one(name: str, files: dict[str, bytes | str], private: bool = False, owner: str = "alice") -> None:
     HfApi().create_repo(f"{owner}/{name}", private=private)
-    for file, content in files.items():
-        content = content.encode() if isinstance(content, str) else content
-        HfApi().upload_file(path_or_fileobj=content, path_in_repo=file, repo_id=f"{owner}/{name}")
+    operations = [
+        CommitOperationAdd(file, content.encode() if isinstance(content, str) else content)
+        for file, content in files.items()
+    ]
+    HfApi().create_commit(f"{owner}/{name}", operations, commit_message="Everything")
 
 
 def publish() -> None:
@@ -211,6 +213,7 @@ def run_the_readme() -> list[str]:
     return [stage for _, stage, *_ in stages]
 
 
+@pytest.mark.slow
 def test_the_readme_from_the_hub_to_peft(server, tmp_path):
     me = HubClient(client_environment(server.url, tmp_path / "home", token="hf_me", xet=False))
     me(os.chdir, tmp_path)
