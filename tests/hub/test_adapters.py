@@ -154,6 +154,7 @@ def imported(name: str, folder: Path) -> int | str:
         return str(error)
 
 
+@pytest.mark.slow
 def test_private_adapters_are_for_their_owner_alone(server, alice, tmp_path):
     assert alice(imported, "alice/secret", tmp_path / "mine") == 1
     other = HubClient(client_environment(server.url, tmp_path / "bob", token="hf_bob", xet=False))
