@@ -350,6 +350,4 @@ def config_of_zoo(config: dict[str, Any]) -> dict[str, Any]:
     if not config:
         return {}
     of_scale_1 = {"lora_alpha": config["r"], "alpha_pattern": dict(config["rank_pattern"]), "use_rslora": False}
-    known = config | of_scale_1 | {"inference_mode": True}
-    # Where PEFT is told nothing, its defaults hold.
-    return {name: value for name, value in known.items() if value is not None}
+    return config | of_scale_1 | {"inference_mode": True}

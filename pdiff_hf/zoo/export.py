@@ -29,4 +29,6 @@ def export(layout: ParameterLayout, networks: Iterable[StateDict], folder: str |
             save_file({key: value.contiguous().clone() for key, value in network.items()}, file, {"format": "pt"})
         if adapter:
             with whole(target / CONFIG) as file:
-                file.write_text(json.dumps(dict(adapter), indent=1) + "\n", encoding="utf-8")
+                # Where PEFT is told nothing, its defaults hold.
+                told = {key: value for key, value in adapter.items() if value is not None}
+                file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
