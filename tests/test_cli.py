@@ -277,6 +277,7 @@ def test_a_precision_that_is_not_ours_is_refused(zoo, tmp_path, monkeypatch, val
         run_train(TrainConfig(zoo=str(zoo.folder), output_dir=str(tmp_path / "pipeline")))
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_training_is_one_line(zoo, tmp_path):
     code = (
         "import resource, sys; from pdiff_hf import cli; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "

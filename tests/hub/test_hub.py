@@ -690,7 +690,9 @@ def test_a_download_that_failed_is_repeated_for_what_is_missing(server, alice, b
     ("program", "others"),
     [
         ("from pdiff_hf.share import *; run_pull(PullConfig({repo!r}, {folder!r}, 'zoo'))", 7),
-        ("from pdiff_hf import *; list(WeightZoo.from_pretrained({repo!r}).batches())", 4),
+        pytest.param(
+            "from pdiff_hf import *; list(WeightZoo.from_pretrained({repo!r}).batches())", 4, marks=pytest.mark.slow
+        ),
     ],
     ids=["pull", "stream"],
 )
