@@ -114,7 +114,7 @@ class Predictor:
 
         blocks = inputs.split(examples)
         threads = torch.get_num_threads()
-        if self.device.type != "cpu" or threads == 1 or len(blocks) == 1:
+        if self.device.type != "cpu" or threads == 1 or len(blocks) == 1 or not network.in_threads:
             return torch.cat([run(block) for block in blocks], dim=1)
         # Small operations gain more from running side by side than from threads of their own.
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -48,7 +48,12 @@ class StackedNetwork:
 
     Raises:
         [`NotStackableError`]: it has another part, or cannot be traced.
+
+    Attributes:
+        in_threads (`bool`): Whether several threads may call it at once.
     """
+
+    in_threads = True
 
     def __init__(self, network: nn.Module, frozen: Collection[str] = ()):
         try:
@@ -158,6 +163,8 @@ class VmappedNetwork:
     Args:
         network (`nn.Module`): The architecture; its own weights are not used.
     """
+
+    in_threads = False  # a call puts weights into the modules while it lasts
 
     def __init__(self, network: nn.Module):
         self.network = network

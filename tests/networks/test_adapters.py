@@ -240,6 +240,23 @@ def test_adapters_are_trained_and_run_side_by_side():
     torch.testing.assert_close(together, predict(vectors, inputs), atol=1e-5, rtol=1e-5)
 
 
+def test_many_examples_are_predicted_on_several_threads():
+    task = Images()
+    layout = ParameterLayout.from_state_dict(task.build_network().state_dict())
+    vectors = 0.3 * torch.randn(3, layout.vector_size, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    predict = Predictor(task, layout, torch.device("cpu"))
+    predict.adopt(1000)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        together = predict(vectors, inputs)
+    finally:
+        torch.set_num_threads(threads)
+    predict.adopt(None)
+    torch.testing.assert_close(together, predict(vectors, inputs), atol=1e-5, rtol=1e-5)
+
+
 def test_the_symmetry_of_adapters_is_that_of_their_ranks():
     task = Images()
     layout = ParameterLayout.from_state_dict(task.build_network().state_dict())
