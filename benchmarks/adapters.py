@@ -1,8 +1,8 @@
 """Adapters for tasks that nobody trained: of a vision transformer and of a language model.
 
 For each family of `benchmarks.adapter_tasks`: `pdiff-hf collect` of adapters of its training tasks, many at once, and
-of held-out ones, `train --family neuron`, `generate --export`, and `evaluate`, which asks for adapters of held-out
-tasks. Prints what `benchmarks.conditional` prints, and the largest difference of outputs between PEFT's model of an
+of held-out ones, `align`, `train --family neuron`, `generate --export`, and `evaluate`, which asks for adapters of
+held-out tasks. Prints what `benchmarks.conditional` prints, and the largest difference of outputs between PEFT's model of an
 exported folder and ours.
 
 A killed benchmark goes on where it was: every stage resumes.
@@ -30,7 +30,9 @@ from pdiff_hf import (
     run_evaluate,
     run_generate,
 )
+from pdiff_hf.align import AlignConfig, run_align
 from pdiff_hf.extras import require
+from pdiff_hf.files import is_zoo
 from pdiff_hf.tasks import load_family
 
 
@@ -73,14 +75,18 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
     run_collect(
         CollectConfig(family, output_dir=str(fresh), networks_per_task=FRESH_EACH, split="test", seed=FRESH_SEED)
     )
+    aligned = folder / "aligned"
+    if not is_zoo(aligned):
+        run_align(AlignConfig(str(zoo), str(aligned), task=family))
     minutes = minutes_of(
         NeuronTrainConfig(
-            zoo=str(zoo),
+            zoo=str(aligned),
             output_dir=str(pipeline),
             task=family,
             condition=(condition,),
             seed=seed,
             batch_size=64,
+            initial=False,
             mixed_precision="bf16",
             transformer_steps=config.transformer_steps,
             checkpointing_steps=10**9,
@@ -89,7 +95,7 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
     report = run_evaluate(
         EvaluateConfig(
             family,
-            str(zoo),
+            str(aligned),
             str(pipeline),
             fresh=str(fresh),
             output_dir=str(pipeline.parent / "report"),
