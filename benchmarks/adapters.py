@@ -2,8 +2,8 @@
 
 For each family of `benchmarks.adapter_tasks`: `pdiff-hf collect` of adapters of its training tasks, many at once, and
 of held-out ones, `align`, `train --family neuron`, `generate --export`, and `evaluate`, which asks for adapters of
-held-out tasks. Prints what `benchmarks.conditional` prints, and the largest difference of outputs between PEFT's model of an
-exported folder and ours.
+held-out tasks. Prints what `benchmarks.conditional` prints, and the largest difference of outputs between PEFT's model
+of an exported folder and ours.
 
 A killed benchmark goes on where it was: every stage resumes.
 """
