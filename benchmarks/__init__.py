@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pdiff_hf.runs import versions
 from pdiff_hf.train import DenoiserObjective, NeuronTrainConfig, TrainConfig, TrainingLoop, run_train
@@ -70,6 +71,17 @@ def minutes_of(config: NeuronTrainConfig) -> float:
         clock.write_text(json.dumps((time.perf_counter() - started) / 60))
     minutes: float = json.loads(clock.read_text())
     return minutes
+
+
+def fit(network: nn.Module, steps: int, rate: float, decay: float, loss: Callable[[], torch.Tensor]) -> None:
+    """Minimizes a loss by AdamW with a one-cycle learning rate of this peak."""
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        schedule.step()
 
 
 def fit_denoiser(objective: DenoiserObjective, latents: torch.Tensor, config: TrainConfig) -> None:

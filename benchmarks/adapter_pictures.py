@@ -11,7 +11,6 @@ A killed benchmark goes on where it was: every stage resumes.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,7 +23,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import minutes_of
+from benchmarks import fit, minutes_of
 from pdiff_hf import (
     AdaptedNetwork,
     CollectConfig,
@@ -40,7 +39,7 @@ from pdiff_hf.evaluation.regression import answers
 from pdiff_hf.extras import require
 from pdiff_hf.networks.canonical import REFERENCE_NETWORKS
 from pdiff_hf.networks.gauge import Gauge
-from pdiff_hf.tasks import TaskFamily
+from pdiff_hf.tasks import TaskFamily, half_cosine
 from pdiff_hf.tasks.prototypes import DIGITS_OF, examples, mean_image, turned
 from pdiff_hf.zoo import evenly
 
@@ -98,18 +97,16 @@ def with_noise(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     return torch.cat([noisy, steps.view(-1, 1, 1, 1).expand(-1, -1, 8, 8).float()], 1)
 
 
-def _trained(network: nn.Module, steps: int, rate: float, loss: Any) -> nn.Module:
+def _trained(network: nn.Module, steps: int, loss: Any) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
     images = torch.stack([turned(examples(digit, "train"), way) for digit, way in CLASSES])  # [80, 75, 1, 8, 8]
-    for _ in range(steps):
+
+    def of_some() -> torch.Tensor:
         classes = torch.randint(len(CLASSES), (64,), generator=generator)
         some = images[classes, torch.randint(images.shape[1], (64,), generator=generator)]
-        optimizer.zero_grad()
-        loss(network, some, classes, generator).backward()
-        optimizer.step()
-        schedule.step()
+        return loss(network, some, classes, generator)
+
+    fit(network, steps, 2e-3, 1e-2, of_some)
     return network.eval()
 
 
@@ -135,7 +132,6 @@ def base() -> Denoiser:
             _trained(
                 Denoiser(unet),
                 PRETRAINING,
-                2e-3,
                 lambda network, images, classes, generator: F.mse_loss(network(with_noise(images, generator)), images),
             )
         unet.save_pretrained(folder)
@@ -156,7 +152,7 @@ def judge() -> nn.Module:
             noisy = images + 0.2 * torch.randn(images.shape, generator=generator)
             return F.cross_entropy(network(noisy), classes)
 
-        return _trained(network, JUDGING, 2e-3, loss)
+        return _trained(network, JUDGING, loss)
 
 
 class DrawsClass(Task):
@@ -178,7 +174,7 @@ class DrawsClass(Task):
         return with_noise(images, torch.Generator().manual_seed(0)), images
 
     def learning_rate_factor(self, progress: float) -> float:
-        return (1 + math.cos(math.pi * progress)) / 2
+        return half_cosine(progress)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.mse_loss(outputs, targets)

@@ -6,7 +6,6 @@ each character.
 """
 
 import importlib
-import math
 import sysconfig
 from collections.abc import Callable
 from functools import cache
@@ -17,9 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks import fit
 from pdiff_hf import AdaptedNetwork, Task, lora
 from pdiff_hf.extras import require
-from pdiff_hf.tasks import TaskFamily
+from pdiff_hf.tasks import TaskFamily, half_cosine
 from pdiff_hf.tasks.digits import TwoDigitsMLP, digits
 from pdiff_hf.tasks.subsets import Subset, Subsets
 
@@ -39,16 +39,6 @@ def _kept(name: str, pretrain: Callable[[Any], Any], kind: str) -> nn.Module:
         pretrained.save_pretrained(folder)
     network: nn.Module = getattr(transformers, kind).from_pretrained(folder, attn_implementation="eager")
     return network.eval()
-
-
-def _fit(network: nn.Module, loss: Callable[[], torch.Tensor]) -> None:
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, PRETRAINING)
-    for _ in range(PRETRAINING):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-        schedule.step()
 
 
 # ---- a vision transformer
@@ -77,7 +67,7 @@ def _pretrained_vit(transformers: Any) -> Any:
         images = torch.roll(inputs[some], torch.randint(-1, 2, (2,)).tolist(), (-2, -1))
         return F.cross_entropy(network(images + 0.1 * torch.randn_like(images)).logits, targets[some])
 
-    _fit(network, loss)
+    fit(network, PRETRAINING, 3e-3, 0.05, loss)
     network.num_labels = network.config.num_labels = 2
     network.classifier = nn.Linear(32, 2)
     return network
@@ -165,7 +155,7 @@ def _pretrained_gpt2(transformers: Any) -> Any:
         windows = text[starts + torch.arange(CONTEXT + 1)]
         return F.cross_entropy(model(windows[:, :-1]).logits.flatten(0, 1), windows[:, 1:].flatten())
 
-    _fit(model, loss)
+    fit(model, PRETRAINING, 3e-3, 0.05, loss)
     return model
 
 
@@ -199,7 +189,7 @@ class AdapterOfModule(Task):
         return windows[:, :-1], windows[:, -1]
 
     def learning_rate_factor(self, progress: float) -> float:
-        return (1 + math.cos(math.pi * progress)) / 2
+        return half_cosine(progress)
 
 
 class AdaptersOfModules(TaskFamily):

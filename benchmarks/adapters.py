@@ -17,37 +17,25 @@ from typing import Any, NamedTuple
 import torch
 import tyro
 
-from benchmarks import minutes_of, table
+from benchmarks import table
 from benchmarks.adapter_tasks import FOLDER, gpt2, vit
-from benchmarks.conditional import FRESH_EACH, FRESH_SEED, HEADER, cells
-from pdiff_hf import (
-    CollectConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    NeuronTrainConfig,
-    WeightZoo,
-    run_collect,
-    run_evaluate,
-    run_generate,
-)
-from pdiff_hf.align import AlignConfig, run_align
+from benchmarks.conditional import HEADER, cells, generalization
+from pdiff_hf import GenerateConfig, WeightZoo, run_generate
 from pdiff_hf.extras import require
-from pdiff_hf.files import is_zoo
 from pdiff_hf.tasks import load_family
 
 
 class Row(NamedTuple):
-    """A family of tasks, what its tasks differ by, adapters of each, the base network."""
+    """A family of tasks, adapters of each, the base network."""
 
     family: str
-    condition: str
     each: int
     base: Any
 
 
 ROWS = {
-    "vit": Row("benchmarks.adapter_tasks:AdaptersOfSubsets", "classes", 1, vit),
-    "gpt2": Row("benchmarks.adapter_tasks:AdaptersOfModules", "frequencies", 4, gpt2),
+    "vit": Row("benchmarks.adapter_tasks:AdaptersOfSubsets", 1, vit),
+    "gpt2": Row("benchmarks.adapter_tasks:AdaptersOfModules", 4, gpt2),
 }
 
 
@@ -69,47 +57,16 @@ class Config:
 
 def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
     """The figures of one generator."""
-    (family, condition, each, _), folder = ROWS[name], FOLDER / name
-    zoo, fresh, pipeline = folder / "zoo", folder / "fresh", folder / f"seed-{seed}" / "pipeline"
-    run_collect(CollectConfig(family, output_dir=str(zoo), networks_per_task=each))
-    run_collect(
-        CollectConfig(family, output_dir=str(fresh), networks_per_task=FRESH_EACH, split="test", seed=FRESH_SEED)
-    )
-    aligned = folder / "aligned"
-    if not is_zoo(aligned):
-        run_align(AlignConfig(str(zoo), str(aligned), task=family))
-    minutes = minutes_of(
-        NeuronTrainConfig(
-            zoo=str(aligned),
-            output_dir=str(pipeline),
-            task=family,
-            condition=(condition,),
-            seed=seed,
-            batch_size=64,
-            initial=False,
-            mixed_precision="bf16",
-            transformer_steps=config.transformer_steps,
-            checkpointing_steps=10**9,
-        )
-    )
-    report = run_evaluate(
-        EvaluateConfig(
-            family,
-            str(aligned),
-            str(pipeline),
-            fresh=str(fresh),
-            output_dir=str(pipeline.parent / "report"),
-            seed=seed,
-        )
-    )
-    return {
-        "family": name,
-        "networks": each,
-        "seed": seed,
-        "minutes": minutes,
-        "difference_to_peft": difference_to_peft(name, pipeline),
-        **{key: report[key] for key in ("conditions", "verdict", "groups", "training")},
+    row, folder = ROWS[name], FOLDER / name
+    settings = {
+        "batch_size": 64,
+        "initial": False,
+        "mixed_precision": "bf16",
+        "transformer_steps": config.transformer_steps,
     }
+    figures = generalization(folder, row.family, row.each, seed, settings, align=True)
+    difference = difference_to_peft(name, folder / f"seed-{seed}" / "pipeline")
+    return {"family": name, "networks": row.each, "seed": seed, "difference_to_peft": difference, **figures}
 
 
 def difference_to_peft(name: str, pipeline: Path) -> float:

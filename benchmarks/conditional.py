@@ -18,6 +18,8 @@ from torch import nn
 
 from benchmarks import minutes_of, table
 from pdiff_hf import CollectConfig, EvaluateConfig, NeuronTrainConfig, Task, run_collect, run_evaluate
+from pdiff_hf.align import AlignConfig, run_align
+from pdiff_hf.files import is_zoo
 from pdiff_hf.tasks import load_family
 from pdiff_hf.tasks.subsets import DigitsSubset, DigitsSubsets
 
@@ -81,27 +83,40 @@ class Config:
 
 def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
     """The figures of one generator."""
-    row, folder = ROWS[name], Path(config.work_dir, name)
+    row = ROWS[name]
+    settings = {"mixed_precision": config.mixed_precision, **row.settings}
+    figures = generalization(Path(config.work_dir, name), row.family, row.each, seed, settings)
+    return {"family": name, "networks": row.each, "seed": seed, "settings": row.settings, **figures}
+
+
+def generalization(
+    folder: Path, family: str, each: int, seed: int, settings: dict[str, Any], align: bool = False
+) -> dict[str, Any]:
+    """Collects so many networks of each task, in canonical form where it is asked for; trains a generator in
+    `seed-<seed>` of the folder, and evaluates it on the held-out tasks."""
     zoo, fresh, pipeline = folder / "zoo", folder / "fresh", folder / f"seed-{seed}" / "pipeline"
-    run_collect(CollectConfig(row.family, output_dir=str(zoo), networks_per_task=row.each))
+    run_collect(CollectConfig(family, output_dir=str(zoo), networks_per_task=each))
     run_collect(
-        CollectConfig(row.family, output_dir=str(fresh), networks_per_task=FRESH_EACH, split="test", seed=FRESH_SEED)
+        CollectConfig(family, output_dir=str(fresh), networks_per_task=FRESH_EACH, split="test", seed=FRESH_SEED)
     )
+    if align:
+        raw, zoo = zoo, folder / "aligned"
+        if not is_zoo(zoo):
+            run_align(AlignConfig(str(raw), str(zoo), task=family))
     minutes = minutes_of(
         NeuronTrainConfig(
             zoo=str(zoo),
             output_dir=str(pipeline),
-            task=row.family,
-            condition=tuple(load_family(row.family).conditions("train")[0]),
+            task=family,
+            condition=tuple(load_family(family).conditions("train")[0]),
             seed=seed,
-            mixed_precision=config.mixed_precision,  # type: ignore[arg-type]
             checkpointing_steps=10**9,
-            **row.settings,
+            **settings,
         )
     )
     report = run_evaluate(
         EvaluateConfig(
-            row.family,
+            family,
             str(zoo),
             str(pipeline),
             fresh=str(fresh),
@@ -109,14 +124,7 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
             seed=seed,
         )
     )
-    return {
-        "family": name,
-        "networks": row.each,
-        "seed": seed,
-        "settings": row.settings,
-        "minutes": minutes,
-        **{key: report[key] for key in ("conditions", "verdict", "groups", "training")},
-    }
+    return {"minutes": minutes, **{key: report[key] for key in ("conditions", "verdict", "groups", "training")}}
 
 
 def cells(row: dict[str, Any]) -> list[str]:

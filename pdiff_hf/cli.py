@@ -117,9 +117,10 @@ def _run(stage: str, args: Sequence[str]) -> None:
         config: Any = parse(config_class, stage, [arg for arg in args if arg not in ("--traceback", "--quiet")])
         started = time.perf_counter()
         result = run(config)
-        said = result if isinstance(result, str) else _outcome(stage, config, result, time.perf_counter() - started)
-        if said and (isinstance(result, str) or not quiet):
-            print(said, flush=True)
+        if not isinstance(result, str):
+            result = None if quiet else _outcome(stage, config, result, time.perf_counter() - started)
+        if result:
+            print(result, flush=True)
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -20,7 +20,6 @@ from .runs import check_not_fewer, check_same_run, save_run
 from .tasks import Task, TaskFamily, check_family, load_family
 from .tasks.family import OneTask
 from .zoo import WeightZoo, ZooDtype, check_room_for, make_layout, networks_per_batch
-from .zoo.adapters import checked_config
 from .zoo.fill import fill
 
 
@@ -103,8 +102,6 @@ def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
     with torch.random.fork_rng():
         network = task.build_network()
     adapter = network.adapter_config if isinstance(network, AdaptedNetwork) else None
-    if adapter:
-        adapter = checked_config(adapter)
     layout = make_layout(network.state_dict(), config.patterns or task.patterns, adapter)
     present = len(WeightZoo(folder)) if is_zoo(folder) else 0
     check_not_fewer(folder, present, config.num_networks)

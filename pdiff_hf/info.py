@@ -10,6 +10,7 @@ import yaml
 
 from .errors import ConfigError, HubError
 from .files import is_pipeline, is_zoo
+from .hub.cards import EVALUATION
 from .hub.client import is_repository
 from .hub.pipelines import load_pipeline, pipeline_folder
 from .text import load_yaml, printable
@@ -118,6 +119,6 @@ def _verdict_of_card(folder: Path) -> list[str]:
     card = folder / "README.md"
     if not card.is_file():
         return []
-    _, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("<!-- pdiff-hf: evaluation -->")
-    lines = [line for line in rest.partition("<!-- pdiff-hf: evaluation end -->")[0].splitlines() if line.strip()]
-    return lines[:1]
+    start, end = EVALUATION
+    section = card.read_text(encoding="utf-8", errors="replace").partition(start)[2].partition(end)[0]
+    return [line for line in section.splitlines() if line.strip()][:1]

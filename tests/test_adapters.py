@@ -1,6 +1,7 @@
 """From a family of tasks to adapters for tasks that nobody trained, which PEFT loads."""
 
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -44,6 +45,21 @@ def aligned(zoo, tmp_path_factory) -> WeightZoo:
     return WeightZoo(folder)
 
 
+def learn(zoo: WeightZoo, folder: Path, told: bool) -> None:
+    """Trains a generator that is, or is not, told each initialization."""
+    run_train(
+        NeuronTrainConfig(
+            zoo=str(zoo.folder),
+            output_dir=str(folder),
+            task=NAME,
+            condition=("direction",),
+            transformer_steps=300,
+            initial=told,
+            **SMALL,
+        )
+    )
+
+
 def test_what_is_collected_says_what_it_adapts(zoo):
     config = zoo.layout.config.adapter
     assert config["base_model_name_or_path"] == "me/base"
@@ -66,18 +82,7 @@ def test_an_aligned_zoo_is_in_canonical_form(zoo, aligned):
 
 @pytest.mark.parametrize("told", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_adapters_are_generated_for_tasks_that_nobody_trained(zoo, aligned, tmp_path, told):
-    learned = zoo if told else aligned
-    run_train(
-        NeuronTrainConfig(
-            zoo=str(learned.folder),
-            output_dir=str(tmp_path / "pipeline"),
-            task=NAME,
-            condition=("direction",),
-            transformer_steps=300,
-            initial=told,
-            **SMALL,
-        )
-    )
+    learn(zoo if told else aligned, tmp_path / "pipeline", told)
     asked = FAMILY.conditions("test")
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
     generated = run_generate(
@@ -123,17 +128,7 @@ def test_the_published_family_takes_adapters_too(aligned, tmp_path):
 
 @pytest.mark.slow
 def test_the_audit_of_a_condition_knows_adapters(aligned, tmp_path):
-    run_train(
-        NeuronTrainConfig(
-            zoo=str(aligned.folder),
-            output_dir=str(tmp_path / "pipeline"),
-            task=NAME,
-            condition=("direction",),
-            transformer_steps=300,
-            initial=False,
-            **SMALL,
-        )
-    )
+    learn(aligned, tmp_path / "pipeline", told=False)
     report = run_evaluate(
         EvaluateConfig(NAME, str(aligned.folder), str(tmp_path / "pipeline"), output_dir=str(tmp_path / "report"))
     )

@@ -7,12 +7,7 @@ import pytest
 
 from pdiff_hf.cli import main
 
-
-def line_of(*args: str) -> str:
-    """What a command that fails says."""
-    with pytest.raises(SystemExit) as caught:
-        main(args)
-    return str(caught.value)
+from .test_cli import line_of
 
 
 def test_a_misspelt_stage_is_recognized():

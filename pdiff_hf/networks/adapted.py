@@ -48,7 +48,6 @@ class AdaptedNetwork(nn.Module):
         # In a list, modules are no children.
         self._base = [base.requires_grad_(False)]
         parameters = dict(base.named_parameters())
-        owners = {f"{name}.weight": name for name in dict(base.named_modules())}
         self._updates: list[tuple[str, str, str]] = []  # weight of the base network, A, B
         self._trained: dict[str, str] = {}  # of the base network: of the adapter
         for name, value in adapter.items():
@@ -65,7 +64,6 @@ class AdaptedNetwork(nn.Module):
                     raise TaskError(f"The adapter has `{name}`, and no `{other}`.")
                 self._updates.append((target, name, other))
             _register(self, name, nn.Parameter(value.detach().clone()))
-        self._modules_of = {name: base.get_submodule(owner) for name, owner in owners.items() if name in parameters}
         own = dict(self.named_parameters())
         for target, name in self._trained.items():
             if own[name].shape != parameters[target].shape:
@@ -94,12 +92,16 @@ class AdaptedNetwork(nn.Module):
             "rank_pattern": {name: own_rank for name, own_rank in ranks.items() if own_rank != rank},
             "target_modules": sorted(ranks),
             "modules_to_save": trained or None,
-            "fan_in_fan_out": any(_by_inputs(self._modules_of[target]) for target, _, _ in self._updates),
+            "fan_in_fan_out": any(_by_inputs(self._layer(target)) for target, _, _ in self._updates),
         }
+
+    def _layer(self, weight: str) -> nn.Module:
+        """That of the base network with this weight."""
+        return self._base[0].get_submodule(weight.rpartition(".")[0])
 
     def _update(self, target: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """B A, in the shape of the weight that it is added to."""
-        module, weight = self._modules_of[target], self._base[0].get_parameter(target)
+        module, weight = self._layer(target), self._base[0].get_parameter(target)
         product = b.flatten(1) @ a.flatten(1)
         if isinstance(module, nn.Embedding) or _by_inputs(module):
             product = product.T

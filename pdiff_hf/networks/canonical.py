@@ -1,7 +1,10 @@
 """What a canonical form is: one representative of all networks that differ by a change that means nothing."""
 
+from typing import Any
+
 import torch
 
+from ..pipelines.neural_network_diffusion import ParameterLayout
 from .predictor import Predictor
 
 
@@ -42,6 +45,16 @@ class CanonicalForm:
         changed = self.balance(self.shuffled(vector, torch.Generator().manual_seed(0))[None])
         before, after = predict(torch.cat([vector[None], changed]).float(), inputs)
         return torch.allclose(before, after, atol=1e-4)
+
+
+def units_of(layout: ParameterLayout, units: list[int], axes: dict[int, list[list[int]]]) -> dict[str, Any]:
+    """Units of each group as [`NeuronTransformerModel`] is told them; `axes` of tensors are by where they start."""
+    tensors = [(layout.slices[tensor["name"]].start, list(tensor["shape"])) for tensor in layout.tensors("generated")]
+    return {
+        "num_parameters": layout.vector_size,
+        "units": units,
+        "tensors": [{"start": start, "shape": shape, "axes": axes.get(start, [])} for start, shape in tensors],
+    }
 
 
 def aligned_distances(

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..pipelines.neural_network_diffusion import ParameterLayout
 from .adapted import FACTORS
-from .canonical import CanonicalForm
+from .canonical import CanonicalForm, units_of
 from .symmetry import Symmetry
 
 
@@ -18,11 +18,9 @@ class Pair:
     The factors of a low-rank update B A (Hu et al. 2021, arXiv 2106.09685).
 
     Attributes:
-        module (`str`): What it is added to, as the names of the factors begin.
         a, b (`str`): Names of the factors: A is `[r, in, ...]`, and B `[out, r, ...]`.
     """
 
-    module: str
     a: str
     b: str
 
@@ -31,7 +29,7 @@ def pairs_of(layout: ParameterLayout) -> list[Pair]:
     """The generated low-rank updates of an architecture."""
     names = set(layout.slices)
     return [
-        Pair(name.removesuffix(a), name, name.removesuffix(a) + b)
+        Pair(name, name.removesuffix(a) + b)
         for name in layout.slices
         for a, b in FACTORS.items()
         if name.endswith(a) and name.removesuffix(a) + b in names
@@ -62,19 +60,12 @@ class Gauge(CanonicalForm):
     def described(self, layout: ParameterLayout) -> dict[str, Any]:
         """The updates as [`NeuronTransformerModel`] is told them: the directions of the rank of an update are the
         units of a group."""
-        group = {name: (number, axis) for number, p in enumerate(self.pairs) for name, axis in ((p.a, 0), (p.b, 1))}
-        return {
-            "num_parameters": layout.vector_size,
-            "units": [self.ranks[pair] for pair in self.pairs],
-            "tensors": [
-                {
-                    "start": layout.slices[tensor["name"]].start,
-                    "shape": list(tensor["shape"]),
-                    "axes": [[group[name][1], group[name][0], 1]] if (name := tensor["name"]) in group else [],
-                }
-                for tensor in layout.tensors("generated")
-            ],
+        axes = {
+            layout.slices[name].start: [[axis, number, 1]]
+            for number, pair in enumerate(self.pairs)
+            for name, axis in ((pair.a, 0), (pair.b, 1))
         }
+        return units_of(layout, [self.ranks[pair] for pair in self.pairs], axes)
 
     def factors(self, vectors: torch.Tensor, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
         """B `[N, out, r]` and A `[N, r, in]`, float64, of vectors `[N, P]`."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..extras import require
 from ..pipelines.neural_network_diffusion import ParameterLayout
-from .canonical import CanonicalForm
+from .canonical import CanonicalForm, units_of
 
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -93,19 +93,7 @@ class Symmetry(CanonicalForm):
         for number, group in enumerate(self.groups):
             for member in group.members:
                 axes.setdefault(member.place.start, []).append([member.axis, number, member.repeat])
-        tensors = [
-            {
-                "start": layout.slices[tensor["name"]].start,
-                "shape": list(tensor["shape"]),
-                "axes": axes.get(layout.slices[tensor["name"]].start, []),
-            }
-            for tensor in layout.tensors("generated")
-        ]
-        return {
-            "num_parameters": layout.vector_size,
-            "units": [group.units for group in self.groups],
-            "tensors": tensors,
-        }
+        return units_of(layout, [group.units for group in self.groups], axes)
 
     def permute(self, vectors: torch.Tensor, group: Group, orders: torch.Tensor) -> torch.Tensor:
         """Vectors `[N, P]` with the units of a group in other orders, `[N, units]` or `[units]` for all."""

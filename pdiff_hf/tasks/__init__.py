@@ -2,7 +2,7 @@
 
 from .check import check_task
 from .family import TaskFamily, check_family, load_family
-from .task import Task, load_task
+from .task import Task, half_cosine, load_task
 
 
-__all__ = ["Task", "TaskFamily", "check_family", "check_task", "load_family", "load_task"]
+__all__ = ["Task", "TaskFamily", "check_family", "check_task", "half_cosine", "load_family", "load_task"]

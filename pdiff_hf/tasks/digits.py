@@ -1,6 +1,5 @@
 """Networks for scikit-learn's digits: 1797 images of 8x8 pixels (UCI, CC BY 4.0), in ten classes."""
 
-import math
 from functools import cache
 
 import torch
@@ -8,7 +7,7 @@ from torch import nn
 
 from ..extras import require
 from .resnet import ResNet
-from .task import Task
+from .task import Task, half_cosine
 
 
 SPLITS = {"train": slice(0, 1000), "validation": slice(1000, 1200), "test": slice(1200, 1797)}
@@ -71,4 +70,4 @@ class TwoDigitsMLP(DigitsConvNet):
 
     def learning_rate_factor(self, progress: float) -> float:
         """Half a cosine."""
-        return (1 + math.cos(math.pi * progress)) / 2
+        return half_cosine(progress)

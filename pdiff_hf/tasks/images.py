@@ -9,7 +9,6 @@ that the environment variable `PDIFF_HF_DATA` names: `mnist.npz` (`train_images`
 import gzip
 import io
 import itertools
-import math
 import os
 from functools import cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from ..errors import TaskError
 from ..extras import require
-from .task import Task
+from .task import Task, half_cosine
 
 
 REPOSITORIES = {
@@ -102,7 +101,7 @@ class PooledImages(Task):
 
     def learning_rate_factor(self, progress: float) -> float:
         """Half a cosine."""
-        return (1 + math.cos(math.pi * progress)) / 2
+        return half_cosine(progress)
 
 
 def mlp(*sizes: int) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ class Task:
         for module, mode in training.items():
             module.training = mode
         return predictions
+
+
+def half_cosine(progress: float) -> float:
+    """A learning rate's factor that falls from 1 to 0, by this share of the epochs."""
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
 def trusted_name(given: str | None, of_zoo: str | None) -> str:

@@ -17,6 +17,7 @@ import torch
 from ..errors import ZooError
 from ..extras import require
 from ..hub.client import commit_of, download_file, is_repository, matching_models, repository_files
+from ..networks.adapted import FACTORS
 from .imports import StateDict, natural, read_metadata, read_state_dict
 
 
@@ -84,16 +85,15 @@ class Adapter:
             )
         config = read_config(self.get(CONFIG))
         state_dict = {name: _float(name, value) for name, value in read_state_dict(self.get(WEIGHTS)).items()}
-        for name, factor in list(state_dict.items()):
-            module, _, rest = name.partition(".lora_")
-            if rest.startswith(("A", "embedding_A")):
-                rank, said = len(factor), _of_pattern(config["rank_pattern"], module, config["r"])
-                if rank != said:
-                    raise ZooError(f"its {CONFIG} says rank {said}, and `{name}` has {rank}.")
-                other = f"{module}.lora_{rest.replace('A', 'B', 1)}"
-                if other not in state_dict:
-                    raise ZooError(f"it has `{name}` and no `{other}`.")
-                state_dict[other] = state_dict[other] * _scale(config, module, rank)
+        for name, suffix in [(name, a) for name in state_dict for a in FACTORS if name.endswith(a)]:
+            module, rank = name.removesuffix(suffix), len(state_dict[name])
+            said = _of_pattern(config["rank_pattern"], module, config["r"])
+            if rank != said:
+                raise ZooError(f"its {CONFIG} says rank {said}, and `{name}` has {rank}.")
+            other = module + FACTORS[suffix]
+            if other not in state_dict:
+                raise ZooError(f"it has `{name}` and no `{other}`.")
+            state_dict[other] = state_dict[other] * _scale(config, module, rank)
         return state_dict, config
 
     def _of_diffusers(self) -> StateDict:
@@ -337,7 +337,7 @@ def check_same(one: Adapter, first: Adapter, ours: Read, theirs: Read) -> None:
         raise ZooError(f"{both} adapt different modules: {has.source} alone has `{(mine or others)[0]}`.")
     for name, value in state_dict.items():
         if value.shape != expected[name].shape:
-            axis = 0 if ".lora_A" in name or ".lora_embedding_A" in name else 1
+            axis = 0 if name.endswith(tuple(FACTORS)) else 1
             rank = ".lora_" in name and value.shape[axis] != expected[name].shape[axis]
             raise ZooError(
                 f"{both} have different {'ranks' if rank else 'shapes'}: `{name}` is {list(value.shape)} and "

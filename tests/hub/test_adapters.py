@@ -15,6 +15,7 @@ from pdiff_hf.cli import main as cli
 
 from ..hub_server import USERS, HubClient, HubServer, client_environment
 from ..test_readme import commands, containing
+from .test_hostile import said
 
 
 MANY = 40
@@ -89,15 +90,6 @@ def publish() -> None:
         publish_one(f"evil-{name}", {"adapter_config.json": config, "adapter_model.safetensors": weights})
     code = CONFIG | {"auto_mapping": {"parent_library": "os"}, "megatron_core": "os", "runtime_config": {"x": 1}}
     publish_one("code", {"adapter_config.json": json.dumps(code), "adapter_model.safetensors": weights})
-
-
-def said(*arguments: str) -> str:
-    """What a command says that fails."""
-    try:
-        cli(arguments)
-    except SystemExit as error:
-        return str(error)
-    return "nothing"
 
 
 def test_many_repositories_become_a_zoo_that_names_base_and_licence(alice, tmp_path):
