@@ -29,6 +29,9 @@ TEXTS = ("base_model_name_or_path", "revision", "task_type", "bias", "peft_versi
 FLAGS = ("fan_in_fan_out", "use_dora", "use_rslora")
 NAMES = ("target_modules", "modules_to_save")
 PATTERNS = ("rank_pattern", "alpha_pattern")
+# By which other tensors, or other layers, come into the update; and initializations that change the base model.
+UNREAD = ("lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora")
+CHANGING = ("pissa", "olora", "corda", "loftq")
 MOST_CONFIG, MOST_NAMES = 2**20, 10_000
 MAGNITUDE = "lora_magnitude_vector"
 COMPARED = {
@@ -85,6 +88,9 @@ class Adapter:
             )
         config = read_config(self.get(CONFIG))
         state_dict = {name: _float(name, value) for name, value in read_state_dict(self.get(WEIGHTS)).items()}
+        known = (*FACTORS, *FACTORS.values())
+        if unknown := [n for n in state_dict if ".lora_" in n and not n.endswith(known) and MAGNITUDE not in n]:
+            raise ZooError(f"`{unknown[0]}` is no part of a LoRA that is known here.")
         for name, suffix in [(name, a) for name in state_dict for a in FACTORS if name.endswith(a)]:
             module, rank = name.removesuffix(suffix), len(state_dict[name])
             said = _of_pattern(config["rank_pattern"], module, config["r"])
@@ -122,6 +128,16 @@ def checked_config(content: dict[str, Any]) -> dict[str, Any]:
     """The known entries of PEFT's configuration, or a [`ZooError`] that says what is wrong with one."""
     if content.get("peft_type") != "LORA":
         raise ZooError(f"it is an adapter of type {content.get('peft_type')!r:.50}; LORA is read.")
+
+    for name in UNREAD:
+        if content.get(name):
+            raise ZooError(f"its {CONFIG} has {name}, by which its tensors mean something else than those of a LoRA.")
+    start = content.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(CHANGING):
+        raise ZooError(
+            f"it was initialized by {start!r:.50}, which changes the base model: convert it to a LoRA of the one that "
+            "is unchanged, as PEFT's `save_pretrained(path_initial_model_for_weight_conversion=...)` does."
+        )
 
     def entry(name: str, fits: Callable[[Any], bool], default: Any) -> Any:
         value = content.get(name)

@@ -154,6 +154,15 @@ REFUSED = {
     "wrong rank": (lambda f: change_config(f, r=3), "says rank 3, and `.*lora_A.*` has 2"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "and no adapter_model.safetensors"),
     "half": (lambda f: rename(f, "query.lora_B", "query.bias"), "and no `.*lora_B"),
+    "other factors": (
+        lambda f: rename(f, "query.lora_B.weight", "query.lora_B.bias"),
+        "no part of a LoRA that is known",
+    ),
+    "biases of updates": (
+        lambda f: save_again(f, lora_bias=True),
+        "has lora_bias, by which its tensors mean something",
+    ),
+    "changed base": (lambda f: change_config(f, init_lora_weights="pissa_niter_4"), "which changes the base model"),
     "nonsense": (lambda f: change_config(f, lora_alpha="8"), "has lora_alpha = '8'"),
     "infinite": (lambda f: change_config(f, lora_alpha=float("inf")), "has lora_alpha = inf"),
     "pattern": (lambda f: change_config(f, alpha_pattern={"(a+)+$": 3}), "has alpha_pattern = "),
