@@ -12,6 +12,7 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 
@@ -74,13 +75,16 @@ def main(args: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _interruptible(stage: str) -> Iterator[None]:
-    """Ends in one line where the user interrupts, also where a package that is being imported makes another error of
-    that."""
-    interrupted = False
+    """Ends in one line where the user interrupts. In the middle of an import it ends the process at once: C++ that
+    imports ends it on exceptions, and packages make other errors of them."""
+    line = f"\npdiff-hf {stage}: interrupted. What was written is whole.{GO_ON.get(stage, '')}\n"
 
-    def interrupt(*_: Any) -> None:
-        nonlocal interrupted
-        interrupted = True
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                os.write(2, line.encode())
+                os._exit(130)
+            frame = frame.f_back
         raise KeyboardInterrupt
 
     # Others may have a handler of their own, and only the main thread may set one.
@@ -90,11 +94,8 @@ def _interruptible(stage: str) -> Iterator[None]:
         if ours:
             signal.signal(signal.SIGINT, interrupt)
         yield
-    except BaseException as error:
-        if not interrupted and not isinstance(error, KeyboardInterrupt):
-            raise
-        remedy = GO_ON.get(stage, "")
-        print(f"\npdiff-hf {stage}: interrupted. What was written is whole.{remedy}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(line, end="", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         if ours:
