@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pdiff_hf.configs import NeuronTrainConfig, TrainConfig
 from pdiff_hf.runs import versions
-from pdiff_hf.train import DenoiserObjective, NeuronTrainConfig, TrainConfig, TrainingLoop, run_train
+from pdiff_hf.train import DenoiserObjective, TrainingLoop, run_train
 
 
 # Folders of one machine say nothing to anyone else.

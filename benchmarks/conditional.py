@@ -18,7 +18,8 @@ from torch import nn
 
 from benchmarks import minutes_of, table
 from pdiff_hf import CollectConfig, EvaluateConfig, NeuronTrainConfig, Task, run_collect, run_evaluate
-from pdiff_hf.align import AlignConfig, run_align
+from pdiff_hf.align import run_align
+from pdiff_hf.configs import AlignConfig
 from pdiff_hf.files import is_zoo
 from pdiff_hf.tasks import load_family
 from pdiff_hf.tasks.subsets import DigitsSubset, DigitsSubsets

@@ -14,7 +14,8 @@ import torch
 import tyro
 
 from benchmarks import peak_memory_gb, write
-from pdiff_hf.quickstart import QuickstartConfig, run_quickstart
+from pdiff_hf.configs import QuickstartConfig
+from pdiff_hf.quickstart import run_quickstart
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from pdiff_hf import (
     run_generate,
     run_train,
 )
+from pdiff_hf.config import ZooDtype
 from pdiff_hf.tasks.digits import DigitsConvNet
 from pdiff_hf.tasks.resnet import ResNet
-from pdiff_hf.zoo import ZooDtype
 
 
 class ResNet18(DigitsConvNet):

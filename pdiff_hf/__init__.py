@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `as`: exported, for type checkers too
     __version__: str
-    from .collect import CollectConfig as CollectConfig
     from .collect import run_collect as run_collect
+    from .configs import CollectConfig as CollectConfig
+    from .configs import EvaluateConfig as EvaluateConfig
+    from .configs import GenerateConfig as GenerateConfig
+    from .configs import NeuronTrainConfig as NeuronTrainConfig
+    from .configs import TrainConfig as TrainConfig
     from .errors import PdiffError as PdiffError
     from .evaluation import Baseline as Baseline
-    from .evaluation import EvaluateConfig as EvaluateConfig
     from .evaluation import evaluate as evaluate
     from .evaluation import run_evaluate as run_evaluate
-    from .generate import GenerateConfig as GenerateConfig
     from .generate import run_generate as run_generate
     from .hub import load_pipeline as load_pipeline
     from .networks.adapted import AdaptedNetwork as AdaptedNetwork
@@ -27,17 +29,16 @@ if TYPE_CHECKING:  # `as`: exported, for type checkers too
     from .pipelines.neural_network_diffusion import ParameterUNet1DModel as ParameterUNet1DModel
     from .tasks import Task as Task
     from .tasks import load_task as load_task
-    from .train import NeuronTrainConfig as NeuronTrainConfig
-    from .train import TrainConfig as TrainConfig
     from .train import run_train as run_train
     from .zoo import WeightZoo as WeightZoo
     from .zoo import ZooError as ZooError
 
 
 _HOMES = {
-    "collect": ("CollectConfig", "run_collect"),
-    "evaluation": ("Baseline", "EvaluateConfig", "evaluate", "run_evaluate"),
-    "generate": ("GenerateConfig", "run_generate"),
+    "collect": ("run_collect",),
+    "configs": ("CollectConfig", "EvaluateConfig", "GenerateConfig", "NeuronTrainConfig", "TrainConfig"),
+    "evaluation": ("Baseline", "evaluate", "run_evaluate"),
+    "generate": ("run_generate",),
     "hub": ("load_pipeline",),
     "networks.adapted": ("AdaptedNetwork", "lora"),
     "pipelines.neural_network_diffusion": (
@@ -50,7 +51,7 @@ _HOMES = {
         "ParameterUNet1DModel",
     ),
     "tasks": ("Task", "load_task"),
-    "train": ("NeuronTrainConfig", "TrainConfig", "run_train"),
+    "train": ("run_train",),
     "zoo": ("WeightZoo", "ZooError"),
     "errors": ("PdiffError",),
 }

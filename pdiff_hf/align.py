@@ -1,12 +1,11 @@
 """A zoo in canonical form: of the networks that differ by what means nothing, one representative each."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from .config import check_above_zero
+from .configs import AlignConfig
 from .errors import ConfigError, TaskError, ZooError
 from .extras import require
 from .networks.canonical import REFERENCE_NETWORKS
@@ -22,24 +21,6 @@ from .zoo import WeightZoo, check_room_for, evenly
 
 
 EXAMPLES = 100
-
-
-@dataclass(frozen=True)
-class AlignConfig:
-    """Permutes and scales the hidden units of a zoo's networks, or rotates the ranks of its adapters, so that they lie
-    near to each other."""
-
-    zoo: str = "runs/zoo"
-    """Folder of the zoo, or its name on the Hub."""
-    output_dir: str = "runs/aligned"
-    """Folder of the aligned zoo."""
-    task: str | None = None
-    """What the networks do: a built-in task, or path/to/file.py:MyTask. The zoo's own by default."""
-    tolerance: float = 1e-3
-    """Largest difference of a prediction before and after that rounding may explain; more is an error."""
-
-    def __post_init__(self) -> None:
-        check_above_zero(self, "tolerance")
 
 
 def run_align(config: AlignConfig) -> str:

@@ -9,25 +9,24 @@ import signal
 import sys
 import threading
 import time
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 
-# Name: the function that runs it, whose argument is its configuration, and what it is for.
+# Name: the function that runs it, its configuration, and what it is for.
 STAGES = {
-    "collect": ("collect:run_collect", "train networks and keep their checkpoints in a zoo"),
-    "align": ("align:run_align", "put the hidden units of a zoo's networks into one order and scale"),
-    "train": ("train.stage:run_train", "learn the distribution of a zoo's networks"),
-    "generate": ("generate:run_generate", "sample networks from a pipeline into a zoo"),
-    "evaluate": ("evaluation.stage:run_evaluate", "compare generated networks with those that they were learned from"),
-    "quickstart": ("quickstart:run_quickstart", "all of it on scikit-learn's digits"),
-    "info": ("info:run_info", "say what a folder or a repository holds, and how good it is"),
-    "import": ("share:run_import", "make a zoo of model repositories on the Hub"),
-    "push": ("share:run_push", "put a zoo or a pipeline on the Hub"),
-    "pull": ("share:run_pull", "get a zoo or a pipeline from the Hub"),
+    "collect": ("collect:run_collect", "CollectConfig", "train networks and keep their checkpoints in a zoo"),
+    "align": ("align:run_align", "AlignConfig", "put the hidden units of a zoo's networks into one order and scale"),
+    "train": ("train.stage:run_train", "AnyTrainConfig", "learn the distribution of a zoo's networks"),
+    "generate": ("generate:run_generate", "GenerateConfig", "sample networks from a pipeline into a zoo"),
+    "evaluate": ("evaluation.stage:run_evaluate", "EvaluateConfig", "compare generated networks with trained ones"),
+    "quickstart": ("quickstart:run_quickstart", "QuickstartConfig", "all of it on scikit-learn's digits"),
+    "info": ("info:run_info", "InfoConfig", "say what a folder or a repository holds, and how good it is"),
+    "import": ("share:run_import", "ImportConfig", "make a zoo of model repositories on the Hub"),
+    "push": ("share:run_push", "PushConfig", "put a zoo or a pipeline on the Hub"),
+    "pull": ("share:run_pull", "PullConfig", "get a zoo or a pipeline from the Hub"),
 }
 # After an interruption.
 AGAIN = " The same command goes on from there."
@@ -48,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     stage, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     lines = ["usage: pdiff-hf STAGE [--config FILE] [arguments]", ""]
-    lines += [f"  {name:<11} {purpose}" for name, (_, purpose) in STAGES.items()]
+    lines += [f"  {name:<11} {purpose}" for name, (*_, purpose) in STAGES.items()]
     lines += [
         "",
         "`pdiff-hf STAGE --help` lists a stage's arguments; --traceback shows where an error came from,",
@@ -102,11 +101,16 @@ def _interruptible(stage: str) -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def stage_function(stage: str) -> tuple[Callable[[Any], Any], type]:
-    """The function of a stage, and the class of its configuration."""
+def config_class(stage: str) -> Any:
+    """The class of a stage's configuration, or the union of several."""
+    return getattr(importlib.import_module(".configs", __package__), STAGES[stage][1])
+
+
+def stage_function(stage: str) -> Callable[[Any], Any]:
+    """The function of a stage."""
     module, _, name = STAGES[stage][0].partition(":")
-    run = getattr(importlib.import_module(f".{module}", __package__), name)
-    return run, typing.get_type_hints(run)["config"]
+    run: Callable[[Any], Any] = getattr(importlib.import_module(f".{module}", __package__), name)
+    return run
 
 
 def _run(stage: str, args: Sequence[str]) -> None:
@@ -114,8 +118,9 @@ def _run(stage: str, args: Sequence[str]) -> None:
     try:
         from .config import parse
 
-        run, config_class = stage_function(stage)
-        config: Any = parse(config_class, stage, [arg for arg in args if arg not in ("--traceback", "--quiet")])
+        arguments = [arg for arg in args if arg not in ("--traceback", "--quiet")]
+        config: Any = parse(config_class(stage), stage, arguments)
+        run = stage_function(stage)
         started = time.perf_counter()
         result = run(config)
         if not isinstance(result, str):

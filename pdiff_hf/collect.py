@@ -2,15 +2,15 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from .config import check_not_negative, check_positive, check_seed
-from .errors import ConfigError, ZooError
+from .configs import CollectConfig
+from .errors import ZooError
 from .files import is_zoo
 from .networks.adapted import AdaptedNetwork
 from .networks.trainer import NetworkTrainer, StackedTrainer, is_stackable
@@ -19,57 +19,13 @@ from .pipelines.neural_network_diffusion import ParameterLayout
 from .runs import check_not_fewer, check_same_run, save_run
 from .tasks import Task, TaskFamily, check_family, load_family
 from .tasks.family import OneTask
-from .zoo import WeightZoo, ZooDtype, check_room_for, make_layout, networks_per_batch
+from .zoo import WeightZoo, check_room_for, make_layout, networks_per_batch
 from .zoo.fill import fill
 
 
 STATE_FILE = "collect.state.pt"
 # What a network that diverged is trained again from: seeds far from those of its neighbours.
 RETRIES, FAR = 3, 1_000_003
-
-
-@dataclass(frozen=True)
-class CollectConfig:
-    """Trains networks of a task and keeps their checkpoints."""
-
-    task: str = "digits-convnet"
-    """A built-in task or family of tasks, or a class of your own: path/to/file.py:MyTask."""
-    output_dir: str = "runs/zoo"
-    """Folder of the zoo. Where it holds an unfinished one of the same configuration, collection goes on."""
-    num_networks: int = 200
-    """Checkpoints to keep."""
-    networks_per_task: int = 6
-    """Of a family of tasks: independent networks of each of its tasks, instead of num_networks."""
-    split: Literal["train", "validation", "test"] = "train"
-    """Of a family: which of its conditions."""
-    protocol: Literal["trajectory", "independent"] = "trajectory"
-    """Consecutive checkpoints of one run (as in the paper), or one network a seed."""
-    save_every: int = 1
-    """Optimizer steps from one kept checkpoint of a trajectory to the next."""
-    epochs: int | None = None
-    """Passes over the training data before the first checkpoint is kept; the task's own number by default."""
-    patterns: tuple[str, ...] | None = None
-    """Shell-style patterns of the tensors that are generated, or with a ! before them not; the task's own by
-    default."""
-    may_differ: tuple[str, ...] = ()
-    """Shell-style patterns of tensors that are not generated and may differ between networks all the same; what is
-    stored has those of the first."""
-    seed: int = 0
-    """Of initialization, data order and dropout; an independent zoo counts up from it."""
-    dtype: ZooDtype = "float32"
-    """How networks are stored; bfloat16 halves the files and keeps three digits."""
-    push_to_hub: str | None = None
-    """Name of the dataset repository that the zoo is pushed to in the end."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "num_networks", "networks_per_task", "save_every")
-        if self.split not in ("train", "validation", "test"):
-            raise ConfigError(f"The split is {self.split!r}; expected 'train', 'validation' or 'test'.")
-        if self.epochs is not None:
-            check_not_negative(self, "epochs")
-        if self.protocol not in ("trajectory", "independent"):
-            raise ConfigError(f"The protocol is {self.protocol!r}; expected 'trajectory' or 'independent'.")
-        check_seed(self)
 
 
 def run_collect(config: CollectConfig) -> WeightZoo:

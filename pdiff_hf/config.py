@@ -8,21 +8,27 @@ import reprlib
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 import yaml
 
-from .errors import ConfigError
+from .errors import ConfigError, MissingExtraError
 from .text import load_yaml
 
 
 Config = TypeVar("Config")
+CONFIG_HELP = (
+    "--config FILE reads settings from a YAML file, such as the one that every run leaves beside its results; "
+    "arguments override them."
+)
 MOST = 2**31
 # Seeds count up from it, and are drawn from it.
 MOST_SEED = 2**62
+# How networks are stored.
+ZooDtype = Literal["float32", "bfloat16"]
 
 
 def parse(config_class: type[Config], stage: str, args: Sequence[str]) -> Config:
@@ -48,7 +54,11 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str]) -> Config
         defaults["default"] = load_config(config_class, file)
         if not any(arg.partition("=")[0] == "--task" for arg in args):
             _check_origin(getattr(defaults["default"], "task", None), Path(file))
-    return tyro.cli(config_class, prog=f"pdiff-hf {stage}", args=args, **defaults)
+    described = f"{config_class.__doc__}\n\n{CONFIG_HELP}"
+    config = tyro.cli(config_class, prog=f"pdiff-hf {stage}", description=described, args=args, **defaults)
+    given = {field.name: getattr(config, field.name) for field in fields(config)}
+    at_home = {name: value for name, value in given.items() if isinstance(value, str) and value.startswith("~/")}
+    return replace(config, **{name: os.path.expanduser(value) for name, value in at_home.items()})
 
 
 def _families(config_class: Any) -> dict[str, Any]:
@@ -113,6 +123,21 @@ def check_not_negative(config: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) < math.inf:
             raise ConfigError(f"{name} has to be at least 0, and is {getattr(config, name)}.")
+
+
+def check_tracker(name: str | None) -> None:
+    """Raises [`ConfigError`] or [`MissingExtraError`] for a tracker that cannot be used."""
+    if name is None or name == "all":
+        return
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = sorted(kind.value for kind in LoggerType if kind is not LoggerType.ALL)
+    if name not in known:
+        raise ConfigError(f"report_to is {name!r}; accelerate knows all, {', '.join(known)}.")
+    if name not in {str(tracker) for tracker in get_available_trackers()}:
+        package = "'pdiff-hf[trackers]'" if name == "tensorboard" else name
+        raise MissingExtraError(f"The tracker {name} is not installed: pip install {package}")
 
 
 def load_config(config_class: type[Config], file: str | Path) -> Config:

@@ -2,73 +2,25 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .config import check_not_negative, check_positive, check_seed, json_object, read_objects
+from .config import json_object, read_objects
+from .configs import GenerateConfig
 from .errors import ConfigError
 from .files import is_zoo
 from .hub.pipelines import load_pipeline, pipeline_folder, weights_sha256
 from .parallel import processes, written
 from .runs import check_not_fewer, check_same_facts, check_same_run, save_run
 from .schedulers import replacement
-from .zoo import WeightZoo, ZooDtype, check_room_for, networks_per_batch
+from .zoo import WeightZoo, check_room_for, networks_per_batch
 from .zoo.fill import fill
 
 
 # Parameters of all networks together that are in memory at a time, in each of a few forms.
 GENERATED_VALUES = 2**26
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Samples networks from a pipeline into a zoo."""
-
-    pipeline: str = "runs/pipeline"
-    """Folder of the pipeline, or its name on the Hub."""
-    revision: str | None = None
-    """Branch, tag or commit of the pipeline on the Hub."""
-    output_dir: str = "runs/generated"
-    """Folder of the zoo. Where it holds an unfinished one of the same configuration, sampling goes on."""
-    num_networks: int = 100
-    """Networks to sample."""
-    num_inference_steps: int | None = None
-    """Denoising steps; by default 50, and 20 with flow matching."""
-    scheduler: str | None = None
-    """A scheduler class of diffusers, such as DPMSolverMultistepScheduler, instead of the pipeline's own."""
-    condition: str | None = None
-    """What is asked for, as JSON: '{"classes": [0, 1, 1]}'."""
-    conditions: str | None = None
-    """A file with such a condition a line, for one network after the other, and again from the first."""
-    guidance_scale: float = 1.0
-    """By how much the condition is followed more than it was learned; 1 is off."""
-    parameter_noise: float = 0.0
-    """Noise on each parameter, in units of its standard deviation over the zoo: more novel, less accurate networks."""
-    batch_size: int | None = None
-    """Networks sampled at a time by a process; by default 100, and fewer where they are large."""
-    seed: int = 0
-    """Of the first network; the others count up from it, so that each can be made again alone."""
-    task: str | None = None
-    """What the networks do, for the zoo's description."""
-    dtype: ZooDtype = "float32"
-    """How networks are stored; bfloat16 halves the files and keeps three digits."""
-    export: str | None = None
-    """Folder that gets a folder a network, as other libraries load it: PEFT, diffusers, or a safetensors file."""
-    push_to_hub: str | None = None
-    """Name of the dataset repository that the zoo is pushed to in the end."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "num_networks")
-        for name in ("num_inference_steps", "batch_size"):
-            if getattr(self, name) is not None:
-                check_positive(self, name)
-        check_not_negative(self, "parameter_noise", "guidance_scale")
-        check_seed(self)
-        if self.condition is not None and self.conditions is not None:
-            raise ConfigError("condition and conditions both say what is asked for: pass one of them.")
 
 
 def run_generate(config: GenerateConfig) -> WeightZoo:

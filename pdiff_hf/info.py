@@ -2,12 +2,11 @@
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 import yaml
 
+from .configs import InfoConfig
 from .errors import ConfigError, HubError
 from .files import is_pipeline, is_zoo
 from .hub.cards import EVALUATION
@@ -19,14 +18,6 @@ from .zoo import WeightZoo
 
 # Columns of a zoo that hold a measure of its networks.
 MEASURES = ("validation_accuracy", "accuracy")
-
-
-@dataclass(frozen=True)
-class InfoConfig:
-    """Says what a folder holds, or a repository on the Hub: a zoo, a pipeline or a report."""
-
-    place: tyro.conf.Positional[str]
-    """The folder, or the name on the Hub: namespace/name."""
 
 
 def run_info(config: InfoConfig) -> str:

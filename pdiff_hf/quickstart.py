@@ -4,22 +4,21 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from .collect import CollectConfig, run_collect
-from .config import check_seed
+from .collect import run_collect
+from .configs import CollectConfig, EvaluateConfig, GenerateConfig, NeuronTrainConfig, QuickstartConfig, TrainConfig
 from .errors import ConfigError
-from .evaluation import EvaluateConfig, run_evaluate
+from .evaluation import run_evaluate
 from .files import locked
-from .generate import GenerateConfig, run_generate
+from .generate import run_generate
 from .parallel import processes
 from .runs import save_run
 from .tasks import load_family, load_task
-from .train import NeuronTrainConfig, TrainConfig, run_train
+from .train import run_train
 
 
 Result = TypeVar("Result")
@@ -28,27 +27,6 @@ STAGES = ("zoo", "fresh", "pipeline", "generated", "report")
 SUBSETS_EACH, FRESH_EACH, SUBSETS_STEPS = 6, 2, 1000
 # Seeds of held-out networks, far from those of the others.
 FAR = 10**6
-
-
-@dataclass(frozen=True)
-class QuickstartConfig:
-    """Trains networks on digits, learns their distribution, samples new ones, compares."""
-
-    story: Literal["checkpoints", "subsets"] = "checkpoints"
-    """Checkpoints of one ConvNet, as the published method learns them, or networks for tasks that nobody trained:
-    which of the ten digits count, in some 8 minutes."""
-    output_dir: str = "runs/quickstart"
-    """Where zoo/, pipeline/, generated/ and report/ go; what an earlier quickstart left in them is removed."""
-    task: str | None = None
-    """A built-in task, or a class of your own: path/to/file.py:MyTask; of the other story a family. By default
-    digits-convnet or digits-subsets."""
-    seed: int = 0
-    """Of everything."""
-
-    def __post_init__(self) -> None:
-        check_seed(self)
-        if self.story not in ("checkpoints", "subsets"):
-            raise ConfigError(f"The story is {self.story!r}; expected 'checkpoints' or 'subsets'.")
 
 
 def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """`pdiff-hf push`, `pull` and `import`: folders to the Hub and back."""
 
 import json
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from .config import read_objects
-from .errors import ConfigError, HubError
+from .configs import ImportConfig, PullConfig, PushConfig
+from .errors import HubError
 from .files import check_kind, is_pipeline, is_zoo, locked
 from .hub.client import explained
 from .hub.pipelines import pipeline_files
@@ -19,65 +19,6 @@ from .zoo import WeightZoo
 
 # What a zoo consists of.
 ZOO_FILES = ("zoo.json", "metadata.jsonl", "frozen.safetensors", "networks-*-of-*.safetensors", "README.md")
-
-
-@dataclass(frozen=True)
-class PushConfig:
-    """Makes a repository on the Hub hold a zoo or a pipeline, in one commit."""
-
-    folder: str
-    """A zoo (becomes a dataset repository) or a pipeline (becomes a model repository)."""
-    repo: str
-    """Its name on the Hub: namespace/name."""
-    private: bool | None = None
-    """Whether a new repository is private; the account's default otherwise."""
-    commit_message: str | None = None
-    """Of the commit."""
-    create_pr: bool = False
-    """Open a pull request instead of committing."""
-    license: str | None = None
-    """The Hub's name of a licence for the card, such as apache-2.0."""
-
-
-@dataclass(frozen=True)
-class PullConfig:
-    """Downloads a zoo or a pipeline from the Hub into a folder."""
-
-    repo: str
-    """Its name on the Hub: namespace/name."""
-    output_dir: str
-    """Where it goes."""
-    kind: Literal["pipeline", "zoo"] | None = None
-    """A model repository with a pipeline, or a dataset repository with a zoo; whichever is there by default."""
-    revision: str | None = None
-    """Branch, tag or commit."""
-
-
-@dataclass(frozen=True)
-class ImportConfig:
-    """Makes a zoo of model repositories on the Hub that share an architecture, or of LoRA adapters of a base model."""
-
-    output_dir: str
-    """Folder of the zoo."""
-    repositories: str | None = None
-    """A pattern of the repositories' names in one namespace: 'org/*-digits'."""
-    adapters: tuple[str, ...] = ()
-    """LoRA adapters: folders and files here, names on the Hub and patterns of them; PEFT, diffusers, kohya."""
-    metadata: str | None = None
-    """A file with a JSON object a line, of each adapter: its "source", and columns that the zoo gets."""
-    filename: str = "model.safetensors"
-    """The file of each that holds its weights; safetensors only."""
-    patterns: tuple[str, ...] = ("*",)
-    """Shell-style patterns of the tensors that are generated, or with a ! before them not."""
-    may_differ: tuple[str, ...] = ()
-    """Shell-style patterns of tensors that are not generated and may differ between networks all the same; the zoo
-    has those of the first."""
-    task: str | None = None
-    """What the networks do: a built-in task, or path/to/file.py:MyTask."""
-
-    def __post_init__(self) -> None:
-        if (self.repositories is None) == (not self.adapters):
-            raise ConfigError("Pass either --repositories or --adapters: what the zoo is made of.")
 
 
 def run_import(config: ImportConfig) -> str:

@@ -19,8 +19,8 @@ from pdiff_hf import (
     run_generate,
     run_train,
 )
-from pdiff_hf.align import AlignConfig, run_align
-from pdiff_hf.collect import CollectConfig
+from pdiff_hf.align import run_align
+from pdiff_hf.configs import AlignConfig, CollectConfig
 from pdiff_hf.networks.gauge import Gauge
 
 from . import families

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from pdiff_hf import CollectConfig, WeightZoo, load_task, run_collect
-from pdiff_hf.align import AlignConfig, run_align
+from pdiff_hf.align import run_align
 from pdiff_hf.cli import main
+from pdiff_hf.configs import AlignConfig
 from pdiff_hf.errors import ConfigError, TaskError
 from pdiff_hf.networks.predictor import Predictor
 

@@ -22,10 +22,9 @@ from pdiff_hf import (
 )
 from pdiff_hf import cli as package_cli
 from pdiff_hf.cli import main
+from pdiff_hf.configs import PushConfig, QuickstartConfig
 from pdiff_hf.errors import ConfigError, MissingExtraError, TrainingError, WriteError
 from pdiff_hf.networks.trainer import NetworkTrainer
-from pdiff_hf.quickstart import QuickstartConfig
-from pdiff_hf.share import PushConfig
 from pdiff_hf.text import load_yaml
 
 from .conftest import ROOT, SMALL_TRAINING, random_network, run
@@ -42,12 +41,12 @@ def line_of(*args: str) -> str:
 
 
 def test_an_unexpected_error_is_our_bug_and_says_where_to_report_it(monkeypatch):
-    monkeypatch.setitem(package_cli.STAGES, "push", (f"{'fake'}:run", "fails"))
+    monkeypatch.setitem(package_cli.STAGES, "push", ("fake:run", "PushConfig", "fails"))
 
     def run(config: PushConfig):
         raise KeyError("nobody thought of this")
 
-    monkeypatch.setattr(package_cli, "stage_function", lambda stage: (run, PushConfig))
+    monkeypatch.setattr(package_cli, "stage_function", lambda stage: run)
     line = line_of("push", "--folder", "a", "--repo", "b")
     assert line.startswith(
         "pdiff-hf push: this is a bug of pdiff-hf: KeyError: 'nobody thought of this'. Please report"
@@ -66,7 +65,7 @@ def test_too_little_memory_is_said_in_one_line(monkeypatch, error):
     def run(config: PushConfig):
         raise error
 
-    monkeypatch.setattr(package_cli, "stage_function", lambda stage: (run, PushConfig))
+    monkeypatch.setattr(package_cli, "stage_function", lambda stage: run)
     line = line_of("push", "--folder", "a", "--repo", "b")
     assert line.startswith("pdiff-hf push: there is not enough memory.")
     assert "bug" not in line
@@ -76,14 +75,14 @@ def test_what_strangers_wrote_reaches_a_terminal_spelt_out(monkeypatch):
     def run(config: PushConfig):
         raise ConfigError("task \x1b[2J\x1b]0;title\x07 \u202egnp.exe \ud800")
 
-    monkeypatch.setattr(package_cli, "stage_function", lambda stage: (run, PushConfig))
+    monkeypatch.setattr(package_cli, "stage_function", lambda stage: run)
     line = line_of("push", "--folder", "a", "--repo", "b")
     assert line == "pdiff-hf push: task \\x1b[2J\\x1b]0;title\\x07 \\u202egnp.exe \\ud800"
 
 
 def test_a_closed_pipe_ends_quietly():
     command = f"{sys.executable} -m pdiff_hf pull --help"
-    code = "import sys; from pdiff_hf import cli; cli.stage_function = lambda stage: (run, type('C', (), {}))\n"
+    code = "import sys; from pdiff_hf import cli; cli.stage_function = lambda stage: run\n"
     code += "import pdiff_hf.config as c; c.parse = lambda *a: None\ndef run(config): return 'text\\n' * 100000\n"
     code += "cli.main(['pull'])"
     done = subprocess.run(["bash", "-c", f"{sys.executable} -c \"$0\" | head -1; echo ${{PIPESTATUS[0]}}", code],

@@ -24,10 +24,11 @@ from pdiff_hf import (
     run_train,
 )
 from pdiff_hf.cli import main
+from pdiff_hf.configs import QuickstartConfig
 from pdiff_hf.errors import ConfigError, TaskError, ZooError
 from pdiff_hf.evaluation import conditions, regression
 from pdiff_hf.networks.trainer import NetworkTrainer
-from pdiff_hf.quickstart import QuickstartConfig, run_quickstart
+from pdiff_hf.quickstart import run_quickstart
 from pdiff_hf.tasks import check_family, load_family
 from pdiff_hf.tasks.prototypes import DigitsPrototypes
 from pdiff_hf.tasks.subsets import DigitsSubsets

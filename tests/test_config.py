@@ -8,10 +8,10 @@ import pytest
 import pdiff_hf
 from pdiff_hf import cli
 from pdiff_hf.config import load_config, parse
+from pdiff_hf.configs import TrainConfig
 from pdiff_hf.errors import ConfigError
 from pdiff_hf.extras import require
 from pdiff_hf.runs import save_run
-from pdiff_hf.train import TrainConfig
 
 from .conftest import run
 
@@ -63,6 +63,22 @@ def test_a_file_that_describes_no_run_is_explained(tmp_path, text, message):
 def test_every_default_survives_yaml(tmp_path):
     save_run(tmp_path, "train", TrainConfig())
     assert load_config(TrainConfig, tmp_path / "train.yaml") == TrainConfig()
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "train.yaml").write_text("zoo: ~/zoo\n")
+    config = parse(TrainConfig, "train", ["--config", str(tmp_path / "train.yaml"), "--output-dir=~/pipeline"])
+    assert (config.zoo, config.output_dir) == (f"{tmp_path}/zoo", f"{tmp_path}/pipeline")
+
+
+def test_help_imports_nothing_that_takes_long():
+    stages = "import sys; from pdiff_hf import cli, config\nfor stage in cli.STAGES:\n"
+    stages += "    try: config.parse(cli.config_class(stage), stage, ['--help'])\n    except SystemExit: pass\n"
+    slow = "('torch', 'diffusers', 'accelerate', 'numpy', 'scipy', 'huggingface_hub')"
+    done = run("-c", f"{stages}print([name for name in {slow} if name in sys.modules])")
+    assert done.stdout.count("--config FILE") == len(cli.STAGES)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("stage", cli.STAGES)

@@ -8,8 +8,9 @@ import torch
 
 from pdiff_hf import EvaluateConfig, run_evaluate
 from pdiff_hf.cli import main
+from pdiff_hf.configs import InfoConfig
 from pdiff_hf.errors import ConfigError
-from pdiff_hf.info import InfoConfig, run_info
+from pdiff_hf.info import run_info
 
 
 def test_a_zoo_says_how_large_and_how_good_it_is(digits_zoo, capsys):

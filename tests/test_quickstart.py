@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pdiff_hf import WeightZoo, load_pipeline, load_task
+from pdiff_hf.configs import QuickstartConfig
 from pdiff_hf.errors import ConfigError
-from pdiff_hf.quickstart import QuickstartConfig, run_quickstart
+from pdiff_hf.quickstart import run_quickstart
 
 from .conftest import run
 

@@ -2,13 +2,12 @@
 
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..config import check_positive, check_seed
+from ..configs import EvaluateConfig
 from ..errors import ConfigError
 from ..extras import require
 from ..files import locked
@@ -27,41 +26,6 @@ from .subjects import NetworksLike, Sampler, Subjects, family_of, holds_pipeline
 
 
 REPORT_VERSION = 2
-MOST_PER_POINT = 100_000
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Scores trained and generated networks and all trivial baselines, audits memorization, and gives a verdict."""
-
-    task: str | None = None
-    """A built-in task or family of tasks, or a class of your own: path/to/file.py:MyTask. The trained zoo's own by
-    default. Of a family, the pipeline is asked for conditions that no training network had."""
-    trained: str = "runs/zoo"
-    """The zoo that was learned from: a folder, or its name on the Hub."""
-    generated: str = "runs/generated"
-    """The generated zoo, or the pipeline to sample from: a folder, or a name on the Hub."""
-    fresh: str | None = None
-    """A zoo of networks that were trained from new seeds, of a family with --split test: the gold standard."""
-    output_dir: str = "runs/report"
-    """Folder of the report: report.json, report.md, report.html and pictures."""
-    pipeline: str | None = None
-    """The pipeline that generated, where `generated` is a zoo: adds its denoising and training to the report. The card
-    of a folder gets figures and pictures."""
-    num_networks: int = 100
-    """Networks to sample where `generated` is a pipeline."""
-    seed: int = 0
-    """Of the networks to sample."""
-    networks_per_point: int = 50
-    """Networks of each baseline at each strength; fewer are faster, and make wider intervals."""
-    push_to_hub: str | None = None
-    """Name of the model repository that the pipeline, with its card, is pushed to in the end."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "num_networks", "networks_per_point")
-        if self.networks_per_point > MOST_PER_POINT:
-            raise ConfigError(f"networks_per_point has to be at most {MOST_PER_POINT:,}.")
-        check_seed(self)
 
 
 def evaluate(

@@ -1,9 +1,8 @@
 """Stage 2: learn the distribution of the networks of a zoo."""
 
 from ..errors import TrainingError
-from .latent_diffusion import TrainConfig, denoising_scheduler
-from .loop import LOSSES, LoopConfig, TrainingLoop
-from .neuron_diffusion import NeuronTrainConfig
+from .latent_diffusion import denoising_scheduler
+from .loop import LOSSES, TrainingLoop
 from .objectives import AutoencoderObjective, DenoiserObjective, FlowMatchingObjective
 from .stage import run_train
 
@@ -13,9 +12,6 @@ __all__ = [
     "AutoencoderObjective",
     "DenoiserObjective",
     "FlowMatchingObjective",
-    "LoopConfig",
-    "NeuronTrainConfig",
-    "TrainConfig",
     "TrainingError",
     "TrainingLoop",
     "denoising_scheduler",

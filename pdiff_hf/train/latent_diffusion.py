@@ -1,14 +1,12 @@
 """The published method: an autoencoder of the parameters, and a denoiser of its latents."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from ..config import check_above_zero, check_not_negative, check_positive
+from ..configs import TrainConfig
 from ..errors import ConfigError
 from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
 from ..networks.stacked import NotStackableError, side_by_side
@@ -21,7 +19,7 @@ from ..pipelines.neural_network_diffusion import (
 )
 from ..tasks.task import load_task, trusted_name
 from ..zoo import BATCH_VALUES, WeightZoo, evenly
-from .loop import LoopConfig, TrainingLoop
+from .loop import TrainingLoop
 from .models import check_memory, condition_encoder, seeded, selected
 from .objectives import AutoencoderObjective, Batch, DenoiserObjective
 
@@ -31,65 +29,6 @@ Autoencoder = LinearParameterAutoencoder | ParameterAutoencoderKL
 MOST_FITTED = 2048
 # Parameters of all networks together that stay in memory while the autoencoder is trained.
 MOST_HELD = 2**28
-
-
-@dataclass(frozen=True)
-class TrainConfig(LoopConfig):
-    """Fits the parameter autoencoder, trains the denoiser of its latents, and saves a pipeline."""
-
-    family: Literal["latent"] = "latent"
-    """The published method, for checkpoints of one run; `--family neuron --help` shows the settings of the other."""
-    checkpoint_averaging: int = 1
-    """Consecutive networks of a trajectory whose averages are learned instead of single ones, for better accuracy."""
-    autoencoder: Literal["kl", "linear"] = "kl"
-    """The published method's convolutional VAE, which is trained, or principal components in closed form: as good on
-    consecutive checkpoints, faster, and with less memory where networks have a million parameters or more."""
-    latent_channels: int = 8
-    """Channels of the latents."""
-    latent_length: int = 8
-    """Length of the latents. Channels times length are the numbers that are kept of a network: memory, too."""
-    autoencoder_steps: int = 400
-    """Optimizer steps of a trained autoencoder."""
-    autoencoder_learning_rate: float = 4e-3
-    """Peak of the one-cycle learning rate of a trained autoencoder."""
-    input_noise: float = 0.05
-    """Noise on parameters in its training, in units of each one's standard deviation over the zoo."""
-    latent_noise: float = 0.1
-    """Noise on latents in its training."""
-    kl_weight: float = 1e-2
-    """Of the KL divergence of its latents from a normal distribution; more of it is smoother."""
-    behaviour_weight: float = 0.0
-    """Of the difference of reconstructed networks' outputs from the stored ones', on the task's training inputs."""
-    task: str | None = None
-    """What the networks do, where behaviour counts. The zoo's own by default, if it is a built-in one."""
-
-    block_out_channels: tuple[int, ...] = (64, 64)
-    """Channels of the denoiser, a level each."""
-    layers_per_block: int = 1
-    """Residual blocks of the denoiser a level."""
-    unet_steps: int = 1500
-    """Optimizer steps of the denoiser."""
-    unet_learning_rate: float = 1e-3
-    """Peak of the one-cycle learning rate of the denoiser."""
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "sample"
-    """What the denoiser predicts. With epsilon, as in the paper, few-step solvers leave outliers."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "checkpoint_averaging", "latent_channels", "latent_length", "layers_per_block")
-        check_positive(self, "autoencoder_steps", "unet_steps")
-        check_not_negative(self, "input_noise", "latent_noise", "kl_weight", "behaviour_weight")
-        check_above_zero(self, "autoencoder_learning_rate", "unet_learning_rate")
-        widths = self.block_out_channels
-        if not widths or any(width < 8 or width % 8 for width in widths):
-            raise ConfigError(f"block_out_channels have to be multiples of 8, and are {widths}.")
-        if self.behaviour_weight and self.autoencoder == "linear":
-            raise ConfigError("behaviour_weight is for a trained autoencoder: pass --autoencoder kl.")
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of all objectives."""
-        return self.unet_steps + (self.autoencoder_steps if self.autoencoder == "kl" else 0)
 
 
 class NormalizedNetworks:

@@ -6,23 +6,21 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, TextIO, TypeVar
+from typing import TextIO, TypeVar
 
 import torch
-import tyro
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, LoggerType
+from accelerate.utils import GradientAccumulationPlugin
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..config import check_above_zero, check_positive, check_seed
-from ..errors import ConfigError, MissingExtraError, TrainingError
+from ..configs import LoopConfig
+from ..errors import ConfigError, TrainingError
 from ..files import explained, is_pipeline
 from ..parallel import processes
 from ..runs import check_same_run, generator_at
@@ -36,69 +34,6 @@ LOSSES = "train.losses.jsonl"
 AVERAGE, FINISHED = "average.safetensors", "finished.safetensors"
 # They may change from a run to the one that resumes it, and say nothing of the result.
 RUN_SETTINGS = ("output_dir", "resume_from_checkpoint", "checkpoints_total_limit", "report_to", "push_to_hub")
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """What any training of a pipeline has in common."""
-
-    zoo: str = "runs/zoo"
-    """Folder of the zoo to learn from, or its name on the Hub."""
-    output_dir: str = "runs/pipeline"
-    """Folder of the pipeline; checkpoints of the training go there too."""
-    seed: int = 0
-    """Of initialization, batches and noise."""
-    condition: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A column of the zoo's rows that the pipeline can be asked for: numbers, lists of numbers of one length, or
-    words. Once for each of several."""
-    batch_size: int = 64
-    """Networks drawn for each forward pass, by all processes together."""
-    gradient_accumulation_steps: int | None = None
-    """Forward passes an optimizer step; accelerate's setting by default, and 1 where there is none."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the forward passes; accelerate's setting by default, and no where there is none."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    ema_decay: float = 0.995
-    """Decay of the average of the trained weights that goes into the pipeline."""
-
-    checkpointing_steps: int = 500
-    """Optimizer steps from one checkpoint to the next."""
-    checkpoints_total_limit: int | None = None
-    """How many checkpoints are kept; the oldest go first."""
-    resume_from_checkpoint: str | None = None
-    """'latest', or the path of a checkpoint of this output_dir."""
-    push_to_hub: str | None = None
-    """Name of the model repository that the pipeline is pushed to in the end."""
-    report_to: str | None = None
-    """A tracker of accelerate: tensorboard, wandb, all, ..."""
-
-    def __post_init__(self) -> None:
-        optional = [
-            name
-            for name in ("gradient_accumulation_steps", "checkpoints_total_limit")
-            if getattr(self, name) is not None
-        ]
-        check_positive(self, "batch_size", "checkpointing_steps", *optional)
-        check_above_zero(self, "max_grad_norm")
-        check_seed(self)
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay has to be at least 0 and below 1, and is {self.ema_decay}.")
-        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
-            raise ConfigError(f"mixed_precision is {self.mixed_precision!r}; expected no, fp16 or bf16.")
-        _check_tracker(self.report_to)
-
-
-def _check_tracker(name: str | None) -> None:
-    """Raises [`ConfigError`] or [`MissingExtraError`] for a tracker that cannot be used."""
-    if name is None or name == "all":
-        return
-    known = sorted(kind.value for kind in LoggerType if kind is not LoggerType.ALL)
-    if name not in known:
-        raise ConfigError(f"report_to is {name!r}; accelerate knows all, {', '.join(known)}.")
-    if name not in {str(tracker) for tracker in get_available_trackers()}:
-        package = "'pdiff-hf[trackers]'" if name == "tensorboard" else name
-        raise MissingExtraError(f"The tracker {name} is not installed: pip install {package}")
 
 
 def with_environment(config: Config) -> Config:

@@ -2,14 +2,12 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from ..config import check_above_zero, check_not_negative, check_positive
+from ..configs import NeuronTrainConfig
 from ..errors import ConfigError, TaskError, ZooError
 from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
 from ..networks.gauge import symmetry_of
@@ -22,7 +20,7 @@ from ..pipelines.neural_network_diffusion.transformer.neuron_transformer import 
 from ..tasks.family import check_family, load_family, training_inputs
 from ..tasks.task import Task, trusted_name
 from ..zoo import WeightZoo, evenly
-from .loop import LoopConfig, TrainingLoop
+from .loop import TrainingLoop
 from .models import check_memory, condition_encoder, seeded, selected
 from .objectives import Batch, FlowMatchingObjective
 
@@ -33,57 +31,6 @@ LAST_SIGMA = 0.2
 INITIALS = 256
 # By how much the norm of an initialization may differ from that of its record.
 NORM_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class NeuronTrainConfig(LoopConfig):
-    """Learns networks of independent seeds: trains a transformer over their hidden units, and saves a pipeline."""
-
-    family: Literal["neuron"] = "neuron"
-    """A transformer over hidden units, for independently trained networks."""
-    batch_size: int = 128
-    """Networks drawn for each forward pass, by all processes together."""
-    ema_decay: float = 0.998
-    """Decay of the average of the trained weights that goes into the pipeline."""
-    task: str | None = None
-    """What the networks do: its training inputs are needed, not their targets. The zoo's own by default, if it is a
-    built-in one."""
-    initial: bool = True
-    """Tell the transformer each network's initialization, which the zoo has to record."""
-    behaviour_weight: float = 1.0
-    """Of the difference of the predicted networks' outputs from the stored ones', on the task's training inputs."""
-    behaviour_inputs: int = 64
-    """Training inputs of a step on which outputs are compared."""
-
-    hidden_size: int = 128
-    """Width of a token."""
-    num_layers: int = 4
-    """Blocks of the transformer."""
-    num_attention_heads: int = 4
-    """Heads of its attention."""
-    pair_channels: int = 32
-    """Features of a pair of hidden units with a weight between them."""
-    transformer_steps: int = 2500
-    """Optimizer steps of the transformer."""
-    transformer_learning_rate: float = 2e-3
-    """Peak of the one-cycle learning rate of the transformer."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "behaviour_inputs", "hidden_size", "num_layers", "num_attention_heads", "pair_channels")
-        check_positive(self, "transformer_steps")
-        check_not_negative(self, "behaviour_weight")
-        check_above_zero(self, "transformer_learning_rate")
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ConfigError(
-                f"hidden_size has to be an even multiple of num_attention_heads, and is {self.hidden_size} for "
-                f"{self.num_attention_heads}."
-            )
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps in all."""
-        return self.transformer_steps
 
 
 class NeuronDiffusion:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..configs import AnyTrainConfig, LoopConfig, NeuronTrainConfig, TrainConfig
 from ..errors import ZooError
 from ..files import explained
 from ..hub.cards import write_pipeline_card
@@ -17,16 +18,16 @@ from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline,
 from ..runs import check_same_facts, save_run
 from ..tasks.task import shown_name
 from ..zoo import WeightZoo
-from .latent_diffusion import LatentDiffusion, TrainConfig
-from .loop import RUN_SETTINGS, LoopConfig, TrainingLoop, with_environment
-from .neuron_diffusion import NeuronDiffusion, NeuronTrainConfig
+from .latent_diffusion import LatentDiffusion
+from .loop import RUN_SETTINGS, TrainingLoop, with_environment
+from .neuron_diffusion import NeuronDiffusion
 
 
 # What trains the pipelines of each family.
 RECIPES: dict[type[LoopConfig], Any] = {TrainConfig: LatentDiffusion, NeuronTrainConfig: NeuronDiffusion}
 
 
-def run_train(config: TrainConfig | NeuronTrainConfig) -> NeuralNetworkDiffusionPipeline:
+def run_train(config: AnyTrainConfig) -> NeuralNetworkDiffusionPipeline:
     r"""
     Learns the networks of a zoo and saves the pipeline in `config.output_dir`.
 
@@ -39,7 +40,7 @@ def run_train(config: TrainConfig | NeuronTrainConfig) -> NeuralNetworkDiffusion
         return _train(config, Path(config.output_dir))
 
 
-def _train(config: TrainConfig | NeuronTrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeline:
+def _train(config: AnyTrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeline:
     zoo = WeightZoo.from_pretrained(config.zoo)
     if len(zoo) < 2:
         raise ZooError(f"{config.zoo} has {len(zoo)} network: a distribution needs at least two, and better hundreds.")

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from ..config import ZooDtype
 from ..errors import ZooError
 from ..files import LOCK, UNFINISHED, check_kind, check_opens, check_room, explained, is_zoo, locked, whole
 from ..hub.cards import write_zoo_card
@@ -35,7 +36,6 @@ SHARD_BYTES = 256 * 2**20
 # Parameters of all networks of a batch.
 BATCH_VALUES = 2**24
 REMEDY = " Generate it too, or accept by `may_differ` that all networks have that of the first."
-ZooDtype = Literal["float32", "bfloat16"]
 
 
 class WeightZoo:

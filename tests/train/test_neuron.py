@@ -25,8 +25,9 @@ from pdiff_hf import (
     run_collect,
     run_train,
 )
-from pdiff_hf.align import AlignConfig, run_align
+from pdiff_hf.align import run_align
 from pdiff_hf.config import parse
+from pdiff_hf.configs import AlignConfig
 from pdiff_hf.errors import ConfigError, TaskError, TrainingError, ZooError
 from pdiff_hf.evaluation.equal_time import from_the_same
 from pdiff_hf.networks.symmetry import Symmetry

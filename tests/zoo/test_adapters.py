@@ -13,9 +13,9 @@ from torch import nn
 
 from pdiff_hf import ParameterLayout, WeightZoo
 from pdiff_hf.cli import main
+from pdiff_hf.configs import ImportConfig
 from pdiff_hf.errors import ConfigError, ZooError
 from pdiff_hf.networks.adapted import AdaptedNetwork
-from pdiff_hf.share import ImportConfig
 
 
 class Base(nn.Module):

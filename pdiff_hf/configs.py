@@ -1,0 +1,404 @@
+# Over 400 lines: all arguments of all stages, and what each means.
+"""What each stage can be told: one frozen dataclass each, without an import that takes long."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from .config import ZooDtype, check_above_zero, check_not_negative, check_positive, check_seed, check_tracker
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Trains networks of a task and keeps their checkpoints."""
+
+    task: str = "digits-convnet"
+    """A built-in task or family of tasks, or a class of your own: path/to/file.py:MyTask."""
+    output_dir: str = "runs/zoo"
+    """Folder of the zoo. Where it holds an unfinished one of the same configuration, collection goes on."""
+    num_networks: int = 200
+    """Checkpoints to keep."""
+    networks_per_task: int = 6
+    """Of a family of tasks: independent networks of each of its tasks, instead of num_networks."""
+    split: Literal["train", "validation", "test"] = "train"
+    """Of a family: which of its conditions."""
+    protocol: Literal["trajectory", "independent"] = "trajectory"
+    """Consecutive checkpoints of one run (as in the paper), or one network a seed."""
+    save_every: int = 1
+    """Optimizer steps from one kept checkpoint of a trajectory to the next."""
+    epochs: int | None = None
+    """Passes over the training data before the first checkpoint is kept; the task's own number by default."""
+    patterns: tuple[str, ...] | None = None
+    """Shell-style patterns of the tensors that are generated, or with a ! before them not; the task's own by
+    default."""
+    may_differ: tuple[str, ...] = ()
+    """Shell-style patterns of tensors that are not generated and may differ between networks all the same; what is
+    stored has those of the first."""
+    seed: int = 0
+    """Of initialization, data order and dropout; an independent zoo counts up from it."""
+    dtype: ZooDtype = "float32"
+    """How networks are stored; bfloat16 halves the files and keeps three digits."""
+    push_to_hub: str | None = None
+    """Name of the dataset repository that the zoo is pushed to in the end."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_networks", "networks_per_task", "save_every")
+        if self.split not in ("train", "validation", "test"):
+            raise ConfigError(f"The split is {self.split!r}; expected 'train', 'validation' or 'test'.")
+        if self.epochs is not None:
+            check_not_negative(self, "epochs")
+        if self.protocol not in ("trajectory", "independent"):
+            raise ConfigError(f"The protocol is {self.protocol!r}; expected 'trajectory' or 'independent'.")
+        check_seed(self)
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Permutes and scales the hidden units of a zoo's networks, or rotates the ranks of its adapters, so that they lie
+    near to each other."""
+
+    zoo: str = "runs/zoo"
+    """Folder of the zoo, or its name on the Hub."""
+    output_dir: str = "runs/aligned"
+    """Folder of the aligned zoo."""
+    task: str | None = None
+    """What the networks do: a built-in task, or path/to/file.py:MyTask. The zoo's own by default."""
+    tolerance: float = 1e-3
+    """Largest difference of a prediction before and after that rounding may explain; more is an error."""
+
+    def __post_init__(self) -> None:
+        check_above_zero(self, "tolerance")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What any training of a pipeline has in common."""
+
+    zoo: str = "runs/zoo"
+    """Folder of the zoo to learn from, or its name on the Hub."""
+    output_dir: str = "runs/pipeline"
+    """Folder of the pipeline; checkpoints of the training go there too."""
+    seed: int = 0
+    """Of initialization, batches and noise."""
+    condition: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A column of the zoo's rows that the pipeline can be asked for: numbers, lists of numbers of one length, or
+    words. Once for each of several."""
+    batch_size: int = 64
+    """Networks drawn for each forward pass, by all processes together."""
+    gradient_accumulation_steps: int | None = None
+    """Forward passes an optimizer step; accelerate's setting by default, and 1 where there is none."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the forward passes; accelerate's setting by default, and no where there is none."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    ema_decay: float = 0.995
+    """Decay of the average of the trained weights that goes into the pipeline."""
+
+    checkpointing_steps: int = 500
+    """Optimizer steps from one checkpoint to the next."""
+    checkpoints_total_limit: int | None = None
+    """How many checkpoints are kept; the oldest go first."""
+    resume_from_checkpoint: str | None = None
+    """'latest', or the path of a checkpoint of this output_dir."""
+    push_to_hub: str | None = None
+    """Name of the model repository that the pipeline is pushed to in the end."""
+    report_to: str | None = None
+    """A tracker of accelerate: tensorboard, wandb, all, ..."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size", "checkpointing_steps")
+        for name in ("gradient_accumulation_steps", "checkpoints_total_limit"):
+            if getattr(self, name) is not None:
+                check_positive(self, name)
+        check_above_zero(self, "max_grad_norm")
+        check_seed(self)
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay has to be at least 0 and below 1, and is {self.ema_decay}.")
+        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
+            raise ConfigError(f"mixed_precision is {self.mixed_precision!r}; expected no, fp16 or bf16.")
+        check_tracker(self.report_to)
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """Fits the parameter autoencoder, trains the denoiser of its latents, and saves a pipeline."""
+
+    family: Literal["latent"] = "latent"
+    """The published method, for checkpoints of one run; `--family neuron --help` shows the settings of the other."""
+    checkpoint_averaging: int = 1
+    """Consecutive networks of a trajectory whose averages are learned instead of single ones, for better accuracy."""
+    autoencoder: Literal["kl", "linear"] = "kl"
+    """The published method's convolutional VAE, which is trained, or principal components in closed form: as good on
+    consecutive checkpoints, faster, and with less memory where networks have a million parameters or more."""
+    latent_channels: int = 8
+    """Channels of the latents."""
+    latent_length: int = 8
+    """Length of the latents. Channels times length are the numbers that are kept of a network: memory, too."""
+    autoencoder_steps: int = 400
+    """Optimizer steps of a trained autoencoder."""
+    autoencoder_learning_rate: float = 4e-3
+    """Peak of the one-cycle learning rate of a trained autoencoder."""
+    input_noise: float = 0.05
+    """Noise on parameters in its training, in units of each one's standard deviation over the zoo."""
+    latent_noise: float = 0.1
+    """Noise on latents in its training."""
+    kl_weight: float = 1e-2
+    """Of the KL divergence of its latents from a normal distribution; more of it is smoother."""
+    behaviour_weight: float = 0.0
+    """Of the difference of reconstructed networks' outputs from the stored ones', on the task's training inputs."""
+    task: str | None = None
+    """What the networks do, where behaviour counts. The zoo's own by default, if it is a built-in one."""
+
+    block_out_channels: tuple[int, ...] = (64, 64)
+    """Channels of the denoiser, a level each."""
+    layers_per_block: int = 1
+    """Residual blocks of the denoiser a level."""
+    unet_steps: int = 1500
+    """Optimizer steps of the denoiser."""
+    unet_learning_rate: float = 1e-3
+    """Peak of the one-cycle learning rate of the denoiser."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "sample"
+    """What the denoiser predicts. With epsilon, as in the paper, few-step solvers leave outliers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "checkpoint_averaging", "latent_channels", "latent_length", "layers_per_block")
+        check_positive(self, "autoencoder_steps", "unet_steps")
+        check_not_negative(self, "input_noise", "latent_noise", "kl_weight", "behaviour_weight")
+        check_above_zero(self, "autoencoder_learning_rate", "unet_learning_rate")
+        widths = self.block_out_channels
+        if not widths or any(width < 8 or width % 8 for width in widths):
+            raise ConfigError(f"block_out_channels have to be multiples of 8, and are {widths}.")
+        if self.behaviour_weight and self.autoencoder == "linear":
+            raise ConfigError("behaviour_weight is for a trained autoencoder: pass --autoencoder kl.")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all objectives."""
+        return self.unet_steps + (self.autoencoder_steps if self.autoencoder == "kl" else 0)
+
+
+@dataclass(frozen=True)
+class NeuronTrainConfig(LoopConfig):
+    """Learns networks of independent seeds: trains a transformer over their hidden units, and saves a pipeline."""
+
+    family: Literal["neuron"] = "neuron"
+    """A transformer over hidden units, for independently trained networks."""
+    batch_size: int = 128
+    """Networks drawn for each forward pass, by all processes together."""
+    ema_decay: float = 0.998
+    """Decay of the average of the trained weights that goes into the pipeline."""
+    task: str | None = None
+    """What the networks do: its training inputs are needed, not their targets. The zoo's own by default, if it is a
+    built-in one."""
+    initial: bool = True
+    """Tell the transformer each network's initialization, which the zoo has to record."""
+    behaviour_weight: float = 1.0
+    """Of the difference of the predicted networks' outputs from the stored ones', on the task's training inputs."""
+    behaviour_inputs: int = 64
+    """Training inputs of a step on which outputs are compared."""
+
+    hidden_size: int = 128
+    """Width of a token."""
+    num_layers: int = 4
+    """Blocks of the transformer."""
+    num_attention_heads: int = 4
+    """Heads of its attention."""
+    pair_channels: int = 32
+    """Features of a pair of hidden units with a weight between them."""
+    transformer_steps: int = 2500
+    """Optimizer steps of the transformer."""
+    transformer_learning_rate: float = 2e-3
+    """Peak of the one-cycle learning rate of the transformer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "behaviour_inputs", "hidden_size", "num_layers", "num_attention_heads", "pair_channels")
+        check_positive(self, "transformer_steps")
+        check_not_negative(self, "behaviour_weight")
+        check_above_zero(self, "transformer_learning_rate")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            width, heads = self.hidden_size, self.num_attention_heads
+            raise ConfigError(
+                f"hidden_size has to be an even multiple of num_attention_heads, and is {width} for {heads}."
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.transformer_steps
+
+
+AnyTrainConfig = TrainConfig | NeuronTrainConfig
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Samples networks from a pipeline into a zoo."""
+
+    pipeline: str = "runs/pipeline"
+    """Folder of the pipeline, or its name on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit of the pipeline on the Hub."""
+    output_dir: str = "runs/generated"
+    """Folder of the zoo. Where it holds an unfinished one of the same configuration, sampling goes on."""
+    num_networks: int = 100
+    """Networks to sample."""
+    num_inference_steps: int | None = None
+    """Denoising steps; by default 50, and 20 with flow matching."""
+    scheduler: str | None = None
+    """A scheduler class of diffusers, such as DPMSolverMultistepScheduler, instead of the pipeline's own."""
+    condition: str | None = None
+    """What is asked for, as JSON: '{"classes": [0, 1, 1]}'."""
+    conditions: str | None = None
+    """A file with such a condition a line, for one network after the other, and again from the first."""
+    guidance_scale: float = 1.0
+    """By how much the condition is followed more than it was learned; 1 is off."""
+    parameter_noise: float = 0.0
+    """Noise on each parameter, in units of its standard deviation over the zoo: more novel, less accurate networks."""
+    batch_size: int | None = None
+    """Networks sampled at a time by a process; by default 100, and fewer where they are large."""
+    seed: int = 0
+    """Of the first network; the others count up from it, so that each can be made again alone."""
+    task: str | None = None
+    """What the networks do, for the zoo's description."""
+    dtype: ZooDtype = "float32"
+    """How networks are stored; bfloat16 halves the files and keeps three digits."""
+    export: str | None = None
+    """Folder that gets a folder a network, as other libraries load it: PEFT, diffusers, or a safetensors file."""
+    push_to_hub: str | None = None
+    """Name of the dataset repository that the zoo is pushed to in the end."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_networks")
+        for name in ("num_inference_steps", "batch_size"):
+            if getattr(self, name) is not None:
+                check_positive(self, name)
+        check_not_negative(self, "parameter_noise", "guidance_scale")
+        check_seed(self)
+        if self.condition is not None and self.conditions is not None:
+            raise ConfigError("condition and conditions both say what is asked for: pass one of them.")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Scores trained and generated networks and all trivial baselines, audits memorization, and gives a verdict."""
+
+    task: str | None = None
+    """A built-in task or family of tasks, or a class of your own: path/to/file.py:MyTask. The trained zoo's own by
+    default. Of a family, the pipeline is asked for conditions that no training network had."""
+    trained: str = "runs/zoo"
+    """The zoo that was learned from: a folder, or its name on the Hub."""
+    generated: str = "runs/generated"
+    """The generated zoo, or the pipeline to sample from: a folder, or a name on the Hub."""
+    fresh: str | None = None
+    """A zoo of networks that were trained from new seeds, of a family with --split test: the gold standard."""
+    output_dir: str = "runs/report"
+    """Folder of the report: report.json, report.md, report.html and pictures."""
+    pipeline: str | None = None
+    """The pipeline that generated, where `generated` is a zoo: adds its denoising and training to the report. The card
+    of a folder gets figures and pictures."""
+    num_networks: int = 100
+    """Networks to sample where `generated` is a pipeline."""
+    seed: int = 0
+    """Of the networks to sample."""
+    networks_per_point: int = 50
+    """Networks of each baseline at each strength; fewer are faster, and make wider intervals."""
+    push_to_hub: str | None = None
+    """Name of the model repository that the pipeline, with its card, is pushed to in the end."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_networks", "networks_per_point")
+        if self.networks_per_point > 100_000:
+            raise ConfigError("networks_per_point has to be at most 100,000.")
+        check_seed(self)
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Trains networks on digits, learns their distribution, samples new ones, compares."""
+
+    story: Literal["checkpoints", "subsets"] = "checkpoints"
+    """Checkpoints of one ConvNet, as the published method learns them, or networks for tasks that nobody trained:
+    which of the ten digits count, in some 8 minutes."""
+    output_dir: str = "runs/quickstart"
+    """Where zoo/, pipeline/, generated/ and report/ go; what an earlier quickstart left in them is removed."""
+    task: str | None = None
+    """A built-in task, or a class of your own: path/to/file.py:MyTask; of the other story a family. By default
+    digits-convnet or digits-subsets."""
+    seed: int = 0
+    """Of everything."""
+
+    def __post_init__(self) -> None:
+        check_seed(self)
+        if self.story not in ("checkpoints", "subsets"):
+            raise ConfigError(f"The story is {self.story!r}; expected 'checkpoints' or 'subsets'.")
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Says what a folder holds, or a repository on the Hub: a zoo, a pipeline or a report."""
+
+    place: tyro.conf.Positional[str]
+    """The folder, or the name on the Hub: namespace/name."""
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Makes a repository on the Hub hold a zoo or a pipeline, in one commit."""
+
+    folder: str
+    """A zoo (becomes a dataset repository) or a pipeline (becomes a model repository)."""
+    repo: str
+    """Its name on the Hub: namespace/name."""
+    private: bool | None = None
+    """Whether a new repository is private; the account's default otherwise."""
+    commit_message: str | None = None
+    """Of the commit."""
+    create_pr: bool = False
+    """Open a pull request instead of committing."""
+    license: str | None = None
+    """The Hub's name of a licence for the card, such as apache-2.0."""
+
+
+@dataclass(frozen=True)
+class PullConfig:
+    """Downloads a zoo or a pipeline from the Hub into a folder."""
+
+    repo: str
+    """Its name on the Hub: namespace/name."""
+    output_dir: str
+    """Where it goes."""
+    kind: Literal["pipeline", "zoo"] | None = None
+    """A model repository with a pipeline, or a dataset repository with a zoo; whichever is there by default."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Makes a zoo of model repositories on the Hub that share an architecture, or of LoRA adapters of a base model."""
+
+    output_dir: str
+    """Folder of the zoo."""
+    repositories: str | None = None
+    """A pattern of the repositories' names in one namespace: 'org/*-digits'."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters: folders and files here, names on the Hub and patterns of them; PEFT, diffusers, kohya."""
+    metadata: str | None = None
+    """A file with a JSON object a line, of each adapter: its "source", and columns that the zoo gets."""
+    filename: str = "model.safetensors"
+    """The file of each that holds its weights; safetensors only."""
+    patterns: tuple[str, ...] = ("*",)
+    """Shell-style patterns of the tensors that are generated, or with a ! before them not."""
+    may_differ: tuple[str, ...] = ()
+    """Shell-style patterns of tensors that are not generated and may differ between networks all the same; the zoo
+    has those of the first."""
+    task: str | None = None
+    """What the networks do: a built-in task, or path/to/file.py:MyTask."""
+
+    def __post_init__(self) -> None:
+        if (self.repositories is None) == (not self.adapters):
+            raise ConfigError("Pass either --repositories or --adapters: what the zoo is made of.")
