@@ -290,9 +290,10 @@ class EvaluateConfig:
     """A built-in task or family of tasks, or a class of your own: path/to/file.py:MyTask. The trained zoo's own by
     default. Of a family, the pipeline is asked for conditions that no training network had."""
     trained: str = "runs/zoo"
-    """The zoo that was learned from: a folder, or its name on the Hub."""
+    """The zoo that was learned from, a folder or its name on the Hub; or checkpoints of any other origin, a folder or
+    a pattern such as 'theirs/*.pt'."""
     generated: str = "runs/generated"
-    """The generated zoo, or the pipeline to sample from: a folder, or a name on the Hub."""
+    """The generated zoo or checkpoints, as above, or the pipeline to sample from."""
     fresh: str | None = None
     """A zoo of networks that were trained from new seeds, of a family with --split test: the gold standard."""
     output_dir: str = "runs/report"
@@ -379,12 +380,14 @@ class PullConfig:
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Makes a zoo of model repositories on the Hub that share an architecture, or of LoRA adapters of a base model."""
+    """Makes a zoo of checkpoints of one architecture, here or on the Hub, or of LoRA adapters of one base model."""
 
     output_dir: str
     """Folder of the zoo."""
-    repositories: str | None = None
-    """A pattern of the repositories' names in one namespace: 'org/*-digits'."""
+    checkpoints: tuple[str, ...] = ()
+    """Files of weights here, a folder of them, or a pattern: 'runs/*.pt'."""
+    repositories: tuple[str, ...] = ()
+    """Model repositories on the Hub: names, and patterns of them in one namespace: 'org/*-digits'."""
     adapters: tuple[str, ...] = ()
     """LoRA adapters: folders and files here, names on the Hub and patterns of them; PEFT, diffusers, kohya."""
     metadata: str | None = None
@@ -400,5 +403,5 @@ class ImportConfig:
     """What the networks do: a built-in task, or path/to/file.py:MyTask."""
 
     def __post_init__(self) -> None:
-        if (self.repositories is None) == (not self.adapters):
-            raise ConfigError("Pass either --repositories or --adapters: what the zoo is made of.")
+        if sum(map(bool, (self.checkpoints, self.repositories, self.adapters))) != 1:
+            raise ConfigError("Pass --checkpoints, --repositories or --adapters: what the zoo is made of.")

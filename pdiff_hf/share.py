@@ -23,19 +23,16 @@ ZOO_FILES = ("zoo.json", "metadata.jsonl", "frozen.safetensors", "networks-*-of-
 
 def run_import(config: ImportConfig) -> str:
     """Imports, and says what is there."""
-    if config.repositories is None:
+    common: Any = {"patterns": config.patterns, "task": config.task, "may_differ": config.may_differ}
+    if config.adapters:
         rows = [] if config.metadata is None else read_objects(config.metadata, "metadata")
-        return repr(WeightZoo.from_adapters(config.output_dir, config.adapters, task=config.task, metadata=rows))
-    return repr(
-        WeightZoo.from_hub(
-            config.output_dir,
-            config.repositories,
-            config.filename,
-            patterns=config.patterns,
-            task=config.task,
-            may_differ=config.may_differ,
-        )
-    )
+        zoo = WeightZoo.from_adapters(config.output_dir, config.adapters, task=config.task, metadata=rows)
+    elif config.checkpoints:
+        one, *more = config.checkpoints
+        zoo = WeightZoo.from_checkpoints(config.output_dir, config.checkpoints if more else one, **common)
+    else:
+        zoo = WeightZoo.from_hub(config.output_dir, config.repositories, config.filename, **common)
+    return repr(zoo)
 
 
 def run_push(config: PushConfig) -> str:

@@ -48,7 +48,8 @@ def evaluate(
             What the networks do, as [`load_task`] takes it. The trained zoo's own by default, if it is a built-in one.
             Of a family, `generated` is a pipeline, which is asked for conditions that no training network had.
         trained (`WeightZoo`, `str`, `Path` or list of state dicts):
-            The training networks: a zoo, its folder, its name on the Hub, or state dicts. At least two.
+            The training networks, at least two: a zoo, its folder, its name on the Hub, a folder of checkpoints, a
+            pattern of them such as `"runs/*.pt"`, or state dicts.
         generated (the same, or a pipeline):
             The generated networks, or what generates them: a pipeline, its folder or its name on the Hub, or a
             [`Baseline`].

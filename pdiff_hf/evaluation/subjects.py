@@ -20,13 +20,14 @@ from ..tasks import Task, TaskFamily, check_task, load_family, load_task
 from ..tasks.family import OneTask
 from ..tasks.task import shown_name, trusted_name
 from ..zoo import WeightZoo, check_room_for, make_layout
+from ..zoo.imports import checkpoint_files, checkpoints_of_files
 from .baselines import Baseline
 
 
 # Networks of a chunk: which are sampled together changes their rounding.
 SAMPLED_TOGETHER = 100
 
-# A zoo, its folder or its name on the Hub, or state dicts.
+# A zoo, its folder or its name on the Hub, a folder or a pattern of checkpoints, or state dicts.
 NetworksLike = WeightZoo | str | Path | Sequence[Mapping[str, torch.Tensor]]
 # A pipeline, or what has its interface.
 Sampler = Callable[..., Any]
@@ -121,7 +122,9 @@ def opened(
 
 def family_of(task: str | Task | TaskFamily | None, trained: NetworksLike) -> tuple[str, TaskFamily, WeightZoo] | None:
     """Name, family and training zoo where networks are those of a family of tasks."""
-    zoo = WeightZoo.from_pretrained(trained) if isinstance(trained, str | Path) else trained
+    zoo = trained
+    if isinstance(trained, str | Path) and not checkpoint_files(trained):
+        zoo = WeightZoo.from_pretrained(trained)
     of_zoo = zoo.task if isinstance(zoo, WeightZoo) else None
     if task is None and of_zoo is None:
         return None
@@ -167,7 +170,15 @@ def _open(networks: NetworksLike, scratch: Path, like: WeightZoo | None = None) 
     if isinstance(networks, WeightZoo):
         return networks
     if isinstance(networks, str | Path):
-        return WeightZoo.from_pretrained(networks)
+        files = checkpoint_files(networks)
+        if not files:
+            return WeightZoo.from_pretrained(networks)
+        if like is None:
+            return WeightZoo.from_checkpoints(scratch, files)
+        with WeightZoo.create(scratch, like.layout, may_differ=like.may_differ) as zoo:
+            for checkpoint in checkpoints_of_files(files, None):
+                zoo.append(checkpoint.read(), **checkpoint.row)
+        return zoo
     if isinstance(networks, Mapping):
         raise ZooError("Expected a list of state dicts, and one alone was given: put it into a list.")
     networks = list(networks)

@@ -18,7 +18,7 @@ from ..errors import ZooError
 from ..extras import require
 from ..hub.client import commit_of, download_file, is_repository, matching_models, repository_files
 from ..networks.adapted import FACTORS
-from .imports import StateDict, natural, read_metadata, read_state_dict
+from .imports import Names, StateDict, natural, read_metadata, read_state_dict
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -45,7 +45,6 @@ LAYERS_PER_BLOCK = 2
 INSTEAD = "Load it with its own pipeline, and save it with `save_lora_weights`."
 # Tensors of scale 1, and what PEFT's configuration says.
 Read = tuple[StateDict, dict[str, Any]]
-Names = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
 @dataclass(frozen=True)

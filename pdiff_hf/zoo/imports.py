@@ -1,5 +1,6 @@
 """Networks that were trained elsewhere: checkpoint files, and model repositories on the Hub."""
 
+import glob
 import os
 import pickle
 import re
@@ -14,11 +15,14 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 
 from ..errors import HubError, ZooError
-from ..files import check_opens
+from ..files import check_opens, is_zoo
 from ..hub.client import download_file, matching_models, repository_files
 
 
 StateDict = dict[str, torch.Tensor]
+Names = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+# What files of weights are called.
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ def checkpoints_of_files(files: Iterable[str | os.PathLike[str]], key: str | Non
     """Those in files of this machine: alphabetical order becomes the natural one, in which step_2 precedes step_10;
     any other order of a list stays."""
     if isinstance(files, str | os.PathLike):
-        if Path(files).is_dir():
-            raise ZooError(f"{files} is a folder: pass its files, such as Path({str(files)!r}).glob('*.safetensors').")
-        files = [files]
+        found = checkpoint_files(files)
+        if not found and Path(files).is_dir():
+            raise ZooError(f"{files} holds no checkpoint: no file that ends in {', '.join(SUFFIXES)}.")
+        files = found or [files]
     ordered = isinstance(files, Sequence)
     paths = [Path(file) for file in files]
     if not paths:
@@ -61,13 +66,29 @@ def checkpoints_of_files(files: Iterable[str | os.PathLike[str]], key: str | Non
     ]
 
 
-def checkpoints_of_repositories(pattern: str, filename: str, token: str | None) -> list[Checkpoint]:
-    """Those of the model repositories that a pattern matches, at their present commits, in natural order."""
+def checkpoint_files(place: str | os.PathLike[str]) -> list[Path]:
+    """The files of weights in a folder, or those that a pattern such as `runs/*.pt` matches, in natural order; none
+    where it is something else, such as a zoo, a file or a name on the Hub."""
+    path = Path(place).expanduser()
+    if is_zoo(path):
+        return []
+    if path.is_dir():
+        found = [file for file in path.iterdir() if file.suffix in SUFFIXES]
+    else:
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)] if glob.has_magic(str(path)) else []
+    return sorted((file for file in found if file.is_file()), key=lambda file: natural(str(file)))
+
+
+def checkpoints_of_repositories(names: Names, filename: str, token: str | None) -> list[Checkpoint]:
+    """Those of the model repositories that names and patterns match, at their present commits, in natural order."""
     if not filename.endswith(".safetensors"):
         raise ZooError(f"{filename}: only safetensors files are read from the Hub.")
-    models = matching_models(pattern, token)
-    if not models:
-        raise ZooError(f"No model repository on the Hub matches {pattern!r}.")
+    models = []
+    for pattern in [names] if isinstance(names, str | os.PathLike) else names:
+        found = matching_models(str(pattern), token)
+        if not found:
+            raise ZooError(f"No model repository on the Hub matches {str(pattern)!r}.")
+        models += sorted(found, key=lambda model: natural(model[0]))
 
     def fetch(name: str, commit: str) -> Path:
         try:
@@ -80,7 +101,6 @@ def checkpoints_of_repositories(pattern: str, filename: str, token: str | None) 
                 ) from error
             raise
 
-    models.sort(key=lambda model: natural(model[0]))
     return [Checkpoint(partial(fetch, name, commit), {"source": name, "revision": commit}) for name, commit in models]
 
 

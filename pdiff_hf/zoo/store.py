@@ -24,10 +24,10 @@ from ..hub.push import push
 from ..networks.canonical import REFERENCE_NETWORKS
 from ..networks.gauge import Gauge
 from ..pipelines.neural_network_diffusion import ParameterLayout
-from .adapters import Adapter, Names, check_same, config_of_zoo, find_adapters, with_metadata
+from .adapters import Adapter, check_same, config_of_zoo, find_adapters, with_metadata
 from .description import Description, read_description
 from .export import export
-from .imports import Checkpoint, checkpoints_of_files, checkpoints_of_repositories, twins
+from .imports import Checkpoint, Names, checkpoints_of_files, checkpoints_of_repositories, twins
 from .rows import Rows, column_types
 from .shards import STORED_AS, Shards
 
@@ -238,11 +238,12 @@ class WeightZoo:
 
         Args:
             folder (`str` or `os.PathLike`): Where the zoo goes.
-            checkpoints (`Iterable[str | os.PathLike[str]]`):
-                Files that hold state dicts, also as a part of a training's state: safetensors, or what `torch.save`
-                wrote (read with `weights_only=True`: tensors, never code), whatever their names. The first one gives
-                names, shapes, dtypes, order (that of a safetensors file is alphabetical) and what is frozen. Where
-                they come in alphabetical order or in none, they are taken in natural order: `step_2`, `step_10`.
+            checkpoints (`Iterable[str | os.PathLike[str]]`, or `str`):
+                A folder, a pattern such as `"runs/*.pt"`, or a list of files. They hold state dicts, also as a part of
+                a training's state: safetensors, or what `torch.save` wrote (read with `weights_only=True`: tensors,
+                never code), in a list whatever their names. The first one gives names, shapes, dtypes, order (that of
+                a safetensors file is alphabetical) and what is frozen. Where they come in alphabetical order or in
+                none, they are taken in natural order: `step_2`, `step_10`.
             patterns (`str` or `Sequence[str]`, *optional*, defaults to `("*",)`):
                 What is generated, as for `ParameterLayout`.
             task (`str`, *optional*): What the networks do, as [`load_task`] takes it.
@@ -259,7 +260,7 @@ class WeightZoo:
     def from_hub(
         cls,
         folder: str | os.PathLike[str],
-        repositories: str,
+        repositories: Names,
         filename: str = "model.safetensors",
         patterns: str | Sequence[str] = ("*",),
         task: str | None = None,
@@ -272,7 +273,7 @@ class WeightZoo:
 
         Args:
             folder (`str` or `os.PathLike`): Where the zoo goes.
-            repositories (`str`): A pattern of their names in one namespace, such as `org/*-digits`.
+            repositories (`str` or a list of them): Names, and patterns of them in one namespace: `org/*-digits`.
             filename (`str`, *optional*, defaults to `"model.safetensors"`):
                 The file of each that holds its weights; safetensors only.
             patterns (`str` or `Sequence[str]`, *optional*, defaults to `("*",)`):

@@ -401,11 +401,16 @@ def test_randomness_of_the_caller_is_left_alone():
 # What can be passed.
 
 
-def test_zoos_folders_and_state_dicts_are_the_same_to_it(report, digits_zoo, other_zoo):
+def test_zoos_folders_checkpoints_and_state_dicts_are_the_same_to_it(report, digits_zoo, other_zoo, tmp_path):
     of_folders = pdiff_hf.evaluate(trained=str(digits_zoo.folder), generated=other_zoo.folder)
     lists = [[zoo.state_dict(index) for index in range(len(zoo))] for zoo in (digits_zoo, other_zoo)]
     of_lists = pdiff_hf.evaluate("digits-convnet", trained=lists[0], generated=lists[1])
-    for other in (of_folders, of_lists):
+    for folder, state_dicts in zip(("theirs", "ours"), lists, strict=True):
+        (tmp_path / folder).mkdir()
+        for index, state_dict in enumerate(state_dicts):
+            torch.save(state_dict, tmp_path / folder / f"{index}.pt")
+    of_files = pdiff_hf.evaluate("digits-convnet", trained=tmp_path / "theirs", generated=f"{tmp_path}/ours/*.pt")
+    for other in (of_folders, of_lists, of_files):
         for key in ("similarity", "nearest_l2", "baselines", "parameters", "task"):
             assert other[key] == report[key]
         assert other["groups"] == {name: group for name, group in report["groups"].items() if name != "fresh"}

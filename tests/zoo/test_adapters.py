@@ -194,7 +194,7 @@ def test_what_is_no_adapter_is_named(tmp_path):
         WeightZoo.from_adapters(tmp_path / "zoo", "nothing at all")
     with pytest.raises(ZooError, match="No adapters were given"):
         WeightZoo.from_adapters(tmp_path / "zoo", [])
-    with pytest.raises(ConfigError, match="either --repositories or --adapters"):
+    with pytest.raises(ConfigError, match="--checkpoints, --repositories or --adapters"):
         ImportConfig(str(tmp_path / "zoo"))
 
 

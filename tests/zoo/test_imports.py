@@ -11,6 +11,7 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 from pdiff_hf import WeightZoo, ZooError
+from pdiff_hf.cli import main
 
 from ..conftest import random_network
 
@@ -126,11 +127,30 @@ def test_files_of_one_name_are_told_apart_in_rows_and_errors(tmp_path):
     assert [row["source"] for row in imported(tmp_path, files).metadata] == ["a/x/model.pt", "b/x/model.pt"]
 
 
-def test_one_path_is_one_file_and_a_folder_none(tmp_path):
-    torch.save(linear(1.0), tmp_path / "0.pt")
-    assert len(imported(tmp_path, tmp_path / "0.pt")) == 1
-    with pytest.raises(ZooError, match="is a folder: pass its files"):
-        WeightZoo.from_checkpoints(tmp_path / "other", str(tmp_path))
+def test_one_path_is_one_file_the_files_of_a_folder_or_those_of_a_pattern(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for step in (2, 10):
+        torch.save(linear(float(step)), folder / f"step_{step}.pt")
+    (folder / "notes.txt").write_text("none")
+    sources = ["step_2.pt", "step_10.pt"]
+    assert len(imported(tmp_path, folder / "step_2.pt")) == 1
+    assert [row["source"] for row in imported(tmp_path / "a", folder).metadata] == sources
+    assert [row["source"] for row in imported(tmp_path / "b", f"{folder}/*_*").metadata] == sources
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ZooError, match=r"empty holds no checkpoint: no file that ends in \.safetensors, "):
+        imported(tmp_path / "c", str(tmp_path / "empty"))
+
+
+def test_the_command_imports_checkpoints(tmp_path):
+    for name in ("a", "b"):
+        torch.save(linear(1.0), tmp_path / f"{name}.pt")
+    arguments = ["import", "--output-dir", str(tmp_path / "zoo"), "--checkpoints"]
+    main([*arguments, str(tmp_path / "*.pt")])
+    assert len(WeightZoo(tmp_path / "zoo")) == 2
+    shutil.rmtree(tmp_path / "zoo")
+    main([*arguments, str(tmp_path / "b.pt"), str(tmp_path / "a.pt")])
+    assert [row["source"] for row in WeightZoo(tmp_path / "zoo").metadata] == ["b.pt", "a.pt"]
 
 
 def test_one_pattern_is_not_read_letter_by_letter(tmp_path):
