@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test test-slow test-lowest lint format clean
+.PHONY: quickstart test test-slow test-lowest lint format docs clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/pdiff-hf quickstart
@@ -30,8 +30,12 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation, as pages in site/.
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build site *.egg-info
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -51,8 +51,10 @@ def evaluate(
             The training networks, at least two: a zoo, its folder, its name on the Hub, a folder of checkpoints, a
             pattern of them such as `"runs/*.pt"`, or state dicts.
         generated (the same, or a pipeline):
-            The generated networks, or what generates them: a pipeline, its folder or its name on the Hub, or a
-            [`Baseline`].
+            The generated networks, or what generates them: a pipeline, its folder or its name on the Hub, a
+            [`Baseline`], or any callable that takes `num_networks`, `generator` (a list of them) and
+            `output_type="pt"`, and returns an object whose `state_dicts` are vectors `[n, P]` in the order of the
+            training zoo's layout.
         output_dir (`str` or `Path`, *optional*): Where `report.json`, `report.md`, `report.html` and pictures go.
         fresh (as `trained`, *optional*): Networks trained from new seeds.
         pipeline (`NeuralNetworkDiffusionPipeline`, `str` or `Path`, *optional*):

@@ -21,7 +21,6 @@ from ..tasks.family import OneTask
 from ..tasks.task import shown_name, trusted_name
 from ..zoo import WeightZoo, check_room_for, make_layout
 from ..zoo.imports import checkpoint_files, checkpoints_of_files
-from .baselines import Baseline
 
 
 # Networks of a chunk: which are sampled together changes their rounding.
@@ -29,7 +28,7 @@ SAMPLED_TOGETHER = 100
 
 # A zoo, its folder or its name on the Hub, a folder or a pattern of checkpoints, or state dicts.
 NetworksLike = WeightZoo | str | Path | Sequence[Mapping[str, torch.Tensor]]
-# A pipeline, or what has its interface.
+# A pipeline, or what is called like one.
 Sampler = Callable[..., Any]
 
 
@@ -109,7 +108,7 @@ def opened(
             origin, generated = str(generated), load(generated)
             used = generated
         if callable(generated):
-            if used is None and not isinstance(generated, Baseline):
+            if used is None and hasattr(generated, "layout"):  # a pipeline, of whatever copy of its code
                 used = generated
             made = _sample(generated, zoo, scratch / "generated", num_networks, seed)
         else:

@@ -7,7 +7,7 @@ import torch
 
 from ..errors import TaskError
 from .check import check_task
-from .task import Task, load
+from .task import Task, completed, load
 
 
 # What rows of a zoo say of a network beside its condition.
@@ -58,7 +58,14 @@ class OneTask(TaskFamily):
 def load_family(name_or_path: str | Task | TaskFamily) -> TaskFamily:
     """A family, or a task as a family of one, by name or from a file, as [`load_task`] takes them."""
     found = load(name_or_path) if isinstance(name_or_path, str) else name_or_path
-    return found if isinstance(found, TaskFamily) else OneTask(found)
+    if isinstance(found, Task):
+        return OneTask(found)
+    own = completed(found, TaskFamily)
+    if isinstance(name_or_path, str):
+        # Its tasks may lack what a task has, too.
+        task = own.task
+        own.task = lambda condition: completed(task(condition), Task)
+    return own
 
 
 def check_family(family: TaskFamily, device: torch.device | str = "cpu", training: bool = True) -> None:

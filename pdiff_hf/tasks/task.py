@@ -168,6 +168,11 @@ def load(name_or_path: str) -> Any:
     lacking = [name for name in ("build_network", "data") if not hasattr(task_class, name)]
     if lacking:
         raise TaskError(f"{class_name} in {place} is no task: it lacks {' and '.join(lacking)}.")
-    if not issubclass(task_class, Task):
-        task_class = type(class_name, (task_class, Task), {})
-    return task_class()
+    return completed(task_class(), Task)
+
+
+def completed(thing: Any, base: type) -> Any:
+    """The thing, of a class that has what a base class defines where its own lacks it."""
+    if not isinstance(thing, base):
+        thing.__class__ = type(type(thing).__name__, (type(thing), base), {})
+    return thing

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from pdiff_hf import AdaptedNetwork, PdiffError, WeightZoo
 from pdiff_hf.cli import main as cli
 
+from ..documents import Document
 from ..hub_server import USERS, HubClient, HubServer, client_environment
-from ..test_readme import commands, containing
 from .test_hostile import said
 
 
@@ -194,11 +194,11 @@ SHORTER = {"import": (), "train": ("--unet-steps", "20"), "generate": ("--num-in
 
 
 def run_the_readme() -> list[str]:
-    stages = commands(containing("bash", "import --adapters"))
+    stages = Document("README.md").commands("import --adapters")
     for _, stage, *arguments in stages:
         cli([stage, *arguments, *SHORTER[stage]])
     space = {"base": Base()}
-    exec(containing("python", "PeftModel"), space)
+    exec(Document("README.md").containing("python", "PeftModel"), space)
     zoo = WeightZoo("runs/adapters/generated")
     inputs = torch.randn(3, 6)
     torch.testing.assert_close(space["model"](inputs), AdaptedNetwork(Base(), zoo.state_dict(0))(inputs))

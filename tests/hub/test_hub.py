@@ -26,9 +26,9 @@ from pdiff_hf.hub import HubError, merge_cards, push, write_pipeline_card
 from pdiff_hf.hub.cards import GENERATED
 
 from ..conftest import SMALL_TRAINING, random_network, site_without_this_package
+from ..documents import Document
 from ..hub_server import NOTHING_IS_LARGE, HubClient, HubClientError, HubServer, client_environment
 from ..pipelines.cases import build_layout, build_neuron, build_pipe
-from ..test_readme import commands, containing
 
 
 @pytest.fixture(scope="module", params=["lfs", pytest.param("xet", marks=pytest.mark.slow)])
@@ -545,7 +545,7 @@ def test_the_readme_shares_as_it_says(alice, digits_zoo, digits_pipeline, tmp_pa
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "zoo").symlink_to(digits_zoo.folder)
     (tmp_path / "runs" / "pipeline").symlink_to(digits_pipeline)
-    lines = commands(containing("bash", "pdiff-hf push"))
+    lines = Document("README.md").commands("pdiff-hf push")
     assert [arguments[:2] for arguments in lines] == [
         ["hf", "auth"],
         ["pdiff-hf", "push"],

@@ -1,0 +1,64 @@
+"""The documentation builds without a warning, and what it tells people to run runs."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pdiff_hf import cli, config
+
+from .conftest import ROOT, run
+from .documents import Document, run_here
+
+
+PAGES = ["README.md", *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").glob("*.md"))]
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    done = run("-m", "mkdocs", "build", "--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING -" not in done.stderr
+    api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    for name in ("WeightZoo.from_checkpoints", "NeuronTrainConfig.hidden_size", "NeuralNetworkDiffusionPipeline"):
+        assert name in api
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_has_arguments_that_exist(page):
+    for program, *arguments in Document(page).commands():
+        if program == "pdiff-hf" and arguments[0] in cli.STAGES:
+            stage = arguments[0]
+            assert config.parse(cli.config_class(stage), stage, arguments[1:]) is not None
+
+
+def written(folder: Path, name: str) -> None:
+    """Puts the program of a page that names its file there."""
+    (folder / name).write_text(Document("docs/tasks.md").containing("python", f"# {name}"))
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_is_learned_and_audited(tmp_path):
+    written(tmp_path, "two_moons.py")
+    collect, train, evaluate = Document("docs/tasks.md").commands("two_moons.py:")
+    run_here(tmp_path, *collect, "--num-networks", "20", "--epochs", "2")
+    run_here(tmp_path, *train, "--transformer-steps", "10", "--hidden-size", "32", "--num-layers", "1")
+    done = run_here(tmp_path, *evaluate, "--num-networks", "5", "--networks-per-point", "5")
+    assert "over the front" in done.stdout.replace("\n", " ") or "do not work" in done.stdout.replace("\n", " ")
+
+
+@pytest.mark.slow
+def test_a_family_of_ones_own_is_learned(tmp_path):
+    written(tmp_path, "angles.py")
+    collect, train = Document("docs/tasks.md").commands("angles.py:")
+    assert "124 networks" in run_here(tmp_path, *collect, "--networks-per-task", "2").stdout
+    done = run_here(tmp_path, *train, "--transformer-steps", "10", "--hidden-size", "32", "--num-layers", "1")
+    assert "The pipeline is in runs/angles/pipeline" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_generator_of_ones_own_is_audited(tmp_path, digits_zoo):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "zoo").symlink_to(digits_zoo.folder)
+    done = run_here(tmp_path, sys.executable, "-c", Document("docs/audit.md").containing("python", "class Jitter"))
+    assert "over the front" in done.stdout
+    assert (tmp_path / "runs" / "audit" / "report.html").is_file()
