@@ -23,6 +23,7 @@ STAGES = {
     "generate": ("generate:run_generate", "GenerateConfig", "sample networks from a pipeline into a zoo"),
     "evaluate": ("evaluation.stage:run_evaluate", "EvaluateConfig", "compare generated networks with trained ones"),
     "quickstart": ("quickstart:run_quickstart", "QuickstartConfig", "all of it on scikit-learn's digits"),
+    "play": ("play:run_play", "PlayConfig", "a page to ask for networks, and to try them out"),
     "info": ("info:run_info", "InfoConfig", "say what a folder or a repository holds, and how good it is"),
     "import": ("share:run_import", "ImportConfig", "make a zoo of model repositories on the Hub"),
     "push": ("share:run_push", "PushConfig", "put a zoo or a pipeline on the Hub"),

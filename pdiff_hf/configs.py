@@ -339,6 +339,21 @@ class QuickstartConfig:
 
 
 @dataclass(frozen=True)
+class PlayConfig:
+    """Serves a page on this machine where networks of a pipeline are asked for, tried out and looked at."""
+
+    pipeline: str = "runs/pipeline"
+    """Folder of the pipeline, or its name on the Hub, whose code is not run."""
+    task: str | None = None
+    """What the networks do: a built-in task or family, or path/to/file.py:MyTask. By default what the pipeline's card
+    names, if it is a built-in one."""
+    zoo: str | None = None
+    """The zoo that was learned from, to compare with."""
+    port: int | None = None
+    """Of the page; by default the first free one from 7860."""
+
+
+@dataclass(frozen=True)
 class InfoConfig:
     """Says what a folder holds, or a repository on the Hub: a zoo, a pipeline or a report."""
 

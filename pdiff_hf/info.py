@@ -84,7 +84,7 @@ def _of_pipeline(folder: Path) -> str:
     ]
     if pipe.condition_encoder is not None:
         lines.append(f"It can be asked. {pipe.condition_encoder.known()}")
-    return "\n".join(lines + _made(folder, ("train",)) + _verdict_of_card(folder))
+    return "\n".join(lines + _made(folder, ("train",)) + verdict_of_card(folder))
 
 
 def _of_report(folder: Path) -> str:
@@ -105,7 +105,7 @@ def _made(folder: Path, stages: tuple[str, ...]) -> list[str]:
     return []
 
 
-def _verdict_of_card(folder: Path) -> list[str]:
+def verdict_of_card(folder: Path) -> list[str]:
     """The first sentence of the evaluation in the card, where there is one."""
     card = folder / "README.md"
     if not card.is_file():

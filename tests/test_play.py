@@ -1,0 +1,172 @@
+"""The page to play with: what it computes, what it shows in a browser, and that it is a Space."""
+
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from pdiff_hf import CollectConfig, NeuronTrainConfig, WeightZoo, load_task, run_collect, run_train
+from pdiff_hf.errors import TaskError
+from pdiff_hf.play import Playground, heat, page, said
+
+from .conftest import ROOT
+
+
+SPACE = ROOT / "spaces" / "playground"
+BROWSER = next((place for name in ("chromium", "google-chrome") if (place := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="module")
+def ground(digits_pipeline, digits_zoo) -> Playground:
+    return Playground(str(digits_pipeline), "digits-convnet", str(digits_zoo.folder))
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory) -> Path:
+    """A pipeline that can be asked for subsets of digits, hardly trained."""
+    folder = tmp_path_factory.mktemp("play")
+    zoo, pipeline = str(folder / "zoo"), folder / "pipeline"
+    run_collect(CollectConfig("digits-subsets", zoo, networks_per_task=2, split="validation", epochs=1))
+    settings = {"transformer_steps": 20, "hidden_size": 32, "num_layers": 1, "condition": ("classes",)}
+    run_train(NeuronTrainConfig(zoo=zoo, output_dir=str(pipeline), **settings))
+    return pipeline
+
+
+def test_networks_have_the_accuracy_that_the_task_finds(ground):
+    vectors = torch.cat(list(ground.networks({}, 3, 5, 1.0)))
+    rows = ground.places(vectors, {})
+    task = load_task("digits-convnet")
+    inputs, targets = task.data("test")
+    network = task.build_network()
+    for row, vector in zip(rows, vectors, strict=False):
+        network.load_state_dict(ground.pipe.layout.unflatten(vector[None])[0])
+        expected = 100 * task.correct(task.predict(network, inputs), targets).float().mean().item()
+        assert row["accuracy, %"] == pytest.approx(expected, abs=0.2)
+        assert 0 <= row["similarity"] <= 1
+    assert {row["networks"] for row in rows} == {"generated", "trained"}
+    alone = ground.pipe(generator=torch.Generator().manual_seed(6), output_type="pt").state_dicts
+    torch.testing.assert_close(vectors[1:2], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_walk_leads_from_one_network_to_the_other(ground):
+    there, back = ground.walk(0, 1, {}), ground.walk(1, 0, {})
+    assert [row["way"] for row in there] == pytest.approx([step / 12 for step in range(13)])
+    accuracies = [row["accuracy, %"] for row in there]
+    assert accuracies == pytest.approx([row["accuracy, %"] for row in back[::-1]], abs=0.2)
+    assert len(set(accuracies)) > 1
+    assert type(ground.pipe.scheduler).__name__ == "DDPMScheduler"
+
+
+def test_denoising_ends_in_the_network(ground):
+    rows, pictures = ground.denoising(3, {})
+    (network,) = ground.places(torch.cat(list(ground.networks({}, 1, 3, 1.0))), {})[:1]
+    assert len(rows) == 50
+    assert rows[-1]["accuracy, %"] == pytest.approx(network["accuracy, %"], abs=0.2)
+    assert len(pictures) == 8
+    assert all(picture.dtype == np.uint8 and picture.shape[-1] == 3 for picture in pictures)
+
+
+def test_a_drawing_becomes_an_input(ground):
+    ink = np.zeros((200, 300))
+    ink[20:180, 200:220] = 1
+    image = ground.drawn(ink)
+    assert image.shape == (1, 8, 8)
+    assert (image.min(), image.max()) == (ground.images.min(), ground.images.max())
+    assert image[0, :, 4].mean() > image[0, :, 0].mean()
+    assert (ground.drawn(np.zeros((9, 9))) == ground.images.min()).all()
+    vectors = torch.cat(list(ground.networks({}, 3, 0, 1.0)))
+    probabilities = ground.classify(vectors, image, {})
+    assert probabilities.shape == (3, 10)
+    assert probabilities.sum(1) == pytest.approx([1, 1, 1])
+
+
+def test_words_and_pictures():
+    assert said(torch.tensor([[0.1, 0.9], [0.3, 0.7], [0.8, 0.2]]), True) == "**yes**, say 2 of 3 networks"
+    assert said(torch.eye(3)[[2, 2]], False) == "**class 2**, say 2 of 2 networks"
+    colours = heat(torch.tensor([[1.0, 0.0, -1.0]]), 1.0)[0, ::80]
+    assert colours.tolist() == [[255, 0, 0], [255, 255, 255], [0, 0, 255]]
+
+
+def test_a_card_does_not_choose_the_code_that_runs(digits_pipeline, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(digits_pipeline, folder)
+    card = folder / "README.md"
+    assert Playground(str(folder)).name == "digits-convnet"
+    card.write_text(card.read_text().replace("the task `digits-convnet`", "the task `evil.py:Task`"))
+    with pytest.raises(TaskError, match=r"code of its own: pass --task evil\.py:Task"):
+        Playground(str(folder))
+
+
+def test_the_space_is_one():
+    _, front, text = (SPACE / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    settings = yaml.safe_load(front)
+    assert (settings["sdk"], settings["app_file"], settings["license"]) == ("gradio", "app.py", "apache-2.0")
+    assert len(settings["short_description"]) <= 60
+    assert (SPACE / settings["app_file"]).is_file()
+    assert all(name in text for name in ("PIPELINE", "TASK", "ZOO"))
+    assert "pdiff-hf[" in (SPACE / "requirements.txt").read_text()
+
+
+@pytest.mark.slow
+def test_the_space_serves_the_page(digits_pipeline, monkeypatch):
+    monkeypatch.setenv("PIPELINE", str(digits_pipeline))
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "7877")
+    with subprocess.Popen([sys.executable, "app.py"], cwd=SPACE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            while "Running on" not in process.stdout.readline():
+                assert process.poll() is None
+                time.sleep(0.1)
+            with urllib.request.urlopen("http://127.0.0.1:7877") as answer:
+                assert "Networks for digits-convnet" in answer.read().decode()
+        finally:
+            process.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_in_a_browser(asked, width, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    blocks = page(str(asked))
+    _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    elsewhere, errors = [], []
+    try:
+        with sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+            view = browser.new_page(viewport={"width": width, "height": 900})
+            view.on("request", lambda one: elsewhere.append(one.url) if "127.0.0.1" not in one.url else None)
+            view.on("pageerror", lambda error: errors.append(str(error)))
+            view.goto(address)
+            view.locator("#ask").click()
+            summary = view.locator("#summary")
+            summary.get_by_text("all together").wait_for(timeout=60_000)
+            assert "8 networks" in summary.inner_text()
+            view.get_by_role("tab", name="Try").click()
+            view.locator("#images img").nth(2).click()
+            view.locator("#words").get_by_text("of 8 networks").wait_for(timeout=30_000)
+            view.get_by_role("tab", name="Walk").click()
+            view.locator("#walk").click()
+            view.get_by_text("The least accurate network on the way").wait_for(timeout=60_000)
+            view.get_by_role("tab", name="Denoise").click()
+            view.locator("#denoise").click()
+            view.locator("#matrices img").nth(7).wait_for(timeout=60_000)
+            assert view.evaluate("document.documentElement.scrollWidth") <= width
+            view.screenshot(path=tmp_path / "page.png")
+    finally:
+        blocks.close()
+    assert elsewhere == []
+    assert errors == []
+
+
+def test_the_zoo_is_that_of_the_pipeline(ground, digits_zoo):
+    assert ground.trained is not None
+    assert len(ground.trained[0]) == len(WeightZoo(digits_zoo.folder))
