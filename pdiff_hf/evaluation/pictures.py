@@ -102,7 +102,7 @@ def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.
     for name, marker in (("trained", "o"), ("generated", "^"), ("fresh", "D")):
         if name in networks:
             x, y = networks[name][0], 100 * networks[name][1]
-            ax.scatter(x, y, s=8, marker=marker, color=COLOURS[name], alpha=0.25, linewidths=0)
+            ax.scatter(x, y, s=8, marker=marker, color=COLOURS[name], alpha=0.25, linewidths=0, gid=f"networks-{name}")
             shown[name] = (x.mean().item(), y.mean().item())
             label = f"{LABELS[name]}: mean of {report['groups'][name]['count']}"
             ax.scatter(
@@ -126,7 +126,24 @@ def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.
     ax.set_title(f"{plain(report['task'])}\n{words}", fontsize=10, parse_math=False)
     # Beside the networks: inside, it hides some of them.
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7.5, frameon=False)
-    return _save(figure, folder, "plane")
+    files = _save(figure, folder, "plane")
+    svg = files[1].read_text(encoding="utf-8")
+    for name, (x, y) in networks.items():
+        svg = _named(svg, f"networks-{name}", LABELS.get(name, name), x.tolist(), (100 * y).tolist())
+    files[1].write_text(svg, encoding="utf-8")
+    return files
+
+
+def _named(svg: str, group: str, label: str, similarities: list[float], accuracies: list[float]) -> str:
+    """The picture with a title, which browsers show where one points, in each mark of a group of networks."""
+    start = svg.find(f'<g id="{group}">')
+    end = svg.find("<g id=", start + 1)
+    marks = re.split(r"(<use [^>]*)/>", svg[start:end])
+    if start < 0 or len(marks) != 2 * len(accuracies) + 1:
+        return svg
+    for index, (similar, accuracy) in enumerate(zip(similarities, accuracies, strict=True)):
+        marks[2 * index + 1] += f"><title>{label} {index}: {accuracy:.2f} %, similarity {similar:.3f}</title></use>"
+    return svg[:start] + "".join(marks) + svg[end:]
 
 
 def parameters(trained: WeightZoo, generated: WeightZoo, folder: Path) -> list[Path]:
@@ -152,8 +169,10 @@ def parameters(trained: WeightZoo, generated: WeightZoo, folder: Path) -> list[P
 
 
 def overlap(trained: torch.Tensor, generated: torch.Tensor, folder: Path) -> list[Path]:
-    """A heat map of the overlap of wrong predictions, training networks first, evenly picked."""
+    """A heat map of the overlap of wrong predictions, training networks first, evenly picked, and sorted."""
     parts = [wrong[list(evenly(len(wrong), MOST_ROWS))] for wrong in (trained, generated)]
+    # Those that err like many others first.
+    parts = [part[similarity(part, part).mean(1).argsort(descending=True)] for part in parts]
     figure, ax = _figure(5.4, 4.6)
     both = torch.cat(parts)
     image = ax.imshow(similarity(both, both).numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ..files import whole
 from ..text import plain, printable
+from .baselines import KINDS
 
 
 # Columns of the table of groups that stand everywhere; report.md has all of them.
@@ -24,16 +25,31 @@ LABELS = {
     "fresh": "fresh",
     "reconstructed": "reconstructed",
 }
+# What is to be seen, and what a good and a bad one looks like.
 CAPTIONS = {
-    "plane": "Accuracy against similarity to the most similar training network, with the baselines as curves",
-    "parameters": "Values of the parameters of each tensor",
-    "overlap": "Overlap of errors between networks",
-    "calibration": "Ensembles: accuracy and calibration against their size",
-    "map": "The networks on the first two principal components of the training networks",
-    "denoising": "Accuracy of the networks while they are denoised",
-    "training": "What the denoiser learned: the scale of each latent, and its loss",
-    "conditions": "Accuracy on conditions that no training network had, the mean and its 95 % interval; a generator "
-    "that is worth having lies right of all that needs none",
+    "plane": "Accuracy against similarity to the most similar training network. The curves are what needs no "
+    "generator, the bar is their front where the generated networks are. Good: the generated networks are above "
+    "the bar. Bad: on a curve, which gives the same for nothing, or at similarity 1, where copies are",
+    "parameters": "Values of the parameters of each tensor. Good: the outline follows the filled histogram. Bad: "
+    "it is narrower, where generated networks are nearly one network, or has tails of its own",
+    "overlap": "Which networks err on the same test examples. Good: the generated square looks like that of the "
+    "originals. Bad: it is brighter, where generated networks are nearly alike, or a bright line leads through "
+    "the corners, where each is a copy",
+    "calibration": "Ensembles against their size, better to the right and, but for accuracy, below. Good: the "
+    "generated curve follows that of fresh networks, or else of the originals. Bad: it is flat, where more "
+    "networks know no more",
+    "map": "The networks on the first two principal components of the training networks. Good: the generated ones "
+    "are where the originals are, and spread as these. Bad: they are a point amid them, as averages are, or "
+    "elsewhere",
+    "denoising": "Accuracy of 20 networks if their denoising ended after a step. Good: it reaches that of the "
+    "originals and stays. Bad: it ends below, or before the last steps there is hardly any, where more steps "
+    "would help",
+    "training": "Left: how much each latent varies over networks. Good: generated ones vary as the originals. "
+    "Bad: late latents vary less, so that generated networks lack what they hold. Right: the loss of the "
+    "denoiser. Bad: it still falls at the end, where more steps would help",
+    "conditions": "Accuracy on conditions that no training network had, the mean and its 95 % interval. Good: the "
+    "generator lies right of all that needs none, and near networks trained on the task. Bad: left of retrieval "
+    "or regression, or as its shuffled condition, which then means nothing",
 }
 
 
@@ -164,21 +180,27 @@ def _environment(escape: bool) -> jinja2.Environment:
     return environment
 
 
+def _embedded(file: Path) -> str:
+    """A picture for a page: the plane as SVG, whose networks have names to hover over, and others in base64."""
+    if file.stem != "plane":
+        return base64.b64encode(file.read_bytes()).decode()
+    svg = file.with_suffix(".svg").read_text(encoding="utf-8")
+    return svg[svg.index("<svg") :]
+
+
 def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> None:
     """Writes `report.json`, `report.md` and `report.html`; the latter holds the pictures itself."""
     rows, kind = (condition_table(report), "conditions") if "conditions" in report else (group_table(report), "report")
-    captions = [(file, CAPTIONS[file.stem]) for file in shown]
+    captions = [(file, f"{CAPTIONS[file.stem]}.") for file in shown]
     texts = {"report.json": json.dumps(report, indent=1, allow_nan=False) + "\n"}
     for ending in ("md", "html"):
         escape = ending == "html"
-        pictures = [
-            (base64.b64encode(file.read_bytes()).decode() if escape else file.name, caption)
-            for file, caption in captions
-        ]
+        pictures = [(_embedded(file) if escape else file.name, caption) for file, caption in captions]
         template = _environment(escape).get_template(f"{kind}.{ending}")
         texts[f"report.{ending}"] = template.render(
             report=report if escape else {**report, "task": plain(report["task"])},
             labels=LABELS,
+            kinds=KINDS,
             columns=SHORT if escape and kind == "report" else tuple(rows[0]),
             rows=rows,
             pictures=pictures,

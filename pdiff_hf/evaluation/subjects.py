@@ -108,7 +108,7 @@ def opened(
             origin, generated = str(generated), load(generated)
             used = generated
         if callable(generated):
-            if used is None and hasattr(generated, "layout"):  # a pipeline, of whatever copy of its code
+            if used is None and hasattr(generated, "latent_shape"):  # a pipeline, of whatever copy of its code
                 used = generated
             made = _sample(generated, zoo, scratch / "generated", num_networks, seed)
         else:
