@@ -13,6 +13,7 @@ from .collect import run_collect
 from .configs import CollectConfig, EvaluateConfig, GenerateConfig, NeuronTrainConfig, QuickstartConfig, TrainConfig
 from .errors import ConfigError
 from .evaluation import run_evaluate
+from .evaluation.stage import require_extras
 from .files import locked
 from .generate import run_generate
 from .parallel import processes
@@ -43,6 +44,7 @@ def _quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{folder} holds {', '.join(present)}, which no quickstart made. Choose another --output-dir."
         )
+    require_extras(folder)
     subsets = config.story == "subsets"
     task = config.task or ("digits-subsets" if subsets else "digits-convnet")
     conditions = load_family(task).conditions("train") if subsets else []

@@ -136,7 +136,7 @@ def test_it_is_said_before_networks_are_scored(task, message):
         evaluate(task(), trained=networks, generated=networks)
 
 
-@pytest.mark.parametrize("name", [name for name in BUILT_IN if name.startswith("digits")])
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name.startswith(("digits", "wine", "breast"))])
 def test_the_tasks_that_are_built_in_pass(name):
     check_family(load_family(name))
 

@@ -11,9 +11,17 @@ from pdiff_hf.tasks import check_family, cifar100, images, load_family
 
 @pytest.mark.parametrize(
     ("name", "parameters", "generated"),
-    [("digits-convnet", 1898, 1898), ("digits-mlp", 2410, 2410), ("digits-resnet", 42938, 256)],
+    [
+        ("digits-convnet", 1898, 1898),
+        ("digits-mlp", 2410, 2410),
+        ("digits-resnet", 42938, 256),
+        ("breast-cancer-mlp", 530, 530),
+        ("wine-mlp", 275, 275),
+        ("fashion-mlp", 970, 970),
+        ("cifar10-convnet", 7778, 7778),
+    ],
 )
-def test_digits_tasks_have_the_documented_sizes(name, parameters, generated):
+def test_tasks_have_the_documented_sizes(name, parameters, generated):
     task = load_task(name)
     network = task.build_network()
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
@@ -35,6 +43,15 @@ def test_splits_of_digits_are_fixed_disjoint_and_complete():
         assert torch.equal(load_task("digits-mlp").data(split)[1], targets)
     images = [tuple(image.flatten().tolist()) for inputs, _ in splits.values() for image in inputs]
     assert len(set(images)) == len(images) == 1797
+
+
+@pytest.mark.parametrize(("name", "least"), [("breast-cancer-mlp", 0.94), ("wine-mlp", 0.9)])
+def test_networks_for_tables_learn(name, least, tmp_path):
+    zoo = run_collect(CollectConfig(name, str(tmp_path), num_networks=3, protocol="independent"))
+    assert min(row["validation_accuracy"] for row in zoo.metadata) > least
+    inputs, targets = load_task(name).data("train")
+    assert inputs.mean(0).abs().max() < 1e-4
+    assert len(targets) == len(inputs)
 
 
 def test_cifar100_resnet18_has_the_size_of_the_paper():

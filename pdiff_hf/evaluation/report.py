@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files import whole
+from ..hub.cards import TASK_TYPE
 from ..text import plain, printable
 from .baselines import KINDS
 
@@ -156,7 +157,7 @@ def card_results(report: dict[str, Any]) -> list[EvalResult]:
 def _results(task: str, count: int, values: dict[tuple[str, str], float]) -> list[EvalResult]:
     return [
         EvalResult(
-            task_type="weight-generation",
+            task_type=TASK_TYPE,
             dataset_type=task,
             dataset_name=task,
             dataset_split="test",

@@ -70,7 +70,7 @@ def evaluate(
         [`ZooError`]: fewer than two networks, different architectures, or a task that does not fit.
         [`TaskError`]: there is no such task.
     """
-    _require_extras(output_dir)
+    require_extras(output_dir)
     if found := family_of(task, trained):
         return _audit(found, generated, fresh, seed, output_dir)[0]
     assert not isinstance(task, TaskFamily)
@@ -90,7 +90,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         [`ConfigError`]: there is no pipeline to push.
         [`ZooError`]: as [`evaluate`].
     """
-    _require_extras(config.output_dir)
+    require_extras(config.output_dir)
     with written(config.output_dir, "evaluate"):
         return _evaluate(config)
 
@@ -125,7 +125,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
-def _require_extras(output_dir: str | Path | None) -> None:
+def require_extras(output_dir: str | Path | None) -> None:
     """What is missing is said before hours of work, and not after."""
     needed = ["scipy.optimize", "torchmetrics.functional.classification"]
     for module in needed if output_dir is None else [*needed, "matplotlib.figure"]:

@@ -17,7 +17,7 @@ from .client import is_repository, license_of
 
 EVALUATION = ("<!-- pdiff-hf: evaluation -->", "<!-- pdiff-hf: evaluation end -->")
 # Of the results of an evaluation, in the metadata.
-MODEL_NAME = "pdiff"
+TASK_TYPE = "weight-generation"
 # Stands in cards where the name of the repository will be.
 PLACEHOLDER = "path/or/name/of/this/repository"
 # By which the Hub finds adapters.
@@ -48,8 +48,15 @@ def merge_cards(new: str, old: str | None, license: str | None = None) -> str:
 def _drop_evaluation(data: dict[str, Any]) -> None:
     """Leaves the results that others measured."""
     results = data.pop("model-index", None)
-    if others := [one for one in results or [] if not isinstance(one, dict) or one.get("name") != MODEL_NAME]:
+    if others := [one for one in results or [] if not _is_ours(one)]:
         data["model-index"] = others
+
+
+def _is_ours(model: Any) -> bool:
+    """Whether an entry of a model index holds what `pdiff-hf evaluate` measured."""
+    results = model.get("results") if isinstance(model, dict) else None
+    types = [(one.get("task") or {}).get("type") for one in results or [] if isinstance(one, dict)]
+    return bool(types) and set(types) == {TASK_TYPE}
 
 
 def _parsed_card(content: str) -> RepoCard:
@@ -85,6 +92,7 @@ def write_zoo_card(
         tags=["neural-network-diffusion", "model-zoo", "weights", *(ADAPTER_TAGS if adapter is not None else ())],
         base_model=base,
         configs=[{"config_name": "default", "data_files": "metadata.jsonl"}],
+        size_categories=_size_category(count),
     )
     card = DatasetCard.from_template(
         card_data,
@@ -98,6 +106,12 @@ def write_zoo_card(
         placeholder=PLACEHOLDER,
     )
     _write_card(folder, str(card))
+
+
+def _size_category(count: int) -> str:
+    """The Hub's name for so many rows."""
+    bounds = {"n<1K": 10**3, "1K<n<10K": 10**4, "10K<n<100K": 10**5, "100K<n<1M": 10**6, "1M<n<10M": 10**7}
+    return next((name for name, bound in bounds.items() if count < bound), "n>10M")
 
 
 def _base_model(adapter: dict[str, Any] | None) -> str | None:
@@ -197,7 +211,7 @@ def write_evaluation(folder: Path, section: str, results: list[EvalResult], pict
         shutil.copyfile(picture, target)
         lines += ["", f"![{picture.stem}](evaluation/{picture.name})"]
     text = before + "\n".join([start, "", *lines, "", end]) + rest.partition(end)[2]
-    data = card.data.to_dict() | ModelCardData(model_name=MODEL_NAME, eval_results=results).to_dict()
+    data = card.data.to_dict() | ModelCardData(model_name=PLACEHOLDER, eval_results=results).to_dict()
     with whole(file) as temporary:
         temporary.write_text(_card(data, text), encoding="utf-8")
 

@@ -119,3 +119,20 @@ class FashionMLP(PooledImages):
 
     def build_network(self) -> nn.Module:
         return mlp(49, 16, 10)
+
+
+class CIFAR10ConvNet(PooledImages):
+    """Two convolutions and a linear layer on CIFAR-10 at 16x16 pixels, 7,778 parameters; the whole network is
+    generated."""
+
+    dataset = "cifar10"
+    size = 16
+    steps = 700
+    epochs = 2
+
+    def build_network(self) -> nn.Module:
+        return nn.Sequential(
+            *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(24 * 4 * 4, 10)),
+        )

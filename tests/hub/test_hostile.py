@@ -97,7 +97,8 @@ def test_the_name_of_a_task_stays_in_its_line_of_the_marked_part(tmp_path_factor
 RESULT = EvalResult(
     task_type="weight-generation", dataset_type="t", dataset_name="t", metric_type="accuracy", metric_value=0.9
 )
-OTHERS = "---\nmodel-index:\n- name: somebody\n  results: []\n- name: pdiff\n  results: []\ntags: [mine]\n---\n"
+OURS = "- name: pdiff\n  results: [{task: {type: weight-generation}}]\n"
+OTHERS = f"---\nmodel-index:\n- name: somebody\n  results: []\n{OURS}tags: [mine]\n---\n"
 
 
 def files_of(repo: str) -> list[str]:
