@@ -115,6 +115,10 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     save_run(config.output_dir, "evaluate", config)
     Console().print(table(report))
     Console().print(report["verdict"]["sentence"], highlight=False)
+    if "conditions" not in report:
+        Console().print(
+            "(The front: the best that noise, averages and Gaussians reach there, for nothing.)", highlight=False
+        )
     if origin is not None:
         evaluation = (card_section(report), card_results(report), files)
         if (Path(origin) / "README.md").is_file():
