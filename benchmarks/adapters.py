@@ -61,6 +61,8 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
     settings = {
         "batch_size": 64,
         "initial": False,
+        # Chosen on validation tasks: 93.8 % there, and 90.8 with the default.
+        "last_sigma": 0.5,
         "mixed_precision": "bf16",
         "transformer_steps": config.transformer_steps,
     }

@@ -200,6 +200,9 @@ class NeuronTrainConfig(LoopConfig):
     behaviour_inputs: int = 64
     """Training inputs of a step on which outputs are compared."""
 
+    last_sigma: float = 0.2
+    """The noise, 0 to 1, from which the last step of the sampling leads to the network. More of it where the
+    transformer is far from having learned the details: chosen by the accuracy on validation data."""
     hidden_size: int = 128
     """Width of a token."""
     num_layers: int = 4
@@ -219,6 +222,8 @@ class NeuronTrainConfig(LoopConfig):
         check_positive(self, "transformer_steps")
         check_not_negative(self, "behaviour_weight")
         check_above_zero(self, "transformer_learning_rate")
+        if not 0 < self.last_sigma < 1:
+            raise ConfigError(f"last_sigma has to be above 0 and below 1, and is {self.last_sigma}.")
         if self.hidden_size % (2 * self.num_attention_heads):
             width, heads = self.hidden_size, self.num_attention_heads
             raise ConfigError(

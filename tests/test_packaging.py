@@ -63,7 +63,15 @@ def test_the_source_distribution_holds_all_that_its_tests_need(checkout, source)
     ours, theirs = files_of(checkout), files_of(source)
     folders = ("tests", "benchmarks", "pipelines", "docs", "examples", "spaces", ".ci")
     needed = [name for name in ours if name.partition("/")[0] in folders]
-    needed += ["Makefile", "mkdocs.yml", "constraints.txt", "constraints-lowest.txt", "README.md", "setup.py", "pyproject.toml"]
+    needed += [
+        "Makefile",
+        "mkdocs.yml",
+        "constraints.txt",
+        "constraints-lowest.txt",
+        "README.md",
+        "setup.py",
+        "pyproject.toml",
+    ]
     assert [name for name in needed if theirs.get(name) != ours[name]] == []
     done = run("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_config.py", cwd=source)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -25,8 +25,6 @@ from .models import check_memory, condition_encoder, seeded, selected
 from .objectives import Batch, FlowMatchingObjective
 
 
-# The noise from which the last step leads to the network: below it, errors of the steps are no longer mended.
-LAST_SIGMA = 0.2
 # Of the initializations, evenly picked, so many tell what they are drawn from.
 INITIALS = 256
 # By how much the norm of an initialization may differ from that of its record.
@@ -116,7 +114,7 @@ class NeuronDiffusion:
         model = seeded(self.config.seed, self._model)
         return FlowMatchingObjective(
             model,
-            FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift_terminal=LAST_SIGMA),
+            FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift_terminal=self.config.last_sigma),
             self.encoder,
             behaviour,
             self.config.behaviour_weight,

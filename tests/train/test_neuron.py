@@ -103,6 +103,12 @@ def trained(zoo, tmp_path_factory) -> Path:
     return folder
 
 
+def test_the_last_step_leads_from_the_noise_that_was_asked_for(zoo, tmp_path):
+    scheduler = run_train(config(zoo, tmp_path, transformer_steps=2, last_sigma=0.5)).scheduler
+    scheduler.set_timesteps(4)
+    assert scheduler.sigmas[-2:].tolist() == pytest.approx([0.5, 0.0])
+
+
 def sample(pipe, count: int = 3, **arguments) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
@@ -303,6 +309,7 @@ def test_a_zoo_whose_task_is_foreign_code_needs_its_name(zoo, tmp_path):
         ({"transformer_steps": 0}, "steps has to be at least 1"),
         ({"behaviour_weight": -1.0}, "behaviour_weight has to be at least 0"),
         ({"transformer_learning_rate": 0.0}, "learning_rate has to be above 0"),
+        ({"last_sigma": 1.0}, "last_sigma has to be above 0 and below 1, and is 1.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(zoo, tmp_path, changes, message):
