@@ -327,10 +327,10 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
                     with gr.Column():
                         pad = gr.Sketchpad(
                             type="numpy",
-                            label="draw here, with the pen",
+                            label="draw",
                             canvas_size=(280, 280),
                             layers=False,
-                            brush=gr.Brush(default_size=24, colors=["#000000"], color_mode="fixed"),
+                            brush=gr.Brush(default_size=15, colors=["#000000"], color_mode="fixed"),
                             elem_id="pad",
                         )
                         gallery = gr.Gallery(
