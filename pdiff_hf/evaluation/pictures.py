@@ -227,11 +227,22 @@ def weight_map(trained: WeightZoo, groups: dict[str, Iterator[torch.Tensor]], fo
         if name in groups:
             x, y = torch.cat([(vectors - mean) @ axes_ for vectors in groups[name]]).T.numpy()
             colour = {"color": COLOURS[name]} if marker == "x" else {"facecolor": COLOURS[name], "linewidths": 0}
-            ax.scatter(x, y, s=size, marker=marker, alpha=0.6, label=names[name], **colour)
+            steps = _steps(trained) if name == "trained" else []
+            if steps and len(steps) == len(x):
+                colour = {"c": steps, "cmap": "winter", "linewidths": 0}
+            points = ax.scatter(x, y, s=size, marker=marker, alpha=0.6, label=names[name], **colour)
+            if "cmap" in colour:
+                figure.colorbar(points, ax=ax, label="training step of the originals")
     ax.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
     ax.set_ylabel(f"second principal component ({100 * shares[1]:.0f} %)")
     ax.legend(fontsize=8)
     return _save(figure, folder, "map")
+
+
+def _steps(zoo: WeightZoo) -> list[int]:
+    """At which step of one training each network was kept; nothing of networks of several."""
+    steps = [row.get("step") for row in zoo.rows()]
+    return [step for step in steps if isinstance(step, int)] if len(set(steps)) == len(steps) > 1 else []
 
 
 def denoising(steps: list[int], accuracies: list[torch.Tensor], report: dict[str, Any], folder: Path) -> list[Path]:
