@@ -75,6 +75,7 @@ def test_an_independent_zoo_of_a_part_of_the_network_is_refused(tmp_path):
         run_collect(config(tmp_path / "zoo", protocol="independent", task="digits-resnet"))
 
 
+@pytest.mark.slow
 def test_the_folder_says_how_to_repeat_the_run(tmp_path):
     first = run_collect(config(tmp_path / "a"))
     done = run(

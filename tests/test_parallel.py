@@ -48,6 +48,7 @@ def generated(digits_pipeline, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_generate_the_zoo_of_one(digits_pipeline, generated, tmp_path):
     folder = tmp_path / "zoo"
     launch(2, "-m", "pdiff_hf", "generate", "--pipeline", str(digits_pipeline), "--output-dir", str(folder), *GENERATE)

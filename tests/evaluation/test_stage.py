@@ -423,6 +423,7 @@ def test_zoos_folders_checkpoints_and_state_dicts_are_the_same_to_it(report, dig
         assert other["groups"] == {name: group for name, group in report["groups"].items() if name != "fresh"}
 
 
+@pytest.mark.slow
 def test_pipelines_are_sampled(digits_zoo, digits_pipeline, tmp_path):
     pipeline = pdiff_hf.load_pipeline(digits_pipeline)
     of_folder = pdiff_hf.evaluate(trained=digits_zoo, generated=str(digits_pipeline), num_networks=6, seed=3)

@@ -375,6 +375,7 @@ def test_errors_say_what_to_do_and_never_a_token(alice, zoo):
     assert not re.search("hf_alice|http", "".join(messages.values()))
 
 
+@pytest.mark.slow
 def test_a_private_zoo_is_for_its_owner_alone(server, alice, zoo, tmp_path):
     alice(call_with, push_private, "alice/secret", {"folder": zoo.folder})
     assert len(alice(read_all, "alice/secret")) == 10
@@ -410,10 +411,13 @@ def test_without_the_hub_the_cache_serves_and_what_is_not_in_it_is_named(
 
 
 def run_card(repo: str, repo_type: str) -> int:
-    (program,) = re.findall(r"^```python\n(.*?)^```", card_of(repo, repo_type), flags=re.MULTILINE | re.DOTALL)
+    programs = re.findall(r"^```python\n(.*?)^```", card_of(repo, repo_type), flags=re.MULTILINE | re.DOTALL)
     scope: dict = {}
-    exec(program, scope)
-    return len(scope["zoo"]) if repo_type == "dataset" else len(scope["state_dicts"])
+    exec("".join(programs), scope)
+    if repo_type == "model":
+        return len(scope["state_dicts"])
+    assert torch.allclose(torch.tensor(scope["rows"][2]["weights"]), scope["zoo"][2])
+    return len(scope["zoo"])
 
 
 def test_what_a_card_shows_runs_as_pasted(alice, digits_pipeline, zoo):

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -109,17 +108,6 @@ def test_two_hundred_thousand_rows_with_a_late_key_load_as_a_data_set(tmp_path):
     assert len(rows) == 200_001
     assert rows[-1]["late"] == "a word"
     assert rows[0]["late"] is None
-
-
-@pytest.mark.slow
-def test_the_card_says_how_rows_get_weights(zoo):
-    zoo.write_card("Rows.")
-    card = (zoo.folder / "README.md").read_text(encoding="utf-8")
-    assert "size_categories: n<1K" in card
-    program = "".join(re.findall(r"^```python\n(.*?)^```", card, flags=re.MULTILINE | re.DOTALL))
-    space: dict = {}
-    exec(program.replace("path/or/name/of/this/repository", str(zoo.folder)), space)
-    assert torch.allclose(torch.tensor(space["rows"][2]["weights"]), zoo[2])
 
 
 # ---- damage
