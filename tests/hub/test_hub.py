@@ -420,6 +420,7 @@ def run_card(repo: str, repo_type: str) -> int:
     return len(scope["zoo"])
 
 
+@pytest.mark.slow
 def test_what_a_card_shows_runs_as_pasted(alice, digits_pipeline, zoo):
     zoo.write_card("A zoo.")
     alice(push_folder, zoo.folder, "alice/shown-zoo")
