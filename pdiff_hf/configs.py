@@ -357,6 +357,10 @@ class PlayConfig:
     port: int | None = None
     """Of the page; by default the first free one from 7860."""
 
+    def __post_init__(self) -> None:
+        if self.port is not None and not 0 < self.port < 2**16:
+            raise ConfigError(f"port has to be from 1 to 65535, and is {self.port}.")
+
 
 @dataclass(frozen=True)
 class InfoConfig:

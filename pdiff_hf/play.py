@@ -14,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.nn import functional as F
 
 from .configs import PlayConfig
+from .errors import ConfigError, TaskError, ZooError
 from .evaluation.measures import similarity
 from .extras import require
 from .hub.pipelines import load_pipeline, pipeline_folder
@@ -61,13 +62,20 @@ class Playground:
         encoder = self.pipe.condition_encoder
         self.columns: list[dict[str, Any]] = [] if encoder is None else encoder.config.columns
         self.example = self.family.conditions("test")[0]
-        self.images = self.family.task(self.example).data("test")[0]
+        first = self.family.task(self.example)
+        try:
+            self.pipe.layout.flatten(first.build_network().state_dict())
+        except ValueError as error:
+            raise TaskError(f"{pipeline} generates no networks of {self.name}: {error}") from error
+        self.images = first.data("test")[0]
         self._one_at_a_time = threading.Lock()
         self.trained: tuple[torch.Tensor, torch.Tensor] | None = None
         if zoo is not None:
             networks = WeightZoo.from_pretrained(zoo)
+            if networks.layout.architecture != self.pipe.layout.architecture:
+                raise ZooError(f"{zoo} holds networks of another architecture than {pipeline} generates.")
             vectors = networks.vectors(evenly(len(networks), TRAINED))
-            self.trained = self.score(vectors, self.family.task(self.example))
+            self.trained = self.score(vectors, first)
 
     @property
     def draws(self) -> bool:
@@ -377,4 +385,7 @@ def run_play(config: PlayConfig) -> None:
     # No fonts from another host.
     theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     blocks = page(config.pipeline, config.task, config.zoo)
-    blocks.launch(server_name="127.0.0.1", server_port=config.port, theme=theme, footer_links=[])
+    try:
+        blocks.launch(server_name="127.0.0.1", server_port=config.port, theme=theme, footer_links=[])
+    except OSError as error:
+        raise ConfigError(f"The page cannot be served at port {config.port or 'from 7860'}: it is taken.") from error

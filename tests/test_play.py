@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from pdiff_hf import CollectConfig, NeuronTrainConfig, WeightZoo, load_task, run_collect, run_train
-from pdiff_hf.errors import TaskError
+from pdiff_hf.errors import TaskError, ZooError
 from pdiff_hf.play import Playground, heat, page, said
 
 from .conftest import ROOT
@@ -102,6 +102,13 @@ def test_a_card_does_not_choose_the_code_that_runs(digits_pipeline, tmp_path):
     card.write_text(card.read_text().replace("the task `digits-convnet`", "the task `evil.py:Task`"))
     with pytest.raises(TaskError, match=r"code of its own: pass --task evil\.py:Task"):
         Playground(str(folder))
+
+
+def test_what_does_not_go_together_is_refused(digits_pipeline, zoo):
+    with pytest.raises(TaskError, match="generates no networks of digits-mlp"):
+        Playground(str(digits_pipeline), "digits-mlp")
+    with pytest.raises(ZooError, match="holds networks of another architecture"):
+        Playground(str(digits_pipeline), zoo=str(zoo.folder))
 
 
 def test_the_space_is_one():
