@@ -379,13 +379,26 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
     return blocks
 
 
+def serve(pipeline: str, task: str | None = None, zoo: str | None = None, **where: Any) -> None:
+    r"""
+    Serves the page until it is interrupted.
+
+    Args:
+        pipeline, task, zoo: as those of [`Playground`].
+        where (*optional*): What gradio's `launch` takes.
+
+    Raises:
+        [`ConfigError`]: the port is taken.
+    """
+    # No fonts from another host.
+    theme = require("gradio", "play").themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    blocks = page(pipeline, task, zoo)
+    try:
+        blocks.launch(theme=theme, footer_links=[], **where)
+    except OSError as error:
+        raise ConfigError(f"The page cannot be served at port {where.get('server_port')}: {error}") from error
+
+
 def run_play(config: PlayConfig) -> None:
     """Serves the page on this machine until it is interrupted."""
-    gradio = require("gradio", "play")
-    # No fonts from another host.
-    theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    blocks = page(config.pipeline, config.task, config.zoo)
-    try:
-        blocks.launch(server_name="127.0.0.1", server_port=config.port, theme=theme, footer_links=[])
-    except OSError as error:
-        raise ConfigError(f"The page cannot be served at port {config.port or 'from 7860'}: it is taken.") from error
+    serve(config.pipeline, config.task, config.zoo, server_name="127.0.0.1", server_port=config.port)

@@ -2,10 +2,10 @@
 
 import os
 
-from pdiff_hf.play import page
+from pdiff_hf.play import serve
 
 
-demo = page(os.environ["PIPELINE"], os.environ.get("TASK"), os.environ.get("ZOO"))
+if "PIPELINE" not in os.environ:
+    raise SystemExit("Set the Space's variable PIPELINE to the name of a model repository with a pipeline.")
 
-if __name__ == "__main__":
-    demo.launch()
+serve(os.environ["PIPELINE"], os.environ.get("TASK"), os.environ.get("ZOO"))
