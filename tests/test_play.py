@@ -14,7 +14,8 @@ import yaml
 
 from pdiff_hf import CollectConfig, NeuronTrainConfig, WeightZoo, load_task, run_collect, run_train
 from pdiff_hf.errors import TaskError, ZooError
-from pdiff_hf.play import Playground, heat, page, said
+from pdiff_hf.play import page
+from pdiff_hf.playground import Playground, heat, said
 
 from .conftest import ROOT
 

@@ -1,0 +1,211 @@
+"""What the page of `pdiff-hf play` shows, without the page."""
+
+import math
+import re
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch.nn import functional as F
+
+from .errors import TaskError, ZooError
+from .evaluation.measures import similarity
+from .hub.pipelines import load_pipeline, pipeline_folder
+from .info import verdict_of_card
+from .networks.predictor import Predictor
+from .parallel import processes
+from .schedulers import replacement
+from .tasks import Task, load_family
+from .tasks.task import trusted_name
+from .text import printable
+from .zoo import WeightZoo, evenly
+
+
+# Training networks in the plane, test images to choose from, stops of a walk, pictures of a denoising.
+TRAINED, IMAGES, STOPS, PICTURES = 100, 24, 13, 8
+
+
+class Playground:
+    r"""
+    What the page shows, without the page.
+
+    Args:
+        pipeline (`str`): Its folder, or its name on the Hub, whose code is not run.
+        task (`str`, *optional*): What the networks do; by default what the pipeline's card names, if it is built in.
+        zoo (`str`, *optional*): The training networks, to compare with.
+
+    Raises:
+        [`PdiffError`]: there is no such pipeline, task or zoo.
+    """
+
+    def __init__(self, pipeline: str, task: str | None = None, zoo: str | None = None):
+        folder = pipeline_folder(pipeline)
+        self.pipe = load_pipeline(folder).to(processes().device)
+        self.pipe.set_progress_bar_config(disable=True)
+        file = folder / "README.md"
+        card = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        named = re.search(r"networks for the task `([^`]+)`", card)
+        self.name = trusted_name(task, named and named[1])
+        self.verdict = printable(" ".join(verdict_of_card(folder)))
+        self.family = load_family(self.name)
+        encoder = self.pipe.condition_encoder
+        self.columns: list[dict[str, Any]] = [] if encoder is None else encoder.config.columns
+        self.example = self.family.conditions("test")[0]
+        first = self.family.task(self.example)
+        try:
+            self.pipe.layout.flatten(first.build_network().state_dict())
+        except ValueError as error:
+            raise TaskError(f"{pipeline} generates no networks of {self.name}: {error}") from error
+        self.images = first.data("test")[0]
+        self._one_at_a_time = threading.Lock()
+        self.trained: tuple[torch.Tensor, torch.Tensor] | None = None
+        if zoo is not None:
+            networks = WeightZoo.from_pretrained(zoo)
+            if networks.layout.architecture != self.pipe.layout.architecture:
+                raise ZooError(f"{zoo} holds networks of another architecture than {pipeline} generates.")
+            vectors = networks.vectors(evenly(len(networks), TRAINED))
+            self.trained = self.score(vectors, first)
+
+    @property
+    def draws(self) -> bool:
+        """Whether inputs are pictures: `[N, 1 or 3, H, W]`."""
+        return self.images.ndim == 4 and self.images.shape[1] in (1, 3)
+
+    def score(self, vectors: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
+        """Accuracies `[N]` on the test split, and wrong answers, boolean `[N, E]`."""
+        inputs, targets = task.data("test")
+        predictions = Predictor(task, self.pipe.layout, self.pipe.device)(vectors, inputs)
+        wrong = ~torch.stack([task.correct(one, targets) for one in predictions])
+        return 1 - wrong.float().mean(1), wrong
+
+    def networks(self, condition: dict[str, Any], count: int, seed: int, guidance: float) -> Iterator[torch.Tensor]:
+        """Networks, one after the other, as vectors `[1, P]`."""
+        for one in range(seed, seed + count):
+            yield self._sample(condition, generator=torch.Generator().manual_seed(one), guidance_scale=guidance)
+
+    def places(self, vectors: torch.Tensor, condition: dict[str, Any]) -> list[dict[str, Any]]:
+        """Where networks are in the plane of accuracy and, where a zoo is there, similarity."""
+        accuracies, wrong = self.score(vectors, self.family.task(condition or self.example))
+        rows = []
+        for index, accuracy in enumerate(accuracies.tolist()):
+            row = {"network": index + 1, "accuracy, %": 100 * accuracy, "networks": "generated"}
+            if self.trained is not None:
+                row["similarity"] = similarity(wrong[index : index + 1], self.trained[1]).max().item()
+            rows.append(row)
+        if self.trained is not None:
+            overlap = similarity(self.trained[1], self.trained[1]).fill_diagonal_(-1).amax(1)
+            pairs = zip(self.trained[0].tolist(), overlap.tolist(), strict=True)
+            rows += [{"accuracy, %": 100 * a, "similarity": s, "networks": "trained"} for a, s in pairs]
+        return rows
+
+    def together(self, vectors: torch.Tensor, condition: dict[str, Any]) -> float:
+        """The accuracy of the ensemble."""
+        task = self.family.task(condition or self.example)
+        inputs, targets = task.data("test")
+        predictions = Predictor(task, self.pipe.layout, self.pipe.device)(vectors, inputs).mean(0)
+        return task.correct(predictions, targets).float().mean().item()
+
+    def classify(self, vectors: torch.Tensor, image: torch.Tensor, condition: dict[str, Any]) -> torch.Tensor:
+        """What networks say to an image `[C, H, W]`: probabilities `[N, classes]`."""
+        task = self.family.task(condition or self.example)
+        return Predictor(task, self.pipe.layout, self.pipe.device)(vectors, image[None])[:, 0]
+
+    def drawn(self, ink: np.ndarray) -> torch.Tensor:
+        """A drawing, 0 to 1 `[height, width]`, as the inputs are: cut out, centred, at their size and range."""
+        rows, columns = np.nonzero(ink > 0.1)
+        _, channels, height, width = (len(self.images), *self.images.shape[1:])
+        low, high = self.images.min().item(), self.images.max().item()
+        if not len(rows):
+            return torch.full((channels, height, width), low)
+        cut = ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        side = max(cut.shape)
+        square = np.zeros((side, side))
+        top, left = (side - cut.shape[0]) // 2, (side - cut.shape[1]) // 2
+        square[top : top + cut.shape[0], left : left + cut.shape[1]] = cut
+        small = F.interpolate(torch.tensor(square)[None, None], (height, width), mode="area")[0].float()
+        return low + (high - low) * (small / small.max()).expand(channels, -1, -1)
+
+    def walk(self, first: int, second: int, condition: dict[str, Any]) -> list[dict[str, float]]:
+        """Accuracies on the way from the noise (and the initialization, where the denoiser is told it) of one seed to
+        that of another, without further noise on the way, along a circle: it stays noise."""
+        angles = torch.linspace(0, math.pi / 2, STOPS)
+
+        def between(draw: Callable[[torch.Generator], torch.Tensor]) -> torch.Tensor:
+            start, end = (draw(torch.Generator().manual_seed(seed)) for seed in (first, second))
+            shares = [part.reshape(-1, *[1] * (start.ndim - 1)) for part in (angles.cos(), angles.sin())]
+            return shares[0] * start + shares[1] * end
+
+        arguments = {"latents": between(lambda one: torch.randn(1, *self.pipe.latent_shape, generator=one))}
+        if self.pipe.takes_initial:
+            arguments["initial"] = between(lambda one: self.pipe.layout.draw_initial([one]))
+        vectors = self._sample(condition, deterministic(self.pipe.scheduler), **arguments)
+        accuracies, _ = self.score(vectors, self.family.task(condition or self.example))
+        return [
+            {"way": step / (STOPS - 1), "accuracy, %": 100 * accuracy}
+            for step, accuracy in enumerate(accuracies.tolist())
+        ]
+
+    def denoising(self, seed: int, condition: dict[str, Any]) -> tuple[list[dict[str, float]], list[np.ndarray]]:
+        """Accuracy after each step of the denoising of a network, and pictures of its largest matrix."""
+        steps: list[torch.Tensor] = []
+
+        def keep(_: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            steps.append(self.pipe.decode(tensors["latents"]))
+            return tensors
+
+        self._sample(condition, generator=torch.Generator().manual_seed(seed), callback_on_step_end=keep)
+        vectors = torch.cat(steps).cpu()
+        accuracies, _ = self.score(vectors, self.family.task(condition or self.example))
+        rows = [{"step": step + 1.0, "accuracy, %": 100 * a} for step, a in enumerate(accuracies.tolist())]
+        shown = torch.linspace(0, len(vectors) - 1, min(PICTURES, len(vectors))).round().long()
+        dicts = self.pipe.layout.unflatten(vectors[shown])
+        name = max(dicts[0], key=lambda one: dicts[0][one].numel())
+        matrices = [one[name].float().flatten(1) if one[name].ndim > 1 else one[name].float()[None] for one in dicts]
+        return rows, [heat(matrix, matrices[-1].abs().max().item()) for matrix in matrices]
+
+    def _sample(self, condition: dict[str, Any], scheduler: Any = None, **arguments: Any) -> torch.Tensor:
+        if condition:
+            arguments["condition"] = condition
+        with self._one_at_a_time:  # visitors share a pipeline
+            own = self.pipe.scheduler
+            try:
+                self.pipe.scheduler = scheduler or own
+                vectors: torch.Tensor = self.pipe(**arguments, output_type="pt").state_dicts
+            finally:
+                self.pipe.scheduler = own
+        return vectors.cpu()
+
+
+def deterministic(scheduler: Any) -> Any:
+    """A scheduler of the same noise that adds none while sampling."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return type(scheduler).from_config(scheduler.config, stochastic_sampling=False)
+    return replacement("DDIMScheduler", scheduler)
+
+
+def heat(matrix: torch.Tensor, most: float) -> np.ndarray:
+    """A matrix as a picture, RGB uint8: red above zero, blue below, white at it; `most` is full colour."""
+    share = (matrix / (most or 1)).clamp(-1, 1)
+    red, blue = 1 + share.clamp(max=0), 1 - share.clamp(min=0)
+    picture = torch.stack([red, torch.minimum(red, blue), blue], -1)
+    scale = max(1, 240 // max(picture.shape[:2]))
+    return (255 * picture).byte().numpy().repeat(scale, 0).repeat(scale, 1)
+
+
+def grey(image: torch.Tensor) -> np.ndarray:
+    """An input `[C, H, W]` as a picture, `[height, width, 3]` uint8."""
+    low, high = image.min(), image.max()
+    picture = ((image - low) / (high - low).clamp_min(1e-6)).expand(3, -1, -1).permute(1, 2, 0)
+    scale = max(1, 64 // max(picture.shape[:2]))
+    return (255 * picture).byte().numpy().repeat(scale, 0).repeat(scale, 1)
+
+
+def said(probabilities: torch.Tensor, families: bool) -> str:
+    """What networks `[N, classes]` say, in words."""
+    answers = probabilities.argmax(-1)
+    most = int(answers.mode().values)
+    word = ("no" if most == 0 else "yes") if families and probabilities.shape[1] == 2 else f"class {most}"
+    return f"**{word}**, say {int((answers == most).sum())} of {len(answers)} networks"
