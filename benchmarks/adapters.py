@@ -47,7 +47,7 @@ class Config:
     """Base networks."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the generators."""
-    transformer_steps: int = 2000
+    transformer_steps: int = 1500
     """Of the generator's training."""
     threads: int = 2
     """Of torch."""
@@ -61,8 +61,9 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
     settings = {
         "batch_size": 64,
         "initial": False,
-        # Chosen on validation tasks: 93.8 % there, and 90.8 with the default.
-        "last_sigma": 0.5,
+        # Chosen on validation tasks: a wider transformer, or longer training, overfits the 778 adapters.
+        "hidden_size": 64,
+        "last_sigma": 0.9,
         "mixed_precision": "bf16",
         "transformer_steps": config.transformer_steps,
     }
