@@ -11,7 +11,7 @@ import torch
 from .configs import PlayConfig
 from .errors import ConfigError
 from .extras import require
-from .playground import IMAGES, Playground, grey, said
+from .playground import IMAGES, Playground, grey, names_of, said
 from .text import printable
 
 
@@ -63,28 +63,29 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
 
     def ask(count: float, seed: float, guidance: float, *values: Any) -> Iterator[Any]:
         try:
-            condition, vectors = asked(*values), []
+            condition, vectors, generated = asked(*values), [], []
             for vector in ground.networks(condition, int(count), int(seed), guidance):
                 vectors.append(vector)
                 all_of_them = torch.cat(vectors)
-                rows = ground.places(all_of_them, condition)
-                accuracies = [row["accuracy, %"] for row in rows if row["networks"] == "generated"]
+                row, *others = ground.places(vector, condition, len(vectors))
+                generated.append(row)
+                accuracies = [row["accuracy, %"] for row in generated]
                 text = f"**{len(accuracies)} networks**: {sum(accuracies) / len(accuracies):.2f} % on average, "
                 text += f"{min(accuracies):.2f} % at least"
                 if len(accuracies) == count > 1:
                     text += f"; all together: {100 * ground.together(all_of_them, condition):.2f} %"
                 limits = {"x_lim": [0, int(count) + 1]} if ground.trained is None else {}
-                plot = gr.ScatterPlot(pandas.DataFrame(rows), **limits)
-                yield plot, f"{text}.", (all_of_them, condition)
+                plot = gr.ScatterPlot(pandas.DataFrame(generated + others), **limits)
+                yield plot, f"{text}.", all_of_them
         except (ValueError, IndexError, RuntimeError) as error:
             raise gr.Error(printable(str(error))) from error
 
     def answer(state: Any, image: torch.Tensor) -> tuple[Any, str, np.ndarray]:
         if state is None:
             raise gr.Error("Ask for networks first, in the first tab.")
-        probabilities = ground.classify(state[0], image, state[1])
+        probabilities = ground.classify(state, image)
         together = probabilities.mean(0).tolist()
-        names = ["no", "yes"] if families and len(together) == 2 else [str(place) for place in range(len(together))]
+        names = names_of(len(together), families)
         return dict(zip(names, together, strict=True)), said(probabilities, families), grey(image)
 
     def draw(state: Any, drawing: Any) -> Any:

@@ -61,13 +61,18 @@ class Playground:
             raise TaskError(f"{pipeline} generates no networks of {self.name}: {error}") from error
         self.images = first.data("test")[0]
         self._one_at_a_time = threading.Lock()
+        self._predictor = Predictor(first, self.pipe.layout, self.pipe.device)
         self.trained: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._trained_rows: list[dict[str, Any]] = []
         if zoo is not None:
             networks = WeightZoo.from_pretrained(zoo)
             if networks.layout.architecture != self.pipe.layout.architecture:
                 raise ZooError(f"{zoo} holds networks of another architecture than {pipeline} generates.")
             vectors = networks.vectors(evenly(len(networks), TRAINED))
-            self.trained = self.score(vectors, first)
+            accuracies, wrong = self.trained = self.score(vectors, first)
+            overlap = similarity(wrong, wrong).fill_diagonal_(-1).amax(1)
+            pairs = zip(accuracies.tolist(), overlap.tolist(), strict=True)
+            self._trained_rows = [{"accuracy, %": 100 * a, "similarity": s, "networks": "trained"} for a, s in pairs]
 
     @property
     def draws(self) -> bool:
@@ -77,7 +82,7 @@ class Playground:
     def score(self, vectors: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
         """Accuracies `[N]` on the test split, and wrong answers, boolean `[N, E]`."""
         inputs, targets = task.data("test")
-        predictions = Predictor(task, self.pipe.layout, self.pipe.device)(vectors, inputs)
+        predictions = self._predict(vectors, inputs)
         wrong = ~torch.stack([task.correct(one, targets) for one in predictions])
         return 1 - wrong.float().mean(1), wrong
 
@@ -86,37 +91,33 @@ class Playground:
         for one in range(seed, seed + count):
             yield self._sample(condition, generator=torch.Generator().manual_seed(one), guidance_scale=guidance)
 
-    def places(self, vectors: torch.Tensor, condition: dict[str, Any]) -> list[dict[str, Any]]:
-        """Where networks are in the plane of accuracy and, where a zoo is there, similarity."""
+    def places(self, vectors: torch.Tensor, condition: dict[str, Any], number: int = 1) -> list[dict[str, Any]]:
+        """Where networks, whose numbers count up from this one, are in the plane of accuracy and, where a zoo is
+        there, similarity; and then where those of the zoo are."""
         accuracies, wrong = self.score(vectors, self.family.task(condition or self.example))
         rows = []
         for index, accuracy in enumerate(accuracies.tolist()):
-            row = {"network": index + 1, "accuracy, %": 100 * accuracy, "networks": "generated"}
+            row = {"network": number + index, "accuracy, %": 100 * accuracy, "networks": "generated"}
             if self.trained is not None:
                 row["similarity"] = similarity(wrong[index : index + 1], self.trained[1]).max().item()
             rows.append(row)
-        if self.trained is not None:
-            overlap = similarity(self.trained[1], self.trained[1]).fill_diagonal_(-1).amax(1)
-            pairs = zip(self.trained[0].tolist(), overlap.tolist(), strict=True)
-            rows += [{"accuracy, %": 100 * a, "similarity": s, "networks": "trained"} for a, s in pairs]
-        return rows
+        return rows + self._trained_rows
 
     def together(self, vectors: torch.Tensor, condition: dict[str, Any]) -> float:
         """The accuracy of the ensemble."""
         task = self.family.task(condition or self.example)
         inputs, targets = task.data("test")
-        predictions = Predictor(task, self.pipe.layout, self.pipe.device)(vectors, inputs).mean(0)
+        predictions = self._predict(vectors, inputs).mean(0)
         return task.correct(predictions, targets).float().mean().item()
 
-    def classify(self, vectors: torch.Tensor, image: torch.Tensor, condition: dict[str, Any]) -> torch.Tensor:
+    def classify(self, vectors: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """What networks say to an image `[C, H, W]`: probabilities `[N, classes]`."""
-        task = self.family.task(condition or self.example)
-        return Predictor(task, self.pipe.layout, self.pipe.device)(vectors, image[None])[:, 0]
+        return self._predict(vectors, image[None])[:, 0]
 
     def drawn(self, ink: np.ndarray) -> torch.Tensor:
         """A drawing, 0 to 1 `[height, width]`, as the inputs are: cut out, centred, at their size and range."""
         rows, columns = np.nonzero(ink > 0.1)
-        _, channels, height, width = (len(self.images), *self.images.shape[1:])
+        channels, height, width = self.images.shape[1:]
         low, high = self.images.min().item(), self.images.max().item()
         if not len(rows):
             return torch.full((channels, height, width), low)
@@ -166,6 +167,10 @@ class Playground:
         matrices = [one[name].float().flatten(1) if one[name].ndim > 1 else one[name].float()[None] for one in dicts]
         return rows, [heat(matrix, matrices[-1].abs().max().item()) for matrix in matrices]
 
+    def _predict(self, vectors: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        with self._one_at_a_time:  # visitors share a network
+            return self._predictor(vectors, inputs)
+
     def _sample(self, condition: dict[str, Any], scheduler: Any = None, **arguments: Any) -> torch.Tensor:
         if condition:
             arguments["condition"] = condition
@@ -203,9 +208,15 @@ def grey(image: torch.Tensor) -> np.ndarray:
     return (255 * picture).byte().numpy().repeat(scale, 0).repeat(scale, 1)
 
 
+def names_of(classes: int, families: bool) -> list[str]:
+    """What the classes of a task are called: of a family's tasks with two, whether an input is meant."""
+    return ["no", "yes"] if families and classes == 2 else [str(one) for one in range(classes)]
+
+
 def said(probabilities: torch.Tensor, families: bool) -> str:
     """What networks `[N, classes]` say, in words."""
     answers = probabilities.argmax(-1)
     most = int(answers.mode().values)
-    word = ("no" if most == 0 else "yes") if families and probabilities.shape[1] == 2 else f"class {most}"
+    name = names_of(probabilities.shape[1], families)[most]
+    word = f"class {name}" if name.isdigit() else name
     return f"**{word}**, say {int((answers == most).sum())} of {len(answers)} networks"

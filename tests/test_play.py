@@ -83,7 +83,7 @@ def test_a_drawing_becomes_an_input(ground):
     assert image[0, :, 4].mean() > image[0, :, 0].mean()
     assert (ground.drawn(np.zeros((9, 9))) == ground.images.min()).all()
     vectors = torch.cat(list(ground.networks({}, 3, 0, 1.0)))
-    probabilities = ground.classify(vectors, image, {})
+    probabilities = ground.classify(vectors, image)
     assert probabilities.shape == (3, 10)
     assert probabilities.sum(1) == pytest.approx([1, 1, 1])
 

@@ -16,9 +16,9 @@ import torch
 
 from ..errors import ZooError
 from ..extras import require
-from ..hub.client import commit_of, download_file, is_repository, matching_models, repository_files
+from ..hub.client import commit_of, download_file, is_repository, repository_files
 from ..networks.adapted import FACTORS
-from .imports import Names, StateDict, natural, read_metadata, read_state_dict
+from .imports import Names, StateDict, matched, natural, read_metadata, read_state_dict
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -281,10 +281,7 @@ def find_adapters(names: Names, token: str | None) -> list[Adapter]:
         elif path.is_file():
             found.append(Adapter(path.name, {"source": path.name}, [path.name], path.parent.joinpath))
         elif any(sign in str(name) for sign in "*?["):
-            models = matching_models(str(name), token)
-            if not models:
-                raise ZooError(f"No model repository on the Hub matches {str(name)!r}.")
-            found += [_of_repository(*model, token) for model in sorted(models, key=lambda model: natural(model[0]))]
+            found += [_of_repository(*model, token) for model in matched(str(name), token)]
         elif is_repository(name):
             found.append(_of_repository(str(name), commit_of(str(name), token), token))
         else:

@@ -83,12 +83,8 @@ def checkpoints_of_repositories(names: Names, filename: str, token: str | None) 
     """Those of the model repositories that names and patterns match, at their present commits, in natural order."""
     if not filename.endswith(".safetensors"):
         raise ZooError(f"{filename}: only safetensors files are read from the Hub.")
-    models = []
-    for pattern in [names] if isinstance(names, str | os.PathLike) else names:
-        found = matching_models(str(pattern), token)
-        if not found:
-            raise ZooError(f"No model repository on the Hub matches {str(pattern)!r}.")
-        models += sorted(found, key=lambda model: natural(model[0]))
+    patterns = [names] if isinstance(names, str | os.PathLike) else names
+    models = [model for pattern in patterns for model in matched(str(pattern), token)]
 
     def fetch(name: str, commit: str) -> Path:
         try:
@@ -102,6 +98,14 @@ def checkpoints_of_repositories(names: Names, filename: str, token: str | None) 
             raise
 
     return [Checkpoint(partial(fetch, name, commit), {"source": name, "revision": commit}) for name, commit in models]
+
+
+def matched(pattern: str, token: str | None) -> list[tuple[str, str]]:
+    """Names and present commits of the model repositories that a pattern matches, one at least, in natural order."""
+    models = matching_models(pattern, token)
+    if not models:
+        raise ZooError(f"No model repository on the Hub matches {pattern!r}.")
+    return sorted(models, key=lambda model: natural(model[0]))
 
 
 def _instead(files: list[str], wanted: str) -> str:
