@@ -53,14 +53,23 @@ def write(config: Any, **figures: Any) -> None:
 
 
 def table(config: Any, header: str, measure: Callable[..., dict[str, Any]], cells: Callable[..., list[str]]) -> None:
-    """Prints a line for each of the configuration's rows and seeds, and writes their figures."""
+    """Prints a line for each of the configuration's rows and seeds, and writes each as soon as it is measured.
+
+    A file of figures keeps what other runs of the benchmark wrote there: its rows take hours, and may be measured one
+    by one. Each therefore carries the facts of its own run.
+    """
     print(header)
-    rows = []
     for name in config.rows:
         for seed in config.seeds:
-            rows.append(measure(config, name, seed))
-            print(" | ".join(cells(rows[-1])), flush=True)
-    write(config, rows=rows)
+            row = measure(config, name, seed)
+            print(" | ".join([name, str(seed), *cells(row)]), flush=True)
+            if config.output:
+                file = Path(config.output).with_suffix(".json")
+                rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+                rows = [one for one in rows if (one["row"], one["seed"]) != (name, seed)]
+                rows.append({"row": name, "seed": seed, **row, "facts": facts(config)})
+                rows.sort(key=lambda one: (one["row"], one["seed"]))
+                file.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def minutes_of(config: NeuronTrainConfig) -> float:

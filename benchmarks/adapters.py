@@ -69,7 +69,7 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
     }
     figures = generalization(folder, row.family, row.each, seed, settings, align=True)
     difference = difference_to_peft(name, folder / f"seed-{seed}" / "pipeline")
-    return {"family": name, "networks": row.each, "seed": seed, "difference_to_peft": difference, **figures}
+    return {"networks": row.each, "difference_to_peft": difference, **figures}
 
 
 def difference_to_peft(name: str, pipeline: Path) -> float:

@@ -87,7 +87,7 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
     row = ROWS[name]
     settings = {"mixed_precision": config.mixed_precision, **row.settings}
     figures = generalization(Path(config.work_dir, name), row.family, row.each, seed, settings)
-    return {"family": name, "networks": row.each, "seed": seed, "settings": row.settings, **figures}
+    return {"networks": row.each, "settings": row.settings, **figures}
 
 
 def generalization(
@@ -138,8 +138,6 @@ def cells(row: dict[str, Any]) -> list[str]:
     best = max((gains["retrieval"], gains["regression"]), key=lambda gain: -gain["mean"])
     gold = groups["trained on the task"]
     return [
-        row["family"],
-        str(row["seed"]),
         row["verdict"]["label"],
         percent(groups["generated"]["single"]["mean"], groups["generated"]["min"]),
         percent(groups["generated"]["ensemble of 16"]["mean"]),

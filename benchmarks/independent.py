@@ -131,9 +131,7 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
         for group, sizes in report["ensembles"].items()
     }
     return {
-        "zoo": name,
         "networks": row.networks,
-        "seed": seed,
         "verdict": verdict["label"],
         "accuracy": groups["generated"]["accuracy"]["mean"],
         "minimum": groups["generated"]["accuracy"]["min"],
@@ -162,8 +160,6 @@ def cells(row: dict[str, Any]) -> list[str]:
 
     training = row["training"]
     return [
-        row["zoo"],
-        str(row["seed"]),
         row["verdict"],
         f"{percent(row['accuracy'], row['minimum'])}, {row['similarity']:.3f}",
         f"{percent(row['fresh_accuracy'], row['fresh_minimum'])}, {row['fresh_similarity']:.3f}",
