@@ -63,7 +63,7 @@ class Config:
     networks_per_point: int = 300
     """Of each baseline, at each strength."""
     mixed_precision: str = "bf16"
-    """Of the training."""
+    """Of training and sampling."""
     threads: int = 2
     """Of torch."""
     work_dir: str = "runs/independent"
@@ -111,6 +111,7 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
             output_dir=str(folder / "generated"),
             num_networks=config.num_networks,
             num_inference_steps=row.steps,
+            mixed_precision=config.mixed_precision,  # type: ignore[arg-type]
             task=row.task,
         )
     )

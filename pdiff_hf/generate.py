@@ -90,6 +90,7 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
         ),
         "scheduler": type(pipe.scheduler).__name__,
         "num_inference_steps": num_steps,
+        "mixed_precision": config.mixed_precision,
         "parameter_noise": config.parameter_noise,
         **({"guidance_scale": config.guidance_scale} if asked else {}),
     }
@@ -97,15 +98,16 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
     def sample(indices: range) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         seeds = [config.seed + index for index in indices]
         rows = [asked[index % len(asked)] if asked else {} for index in indices]
-        vectors = pipe(
-            num_networks=len(seeds),
-            num_inference_steps=num_steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            **({"condition": rows, "guidance_scale": config.guidance_scale} if asked else {}),
-            parameter_noise=config.parameter_noise,
-            chunk_size=len(seeds),
-            output_type="pt",
-        ).state_dicts
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            vectors = pipe(
+                num_networks=len(seeds),
+                num_inference_steps=num_steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                **({"condition": rows, "guidance_scale": config.guidance_scale} if asked else {}),
+                parameter_noise=config.parameter_noise,
+                chunk_size=len(seeds),
+                output_type="pt",
+            ).state_dicts
         return [
             (vector, {**row, "seed": seed, **origin})
             for seed, row, vector in zip(seeds, rows, vectors.cpu(), strict=True)

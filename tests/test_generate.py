@@ -38,6 +38,14 @@ def test_an_unfinished_zoo_is_completed(digits_pipeline, tmp_path):
     assert [row["seed"] for row in completed.metadata] == [0, 1, 2, 3, 4]
 
 
+def test_half_precision_gives_nearly_the_same_networks(digits_pipeline, tmp_path):
+    exact = run_generate(config(digits_pipeline, tmp_path / "exact"))
+    half = run_generate(config(digits_pipeline, tmp_path / "half", mixed_precision="bf16"))
+    assert {row["mixed_precision"] for row in half.metadata} == {"bf16"}
+    difference = (half.vectors() - exact.vectors()).square().mean().sqrt()
+    assert 0 < difference < 0.05 * (exact.vectors() - exact.vectors().mean(0)).square().mean().sqrt()
+
+
 def test_another_scheduler_can_be_named(digits_pipeline, tmp_path):
     zoo = run_generate(config(digits_pipeline, tmp_path, scheduler="DPMSolverMultistepScheduler"))
     assert {row["scheduler"] for row in zoo.metadata} == {"DPMSolverMultistepScheduler"}
@@ -51,6 +59,7 @@ def test_another_scheduler_can_be_named(digits_pipeline, tmp_path):
         ({"scheduler": "UNet2DModel"}, "is no scheduler that fits"),
         ({"num_networks": 0}, "num_networks has to be at least 1, and is 0"),
         ({"num_inference_steps": 1001}, "num_inference_steps is 1001; the scheduler has 1000 timesteps"),
+        ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'; expected no or bf16"),
         ({"num_inference_steps": 0}, "num_inference_steps has to be at least 1"),
         ({"pipeline": "no/such/folder"}, r"no/such/folder holds no pipeline: there is no model_index\.json"),
     ],

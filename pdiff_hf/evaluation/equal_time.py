@@ -63,19 +63,24 @@ def train_as_long(
 
 
 def from_the_same(
-    task: Task, pipeline: NeuralNetworkDiffusionPipeline, num_inference_steps: int
+    task: Task, pipeline: NeuralNetworkDiffusionPipeline, num_inference_steps: int, bf16: bool
 ) -> tuple[dict[str, Any], torch.Tensor] | None:
-    """What [`train_as_long`] makes of initializations that the pipeline, too, generates from; None where it is not
-    known how to draw them."""
+    """What [`train_as_long`] makes of initializations that the pipeline, too, generates from, in bfloat16 where it did;
+    None where it is not known how to draw them."""
     pipeline.set_progress_bar_config(disable=True)
     try:
         initial = pipeline.layout.draw_initial([torch.Generator().manual_seed(seed) for seed in range(NETWORKS)])
     except ValueError:
         return None
+
+    def generate(count: int) -> None:
+        with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=bf16):
+            pipeline(initial=initial[:count], num_inference_steps=num_inference_steps, output_type="pt")
+
     found = train_as_long(
         [task] * NETWORKS,
         pipeline.layout,
-        lambda count: pipeline(initial=initial[:count], num_inference_steps=num_inference_steps, output_type="pt"),
+        generate,
         {"scratch": (initial, 1)},
     )
     return None if found is None else (found[0], found[1]["scratch"])

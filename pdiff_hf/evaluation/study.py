@@ -299,9 +299,12 @@ class Study:
         """How training does that takes as long as generating, where the denoiser is told the initialization."""
         if self.pipeline is None or not self.pipeline.takes_initial:
             return None
-        pipeline, steps = self.pipeline, next(self.generated.rows()).get("num_inference_steps")
+        pipeline, row = self.pipeline, next(self.generated.rows())
+        steps = row.get("num_inference_steps")
         steps = steps if isinstance(steps, int) and 1 <= steps <= MOST_STEPS else pipeline.default_inference_steps
-        found = from_main(lambda: from_the_same(self.scorer.task, pipeline, steps))
+        found = from_main(
+            lambda: from_the_same(self.scorer.task, pipeline, steps, row.get("mixed_precision") == "bf16")
+        )
         if found is None:
             return None
         facts, vectors = found

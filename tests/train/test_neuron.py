@@ -259,7 +259,7 @@ def test_an_evaluation_trains_as_long_from_the_same_initializations(trained, zoo
     assert "reconstructed" not in report["groups"]
     pipe = load_pipeline(trained)
     initial = pipe.layout.draw_initial([torch.Generator().manual_seed(seed) for seed in range(50)])
-    facts, vectors = from_the_same(TwoHidden(), pipe, 2)
+    facts, vectors = from_the_same(TwoHidden(), pipe, 2, bf16=True)
     alone = NetworkTrainer(TwoHidden(), 0, epochs=1)
     alone.network.load_state_dict(pipe.layout.unflatten(initial[:1])[0])
     for _ in range(facts["steps"]):
