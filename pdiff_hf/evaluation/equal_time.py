@@ -65,7 +65,7 @@ def train_as_long(
 def from_the_same(
     task: Task, pipeline: NeuralNetworkDiffusionPipeline, num_inference_steps: int, bf16: bool
 ) -> tuple[dict[str, Any], torch.Tensor] | None:
-    """What [`train_as_long`] makes of initializations that the pipeline, too, generates from, in bfloat16 where it did;
+    """What [`train_as_long`] makes of initializations that the pipeline, too, generates from in bfloat16 where `bf16`;
     None where it is not known how to draw them."""
     pipeline.set_progress_bar_config(disable=True)
     try:
