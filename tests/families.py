@@ -47,6 +47,11 @@ class Sides(TaskFamily):
         x, y = condition["direction"]
         return Side(math.atan2(y, x))
 
+    def equivalents(self, condition, state_dict):
+        outputs = list(state_dict)[-2:]
+        swapped = {name: values.flip(0) if name in outputs else values for name, values in state_dict.items()}
+        return [({"direction": [-x for x in condition["direction"]]}, swapped)]
+
     def rivals(self, condition, inputs):
         return {"the side itself": torch.stack([-inputs @ (d := torch.tensor(condition["direction"])), inputs @ d], 1)}
 

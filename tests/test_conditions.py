@@ -12,6 +12,7 @@ from pdiff_hf import (
     EvaluateConfig,
     GenerateConfig,
     NeuronTrainConfig,
+    ParameterLayout,
     TrainConfig,
     WeightZoo,
     evaluate,
@@ -30,6 +31,7 @@ from pdiff_hf.evaluation import conditions, regression
 from pdiff_hf.networks.trainer import NetworkTrainer
 from pdiff_hf.quickstart import run_quickstart
 from pdiff_hf.tasks import check_family, load_family
+from pdiff_hf.tasks.family import with_equivalents
 from pdiff_hf.tasks.prototypes import DigitsPrototypes
 from pdiff_hf.tasks.subsets import DigitsSubsets
 from pdiff_hf.train.neuron_diffusion import initial_vectors
@@ -97,6 +99,45 @@ def test_prototypes_describe_classes_that_no_network_has_seen():
     (predictions,) = family.rivals(condition, inputs).values()
     assert (predictions.argmax(1) == targets).float().mean() > 0.9
     check_family(family)
+
+
+@pytest.mark.parametrize(
+    ("family", "forms"),
+    [(DigitsSubsets(), 2), (DigitsPrototypes(), 16), (families.Sides(), 2), (families.AdaptersOfSides(), 2)],
+    ids=lambda value: type(value).__name__,
+)
+def test_networks_solve_equivalent_tasks_as_well(family, forms):
+    condition = family.conditions("train")[2]
+    network = family.task(condition).build_network()
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter)
+    layout = ParameterLayout.from_state_dict(network.state_dict())
+    rows, in_all_forms = with_equivalents(family, layout, [{**condition, "seed": 3}])
+    assert len({repr(row) for row in rows}) == forms
+    assert {row["seed"] for row in rows} == {3}
+    accuracies = set()
+    state_dicts = layout.unflatten(in_all_forms(layout.flatten(network.state_dict())[None]))
+    for row, state_dict in zip(rows, state_dicts, strict=True):
+        network.load_state_dict(state_dict)
+        inputs, targets = family.task(row).data("test")
+        accuracies.add((network(inputs).argmax(1) == targets).float().mean().item())
+    assert len(accuracies) == 1
+
+
+@pytest.mark.parametrize(
+    ("equivalents", "message"),
+    [
+        (lambda condition, places: [(condition, {})], "gives networks with other tensors than 0.weight"),
+        (lambda condition, places: [(condition, {n: v * 0 for n, v in places.items()})], "may only change places"),
+        (lambda condition, places: [(FAMILY.conditions("test")[0], places)], "which is held out"),
+        (lambda condition, places: condition["angle"], r"equivalents failed for .*KeyError\('angle'\)"),
+    ],
+)
+def test_equivalents_that_are_none_are_refused(equivalents, message, zoo, monkeypatch):
+    monkeypatch.setattr(FAMILY, "equivalents", equivalents, raising=False)
+    with pytest.raises(TaskError, match=message):
+        with_equivalents(FAMILY, zoo.layout, zoo.metadata)
 
 
 @pytest.mark.parametrize(

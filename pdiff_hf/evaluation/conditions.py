@@ -17,7 +17,7 @@ from ..networks.trainer import NetworkTrainer, data_of, flatten
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from ..tasks import Task, TaskFamily
-from ..tasks.family import training_inputs
+from ..tasks.family import training_inputs, with_equivalents
 from ..zoo import WeightZoo, evenly
 from .canonical import symmetry_that_holds
 from .equal_time import train_as_long
@@ -183,7 +183,8 @@ class ConditionAudit:
         zoo, layout = self.trained, copy.deepcopy(self.pipeline.layout).to("cpu")
         inputs = self.tasks[0].data("test")[0]
         symmetry = symmetry_that_holds(zoo, self.predict, inputs[:50])
-        vectors = torch.cat(list(zoo.batches())).float()
+        rows, in_all_forms = with_equivalents(self.family, zoo.layout, self.rows)
+        vectors = in_all_forms(torch.cat(list(zoo.batches())).float())
         if symmetry is not None:
             vectors = symmetry.canonical(
                 vectors, symmetry.reference(zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS)))
@@ -208,7 +209,7 @@ class ConditionAudit:
             def mix(near: torch.Tensor) -> torch.Tensor:
                 return layout.normalize(gauge.mix(vectors[near])[None])[0]
 
-        for kind in answers(self.rows, networks, behaviour, self.seed, mix):
+        for kind in answers(rows, networks, behaviour, self.seed, mix):
             best = max(kind.candidates, key=on_validation) if len(kind.candidates) > 1 else kind.candidates[0]
             found.append((kind.name, layout(best(self.asked), return_dict=False)[0]))
         return found

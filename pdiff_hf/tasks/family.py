@@ -1,15 +1,17 @@
 """A family of tasks: they differ by a condition, and their networks are of one architecture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..errors import TaskError
+from ..pipelines.neural_network_diffusion import ParameterLayout
 from .check import check_task
 from .task import Task, completed, load
 
 
+StateDict = dict[str, torch.Tensor]
 # What rows of a zoo say of a network beside its condition.
 COLUMNS = {"source", "seed", "step", "validation_accuracy", "initial_norm"}
 
@@ -40,6 +42,19 @@ class TaskFamily:
         """What else solves the task of a condition without being trained for it, by name: class probabilities
         `[N, classes]` of inputs `[N, ...]`."""
         return {}
+
+    def equivalents(self, condition: dict[str, Any], state_dict: StateDict) -> list[tuple[dict[str, Any], StateDict]]:
+        r"""
+        Other tasks that a network solves once its parameters are put elsewhere: each task's condition, and the
+        network's parameters there. Where two classes change names, that is the other condition, and the network with
+        two outputs swapped. Networks are learned in all these forms. By default there are none.
+
+        Args:
+            condition (`dict`): What the network was trained for.
+            state_dict (`dict[str, torch.Tensor]`): The place of each of its generated parameters: integers, which may
+                be moved, while shapes stay.
+        """
+        return []
 
 
 class OneTask(TaskFamily):
@@ -92,6 +107,70 @@ def check_family(family: TaskFamily, device: torch.device | str = "cpu", trainin
     if taken := sorted(keys & COLUMNS):
         raise TaskError(f"Rows of a zoo have the column {taken[0]!r} already: call that of {name} otherwise.")
     check_task(family.task(conditions["train"][0]), device, training)
+
+
+def with_equivalents(
+    family: TaskFamily, layout: ParameterLayout, rows: Sequence[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], Callable[[torch.Tensor], torch.Tensor]]:
+    r"""
+    Networks in all the forms that their family knows.
+
+    Args:
+        family (`TaskFamily`): What the networks do.
+        layout (`ParameterLayout`): Theirs.
+        rows (`Sequence[dict]`): Of N networks, with the conditions.
+
+    Returns:
+        `tuple`: M rows, the N of the networks first, with the conditions of their other forms; and a function from
+        vectors `[N, P]` to those of all forms, `[M, P]`.
+
+    Raises:
+        [`TaskError`]: other forms that lack or repeat parameters, or that solve a task that is held out; or an error
+            of the family's own.
+    """
+    names, every = list(family.conditions("train")[0]), torch.arange(layout.vector_size)
+    held_out = {repr(condition) for split in ("validation", "test") for condition in family.conditions(split)}
+    places = {t["name"]: every[layout.slices[t["name"]]].view(t["shape"]) for t in layout.tensors("generated")}
+    of: dict[str, list[tuple[dict[str, Any], torch.Tensor]]] = {}
+    found, orders = list(rows), []
+    for index, row in enumerate(rows):
+        if not names or any(name not in row for name in names):
+            continue
+        condition = {name: row[name] for name in names}
+        if repr(condition) not in of:
+            try:
+                forms = family.equivalents(condition, dict(places))
+            except Exception as error:
+                name = type(family).__name__
+                raise TaskError(f"{name}.equivalents failed for {condition!r:.200}: {error!r:.200}") from error
+            of[repr(condition)] = [(other, _order(family, other, moved, places, held_out)) for other, moved in forms]
+        for other, order in of[repr(condition)]:
+            found.append({**row, **other})
+            orders.append((index, order))
+
+    def in_all_forms(vectors: torch.Tensor) -> torch.Tensor:
+        forms = vectors.new_empty(len(found), vectors.shape[1])
+        forms[: len(vectors)] = vectors
+        for place, (index, order) in enumerate(orders, len(vectors)):
+            forms[place] = vectors[index, order]
+        return forms
+
+    return found, in_all_forms
+
+
+def _order(
+    family: TaskFamily, condition: dict[str, Any], moved: StateDict, places: StateDict, held_out: set[str]
+) -> torch.Tensor:
+    """Where the parameters of another form come from, `[P]`."""
+    name = type(family).__name__
+    if moved.keys() != places.keys() or any(moved[key].shape != places[key].shape for key in places):
+        raise TaskError(f"{name}.equivalents gives networks with other tensors than {', '.join(places):.200}.")
+    order = torch.cat([moved[key].flatten() for key in places])
+    if not torch.equal(order.sort().values, torch.arange(len(order))):
+        raise TaskError(f"{name}.equivalents lacks or repeats parameters: they may only change places.")
+    if repr(condition) in held_out:
+        raise TaskError(f"{name}.equivalents gives the condition {condition!r:.200}, which is held out.")
+    return order
 
 
 def training_inputs(family: TaskFamily) -> torch.Tensor:

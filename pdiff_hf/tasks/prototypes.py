@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .digits import TwoDigitsMLP, digits
-from .family import TaskFamily
+from .family import StateDict, TaskFamily
 from .task import Task
 
 
@@ -71,6 +71,21 @@ class DigitsPrototypes(TaskFamily):
         known = {mean_image(digit, way): (digit, way) for digit in range(10) for way in range(8)}
         first, second = (known[tuple(condition[name])] for name in ("first", "second"))
         return DigitsPair((first, second))
+
+    def equivalents(self, condition: dict[str, Any], state_dict: StateDict) -> list[tuple[dict[str, Any], StateDict]]:
+        """Both classes turned or mirrored together, as the weights of the pixels are; and in the other order, with
+        the outputs swapped."""
+        pixels, _, *outputs = state_dict
+        found = []
+        for way, swap in itertools.product(range(8), (False, True)):
+            order = turned(torch.arange(64).view(8, 8), way).flatten()
+            names = ("second", "first") if swap else ("first", "second")
+            first, second = ([condition[name][place] for place in order] for name in names)
+            moved = {**state_dict, pixels: state_dict[pixels][:, order]}
+            if swap:
+                moved |= {name: state_dict[name].flip(0) for name in outputs}
+            found.append(({"first": first, "second": second}, moved))
+        return found[1:]  # the first is as it was
 
     def rivals(self, condition: dict[str, Any], inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """The class of the nearer mean image."""

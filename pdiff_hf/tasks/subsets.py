@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .digits import TwoDigitsMLP
-from .family import TaskFamily
+from .family import StateDict, TaskFamily
 from .images import PooledImages
 from .task import Task
 
@@ -42,6 +42,12 @@ class Subsets(TaskFamily):
 
     def task(self, condition: dict[str, Any]) -> Task:
         return self.subset(condition["classes"])
+
+    def equivalents(self, condition: dict[str, Any], state_dict: StateDict) -> list[tuple[dict[str, Any], StateDict]]:
+        """The complement, with the two outputs swapped."""
+        outputs = list(state_dict)[-2:]  # weights and biases of the last layer
+        swapped = {name: values.flip(0) if name in outputs else values for name, values in state_dict.items()}
+        return [({"classes": [1 - one for one in condition["classes"]]}, swapped)]
 
 
 class DigitsSubset(Subset, TwoDigitsMLP):

@@ -117,7 +117,7 @@ class LatentDiffusion:
             latents = from_main(lambda: torch.empty(0))
         data = {"latents": latents.to(device)}
         if self.encoder is not None:
-            codes = self.encoder.codes(selected(zoo, config.condition))
+            codes = self.encoder.codes(selected(zoo.rows(), config.condition))
             data["codes"] = _averages(codes, config.checkpoint_averaging).to(device)
         return {"vae": vae}, lambda indices: {name: rows[indices] for name, rows in data.items()}, len(latents)
 

@@ -1,6 +1,6 @@
 """Building what is trained: from a seed, and not what memory does not hold."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import psutil
@@ -27,15 +27,15 @@ def condition_encoder(zoo: WeightZoo, names: Sequence[str], seed: int) -> Condit
     if not names:
         return None
     try:
-        return seeded(seed, lambda: ConditionEncoder.from_rows(selected(zoo, names), names))
+        return seeded(seed, lambda: ConditionEncoder.from_rows(selected(zoo.rows(), names), names))
     except ValueError as error:
         columns = ", ".join(sorted({name for row in zoo.rows() for name in row}))
         raise ConfigError(f"--condition: {error} The zoo's columns are {columns}.") from error
 
 
-def selected(zoo: WeightZoo, names: Sequence[str]) -> list[dict[str, Any]]:
+def selected(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     """These columns of the rows of a zoo."""
-    return [{name: row.get(name) for name in names} for row in zoo.rows()]
+    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def check_memory(build: Callable[[], list[nn.Module]], more: int, remedy: str) -> None:

@@ -17,7 +17,7 @@ from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuronTransformerModel, ParameterLayout
 from ..pipelines.neural_network_diffusion.layout.parameter_layout import SMALLEST_VARIANCE
 from ..pipelines.neural_network_diffusion.transformer.neuron_transformer import UnitIndex
-from ..tasks.family import check_family, load_family, training_inputs
+from ..tasks.family import check_family, load_family, training_inputs, with_equivalents
 from ..tasks.task import Task, trusted_name
 from ..zoo import WeightZoo, evenly
 from .loop import TrainingLoop
@@ -70,10 +70,11 @@ class NeuronDiffusion:
             except NotStackableError as error:
                 raise ConfigError(f"The behaviour loss needs networks that run side by side. {error}") from error
         self.encoder = condition_encoder(zoo, config.condition, config.seed)
+        self.rows, self.in_all_forms = with_equivalents(family, zoo.layout, zoo.metadata)
         channels = 2 if config.initial else 1
         check_memory(
             lambda: [self._model()],
-            more=4 * channels * len(zoo) * zoo.vector_size,
+            more=4 * channels * len(self.rows) * zoo.vector_size,
             remedy="A smaller --hidden-size or fewer networks take less.",
         )
         self.initial = initial_vectors(task, zoo) if config.initial else None
@@ -81,17 +82,17 @@ class NeuronDiffusion:
     def encode(
         self, layout: ParameterLayout, loop: TrainingLoop
     ) -> tuple[dict[str, nn.Module | None], Callable[[torch.Tensor], Batch], int]:
-        """No further components; the networks, and their initializations, both `[n, 1, P]` of indices."""
+        """No further components; the networks in all forms, and their initializations, both `[n, 1, P]` of indices."""
         if isinstance(self.symmetry, Symmetry):
             share_statistics(layout, self.symmetry)
-        data = {"networks": layout.normalize(torch.cat(list(self.zoo.batches())))[:, None]}
+        data = {"networks": layout.normalize(self.in_all_forms(torch.cat(list(self.zoo.batches()))))[:, None]}
         if self.initial is not None:
             layout.fit_initial(self.initial[list(evenly(len(self.initial), INITIALS))])
-            data["initial"] = layout.normalize(self.initial)[:, None]
+            data["initial"] = layout.normalize(self.in_all_forms(self.initial))[:, None]
             self._warn(layout)
         if self.encoder is not None:
-            data["codes"] = self.encoder.codes(selected(self.zoo, self.config.condition))
-        return {}, lambda indices: {name: rows[indices.cpu()] for name, rows in data.items()}, len(self.zoo)
+            data["codes"] = self.encoder.codes(selected(self.rows, self.config.condition))
+        return {}, lambda indices: {name: rows[indices.cpu()] for name, rows in data.items()}, len(self.rows)
 
     def _warn(self, layout: ParameterLayout) -> None:
         """Says what the pipeline will not be able to draw."""
