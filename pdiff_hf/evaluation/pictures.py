@@ -188,15 +188,24 @@ def overlap(trained: torch.Tensor, generated: torch.Tensor, folder: Path) -> lis
 
 
 def calibration(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Accuracy, NLL and calibration error of ensembles against their size."""
+    """Accuracy, NLL and calibration error of ensembles against their size, and their intervals over test examples."""
     measures = {"accuracy": "accuracy, %", "nll": "NLL, nats", "ece_scaled": "ECE after scaling"}
     measures = {key: label for key, label in measures.items() if key in report["ensembles"]["trained"][0]}
     figure, axes = _figure(2.9 * len(measures), 2.9, ncols=len(measures), squeeze=False)
     for ax, (key, label) in zip(axes.flat, measures.items(), strict=True):
         for (name, rows), marker in zip(report["ensembles"].items(), "o^D", strict=False):
-            y = [(100 if key == "accuracy" else 1) * row[key] for row in rows if row.get(key) is not None]
-            x = [row["size"] for row in rows if row.get(key) is not None]
-            ax.plot(x, y, marker=marker, markersize=4, color=COLOURS[name], label=LABELS[name])
+            shown = [row for row in rows if row.get(key) is not None]
+            scale, x = 100 if key == "accuracy" else 1, [row["size"] for row in shown]
+            low, high = ([scale * row["intervals"][key][end] for row in shown] for end in (0, 1))
+            ax.fill_between(x, low, high, color=COLOURS[name], alpha=0.12, linewidth=0)
+            ax.plot(
+                x,
+                [scale * row[key] for row in shown],
+                marker=marker,
+                markersize=4,
+                color=COLOURS[name],
+                label=LABELS[name],
+            )
         ax.set_xscale("log", base=2)
         ax.set_xlabel("networks in the ensemble", fontsize=8)
         ax.set_ylabel(label, fontsize=8)

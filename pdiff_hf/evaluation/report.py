@@ -36,9 +36,9 @@ CAPTIONS = {
     "overlap": "Which networks err on the same test examples. Good: the generated square looks like that of the "
     "originals. Bad: it is brighter, where generated networks are nearly alike, or a bright line leads through "
     "the corners, where each is a copy",
-    "calibration": "Ensembles against their size, better to the right and, but for accuracy, below. Good: the "
-    "generated curve follows that of fresh networks, or else of the originals. Bad: it is flat, where more "
-    "networks know no more",
+    "calibration": "Ensembles against their size, better to the right and, but for accuracy, below; bands are 95 % "
+    "intervals over test examples, which all groups share. Good: the generated curve follows that of fresh "
+    "networks, or else of the originals. Bad: it is flat, where more networks know no more",
     "map": "The networks on the first two principal components of the training networks. Good: the generated ones "
     "are where the originals are, and spread as these. Bad: they are a point amid them, as averages are, or "
     "elsewhere",

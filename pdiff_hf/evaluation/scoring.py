@@ -285,11 +285,30 @@ class Scorer:
     def ensemble(self, sums: dict[str, torch.Tensor], members: int) -> dict[str, Any]:
         """Accuracy and calibration of averaged predictions; `sums` are over so many members."""
         if members == 0:
-            return {"accuracy": 0.0, "predictions": None}
+            return {"accuracy": 0.0, "intervals": {"accuracy": [0.0, 0.0]}, "predictions": None}
         predictions = {split: values / members for split, values in sums.items()}
         scores = self.single(predictions)
         figures = {key: _finite_mean(values) for key, values in scores.calibration.items()}
-        return {"accuracy": scores.test.item(), **figures, "predictions": predictions}
+        bands = self._bands(predictions["test"], ~scores.wrong[0], figures.get("temperature"))
+        return {"accuracy": scores.test.item(), **figures, "intervals": bands, "predictions": predictions}
+
+    def _bands(
+        self, predictions: torch.Tensor, correct: torch.Tensor, temperature: float | None
+    ) -> dict[str, list[float]]:
+        """The intervals of accuracy, NLL and calibration error over bootstrap samples of the test examples."""
+        by_example = resample(len(correct), 1)
+        values = {"accuracy": by_example @ correct.double()}
+        if temperature is not None:
+            logs = predictions.double().clamp_min(1e-12).log()
+            targets = self.targets["test"]
+            values["nll"] = -by_example @ logs.gather(1, targets[:, None])[:, 0]
+            confidence, answers = (logs / temperature).softmax(1).max(1)
+            # The error is the sum over bins of how far the confident are from being right there.
+            bins = (confidence * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
+            gaps = torch.zeros(len(correct), CALIBRATION_BINS, dtype=torch.float64)
+            gaps[torch.arange(len(correct)), bins] = confidence - (answers == targets).double()
+            values["ece_scaled"] = (by_example @ gaps).abs().sum(1)
+        return {name: interval(found) for name, found in values.items()}
 
     def _correct(self, predictions: torch.Tensor, split: str) -> torch.Tensor:
         targets = self.targets[split]

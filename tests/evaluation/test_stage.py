@@ -1,6 +1,7 @@
 # Over 400 lines: all of it shares a few reports, which take long to make.
 import html.parser
 import json
+import math
 import re
 import shutil
 import sys
@@ -14,6 +15,7 @@ from torch import nn
 import pdiff_hf
 from pdiff_hf import Baseline, EvaluateConfig, ParameterLayout, Task, WeightZoo, ZooError, load_task, run_evaluate
 from pdiff_hf.errors import MissingExtraError, TaskError
+from pdiff_hf.evaluation import scoring
 from pdiff_hf.evaluation.scoring import Scorer
 
 
@@ -249,6 +251,29 @@ def test_ensembles_agree_with_a_slow_computation(report, slow, group):
         figures = report["groups"]["ensemble"]
         assert figures["accuracy"]["mean"] == rows[-1]["accuracy"]
         assert {key: figures[key] for key in FIGURES} == {key: rows[-1][key] for key in FIGURES}
+
+
+def test_bands_of_ensembles_are_bootstrapped_over_examples(report, slow):
+    """That of the accuracy is as wide as the binomial one; of one sample of all examples there is no width."""
+    for rows in report["ensembles"].values():
+        for row in rows:
+            assert row["intervals"].keys() == {"accuracy", "nll", "ece_scaled"}
+            for name in ("accuracy", "nll"):
+                low, high = row["intervals"][name]
+                assert low <= row[name] <= high
+            low, high = row["intervals"]["accuracy"]
+            spread = math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / len(slow[1]["test"]))
+            assert high - low == pytest.approx(3.92 * spread, rel=0.2)
+
+
+def test_without_resampling_bands_are_the_figures(monkeypatch):
+    networks = [answering(slope, offset) for slope, offset in ((1, 0), (0.2, 1), (-0.1, 0.3), (2, -1))]
+    monkeypatch.setattr(scoring, "resample", lambda count, seed: torch.full((3, count), 1 / count).double())
+    report = pdiff_hf.evaluate(BlobTask(), trained=networks, generated=networks)
+    for row in report["ensembles"]["generated"]:
+        assert row["intervals"].keys() == {"accuracy", "nll", "ece_scaled"}
+        for name, band in row["intervals"].items():
+            assert band == pytest.approx([row[name]] * 2, abs=1e-5)
 
 
 def test_the_soup_agrees_with_a_slow_computation(report, digits_zoo, slow):
