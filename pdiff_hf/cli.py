@@ -149,11 +149,22 @@ def _outcome(stage: str, config: Any, result: Any, seconds: float) -> str | None
     if stage in ("collect", "generate"):
         what = f"{len(result)} networks of {result.vector_size:,} parameters are in {folder} ({took})."
         if stage == "collect":
-            return f"{what} Next: pdiff-hf train --zoo {folder}"
+            return f"{what} Next: pdiff-hf train{_family_of(result, config.task)} --zoo {folder}"
         return f"{what} Next: pdiff-hf evaluate --trained ZOO --generated {folder}"
     if stage == "train":
         return f"The pipeline is in {folder} ({took}). Next: pdiff-hf generate --pipeline {folder}"
     return f"The report is in {folder} ({took}): report.html, report.md, and pictures."
+
+
+def _family_of(zoo: Any, task: str) -> str:
+    """The options that training needs for a zoo that was collected."""
+    from .tasks.family import COLUMNS
+
+    row = zoo.metadata[0]
+    if "initial_norm" not in row:
+        return ""
+    own = f" --task {shlex.quote(task)}" if ":" in task else ""  # of a zoo, code of one's own is not run unasked
+    return " --family neuron" + own + "".join(f" --condition {name}" for name in sorted(row.keys() - COLUMNS))
 
 
 def _explanation(error: Exception) -> str:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from .configs import CollectConfig
 from .errors import ZooError
-from .files import is_zoo
+from .files import human_size, is_zoo
 from .networks.adapted import AdaptedNetwork
 from .networks.trainer import NetworkTrainer, StackedTrainer, is_stackable
 from .parallel import Saving, from_main, processes, written
@@ -97,7 +97,8 @@ def _collect_trajectory(config: CollectConfig, task: Task, folder: Path, layout:
     if (folder / STATE_FILE).exists():
         trainer.load(folder / STATE_FILE)
     validation = task.data("validation")
-    with tqdm(total=total, initial=trainer.step, desc="collect", unit="step") as progress:
+    size = human_size(config.num_networks * layout.vector_size * getattr(torch, config.dtype).itemsize)
+    with tqdm(total=total, initial=trainer.step, desc=f"collect ({size})", unit="step") as progress:
         for _ in _train(trainer, first, folder, None):
             progress.update()
         if zoo is None:

@@ -130,12 +130,21 @@ def sync(file: Path) -> None:
         os.fsync(written.fileno())
 
 
+def human_size(size: float) -> str:
+    """A size as one reads it: 46.6 MB."""
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 999.5 or unit == "GB":
+            break
+    return f"{size:,.1f} {unit}"
+
+
 def check_room(folder: Path, size: int) -> None:
     """Raises [`WriteError`] where a disk has less room than so many bytes."""
     place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(place).free
     if size > free:
-        raise WriteError(f"{folder} would take {size / 1e9:,.1f} GB, and its disk has {free / 1e9:,.1f} GB free.")
+        raise WriteError(f"{folder} would take {human_size(size)}, and its disk has {human_size(free)} free.")
 
 
 def check_opens(file: Path) -> None:

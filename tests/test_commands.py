@@ -7,6 +7,7 @@ import pytest
 
 from pdiff_hf.cli import main
 
+from . import families
 from .test_cli import line_of
 
 
@@ -25,6 +26,21 @@ def test_outside_of_the_folder_of_the_runs_no_stranger_is_asked(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: pytest.fail("asked the Hub"))
     assert f"`pdiff-hf {before}` makes" in line_of(stage)
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("digits-mlp", "--family neuron"),
+        (f"{families.__name__}:Sides", f"--family neuron --task {families.__name__}:Sides --condition direction"),
+    ],
+)
+def test_of_independent_networks_the_next_command_names_the_family(task, options, tmp_path, capsys):
+    again = ["--task", task, "--protocol", "independent", "--num-networks", "1", "--networks-per-task", "1"]
+    main(["collect", "--output-dir", str(tmp_path / "zoo"), "--epochs", "1", *again])
+    said = capsys.readouterr()
+    assert f"Next: pdiff-hf train {options} --zoo " in said.out
+    assert re.search(r"collect \([\d.]+ kB\): 100%", said.err)
 
 
 def test_a_stage_ends_with_where_its_result_is_and_what_comes_next(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """All that is measured of one set of generated networks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,28 +164,43 @@ class Study:
         """Each baseline over its strengths, finer near the generated networks' similarity."""
         generated = self.place.point[0]
         broken = (self.chance + self.groups["trained"]["accuracy"]["mean"]) / 2
-        with tqdm(desc="baselines", unit="point", leave=False) as progress:
-            kinds = [kind for kind in KINDS if self.is_canonical or not KINDS[kind].independent]
-            return {kind: self._curve(kind, generated, broken, progress) for kind in kinds}
+        strengths = {
+            kind: _strengths(kind, KINDS[kind].first, len(self.trained))
+            for kind in KINDS
+            if self.is_canonical or not KINDS[kind].independent
+        }
+        refined = REFINEMENTS * len(strengths.keys() - {"soup"})
+        found = {}
+        with tqdm(
+            total=sum(map(len, strengths.values())) + refined, desc="baselines", unit="point", leave=False
+        ) as progress:
+            for kind in strengths:
+                found[kind] = self._curve(kind, strengths[kind], generated, broken, progress)
+        return found
 
-    def _curve(self, kind: str, generated: float, broken: float, progress: Any) -> list[Point]:
+    def _curve(
+        self, kind: str, strengths: Sequence[float], generated: float, broken: float, progress: Any
+    ) -> list[Point]:
         points: list[Point] = []
 
         def add(place: int, strength: float) -> None:
             points.insert(place, self._point(kind, strength, len(points)))
             progress.update()
 
-        for strength in _strengths(kind, KINDS[kind].first, len(self.trained)):
+        for strength in strengths:
             add(len(points), strength)
             similar, accuracy = points[-1].place.point
             if accuracy < broken and similar < generated:
+                progress.total -= len(strengths) - len(points)  # the stronger ones need not be looked at
                 break
         for _ in range(REFINEMENTS if kind != "soup" else 0):
             similarities = [point.place.point[0] for point in points]
             crossing = [i for i in range(1, len(points)) if similarities[i] <= generated < similarities[i - 1]]
-            if crossing:
-                last = crossing[0]
-                add(last, (points[last - 1].strength * points[last].strength) ** 0.5)
+            if not crossing:
+                progress.total -= 1
+                continue
+            last = crossing[0]
+            add(last, (points[last - 1].strength * points[last].strength) ** 0.5)
         return points
 
     def _verdict(self, nearest: dict[str, Any]) -> dict[str, Any]:

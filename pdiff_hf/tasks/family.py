@@ -13,7 +13,7 @@ from .task import Task, completed, load
 
 StateDict = dict[str, torch.Tensor]
 # What rows of a zoo say of a network beside its condition.
-COLUMNS = {"source", "seed", "step", "validation_accuracy", "initial_norm"}
+COLUMNS = {"index", "source", "seed", "step", "validation_accuracy", "initial_norm"}
 
 
 # Tasks, evenly picked, whose inputs stand for those of all, where they are not the same.

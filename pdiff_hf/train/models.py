@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..files import human_size
 from ..pipelines.neural_network_diffusion import ConditionEncoder
 from ..zoo import WeightZoo
 
@@ -56,6 +57,4 @@ def check_memory(build: Callable[[], list[nn.Module]], more: int, remedy: str) -
     size = more + 5 * 4 * sum(weight.numel() for model in models for weight in model.parameters())
     memory = psutil.virtual_memory().total
     if size > memory:
-        raise ConfigError(
-            f"These models take {size / 1e9:,.1f} GB, and this machine has {memory / 1e9:,.1f} GB. {remedy}"
-        )
+        raise ConfigError(f"These models take {human_size(size)}, and this machine has {human_size(memory)}. {remedy}")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..errors import ZooError
-from ..files import UNFINISHED, check_opens, is_zoo, own_name, whole
+from ..files import UNFINISHED, check_opens, human_size, is_zoo, own_name, whole
 from ..parallel import Saving, from_main, processes
 from .store import WeightZoo
 
@@ -88,6 +88,7 @@ def fill(
             taken.pop().unlink()
 
     saving = Saving(flush)
+    description += f" ({human_size(num_networks * zoo.vector_size * zoo.dtype.itemsize)})"
     with zoo, tqdm(total=num_networks, initial=len(zoo), desc=description, unit="network") as progress:
         for unit in mine:
             networks = make(unit)
