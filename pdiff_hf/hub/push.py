@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, snapshot_download
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    RepoCard,
+    snapshot_download,
+)
 
 from ..errors import HubError
 from ..files import UNFINISHED, is_pipeline, is_zoo, locked
@@ -75,6 +83,8 @@ def _push(
         raise HubError(f"{folder} is unfinished: complete it with the command that makes it, then push.")
     api = HfApi(token=token)
     with explained(repo_id, None):
+        if (folder / "README.md").exists():
+            _check_card(merge_cards(card_text(folder / "README.md"), None, license), repo_type)
         repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
         info = api.repo_info(repo_id, repo_type=repo_type)
         if private is not None and info.private != private:
@@ -114,6 +124,14 @@ def _push(
             create_pr=create_pr,
             parent_commit=info.sha,
         )
+
+
+def _check_card(card: str, repo_type: str) -> None:
+    """Asks the Hub, which knows what licences there are, before a repository is made that would stay empty."""
+    try:
+        RepoCard(card).validate(repo_type)
+    except ValueError as error:
+        raise HubError(f"The Hub does not take the card: {error}") from error
 
 
 def push_evaluation(

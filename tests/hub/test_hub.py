@@ -616,6 +616,19 @@ def test_a_licence_goes_into_the_card_and_stays(alice, zoo):
     assert alice(card, "alice/licensed", "dataset")["license"] == "apache-2.0"
 
 
+def push_mislicensed(folder: Path, repo: str) -> str:
+    with pytest.raises(HubError) as error:
+        WeightZoo(folder).push_to_hub(repo, license="apache-2")
+    return str(error.value)
+
+
+def test_a_licence_that_the_hub_does_not_know_makes_no_repository(alice, zoo, server):
+    server.clear_log()
+    said = alice(push_mislicensed, zoo.folder, "alice/mislicensed")
+    assert said.startswith('The Hub does not take the card: "license" must be one of [apache-2.0, ')
+    assert not server.log("/api/repos/create")
+
+
 def test_a_card_names_the_models_that_the_networks_come_from(layout, tmp_path):
     with WeightZoo.create(tmp_path / "zoo", layout) as zoo:
         for seed in (1, 0):

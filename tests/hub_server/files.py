@@ -97,6 +97,8 @@ def validate_yaml(hub: Hub, request: Request) -> Reply:
     try:
         metadata = card_metadata(str(request.json().get("content", "")))
     except InvalidCardError as error:
+        if request.headers.get("Accept") == "text/plain":
+            return Reply(400, str(error).encode(), {"Content-Type": "text/plain"})
         return Reply.json({"errors": [{"message": str(error)}], "warnings": []}, status=400)
     warnings = [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
     return Reply.json({"errors": [], "warnings": warnings})
