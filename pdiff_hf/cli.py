@@ -52,10 +52,16 @@ def main(args: Sequence[str] | None = None) -> None:
     lines += [
         "",
         "`pdiff-hf STAGE --help` lists a stage's arguments; --traceback shows where an error came from,",
-        "--quiet says only what went wrong, and --version which pdiff-hf this is.",
+        "--quiet says only what went wrong, and --version which pdiff-hf this is. Completion of what you type:",
+        '    eval "$(pdiff-hf --completion bash)"    (or zsh)',
     ]
     if stage == "--version":
         print(f"pdiff-hf {importlib.metadata.version('pdiff-hf')}", flush=True)
+        return
+    if stage == "--completion":
+        from .config import completion
+
+        print(completion({name: config_class(name) for name in STAGES}, *rest[:1]), flush=True)
         return
     if stage not in (*STAGES, "-h", "--help"):
         near = difflib.get_close_matches(stage, STAGES, 1)

@@ -1,6 +1,7 @@
 """One frozen dataclass a stage is its command line, its YAML file and its Python face."""
 
 import importlib.util
+import io
 import json
 import math
 import os
@@ -8,9 +9,10 @@ import reprlib
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, fields, replace
+from contextlib import redirect_stdout, suppress
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 import tyro
 import yaml
@@ -59,6 +61,21 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str]) -> Config
     given = {field.name: getattr(config, field.name) for field in fields(config)}
     at_home = {name: value for name, value in given.items() if isinstance(value, str) and value.startswith("~/")}
     return replace(config, **{name: os.path.expanduser(value) for name, value in at_home.items()})
+
+
+def completion(stages: dict[str, Any], shell: str = "bash") -> str:
+    """The script that completes the names of stages and their arguments in a shell, `bash`, `zsh` or `tcsh`."""
+    if shell not in ("bash", "zsh", "tcsh"):
+        raise SystemExit(f"pdiff-hf: {shell!r} is no shell that can be completed in: bash, zsh or tcsh.")
+    commands = []
+    for stage, config_class in stages.items():
+        several = tuple(_families(config_class).values())
+        whole = dataclass(frozen=True)(type(stage, several, {})) if several else config_class  # of all families
+        commands.append(Annotated[whole, tyro.conf.subcommand(stage)])
+    with redirect_stdout(io.StringIO()) as script, suppress(SystemExit):
+        every: Any = Union[tuple(commands)]  # noqa: UP007
+        tyro.cli(every, prog="pdiff-hf", args=["--tyro-print-completion", shell])
+    return script.getvalue()
 
 
 def _families(config_class: Any) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -14,6 +17,37 @@ from .test_cli import line_of
 def test_a_misspelt_stage_is_recognized():
     assert line_of("colect").startswith("pdiff-hf: there is no stage 'colect'. Did you mean collect?")
     assert "Did you mean" not in line_of("xyz")
+
+
+def completed(line: str) -> list[str]:
+    """What bash would offer at the end of a line."""
+    words = line.split(" ")
+    script = f"""
+        eval "$({sys.executable} -m pdiff_hf --completion bash)"
+        COMP_WORDS=({line}) COMP_CWORD={len(words) - 1} COMP_LINE="{line}" COMP_POINT={len(line)}
+        $(complete -p pdiff-hf | sed 's/.*-F \\([^ ]*\\).*/\\1/') pdiff-hf "{words[-1]}" "{words[-2]}"
+        printf '%s\n' "${{COMPREPLY[@]}}"
+    """
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("pdiff-hf tr", ["train"]),
+        ("pdiff-hf train --transformer-s", ["--transformer-steps"]),
+        ("pdiff-hf train --unet-s", ["--unet-steps"]),
+        ("pdiff-hf generate --num-inf", ["--num-inference-steps"]),
+    ],
+)
+def test_a_shell_completes_stages_and_arguments(line, offered):
+    assert completed(line) == offered
+
+
+def test_a_shell_that_cannot_be_completed_in_is_named():
+    with pytest.raises(SystemExit, match="'fish' is no shell that can be completed in: bash, zsh or tcsh"):
+        main(["--completion", "fish"])
 
 
 def test_the_version_is_said(capsys):
