@@ -1,5 +1,6 @@
 """What is installed: from a wheel, from the source distribution, from a checkout, and as type checkers see it."""
 
+import re
 import shutil
 import sys
 import tarfile
@@ -56,6 +57,22 @@ def files_of(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+
+
+@pytest.mark.slow
+def test_links_and_pictures_of_the_description_lead_to_the_repository(installed):
+    (metadata,) = installed.glob("pdiff_hf-*.dist-info/METADATA")
+    headers, _, description = metadata.read_text(encoding="utf-8").partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in headers
+    (address,) = re.findall(r"Project-URL: Repository, (.*)", headers)
+    targets = re.findall(r"\]\(([^)]+)\)", description)
+    assert f"{address}/raw/main/docs/quickstart.png" in targets
+    files = [
+        target.removeprefix(address).split("/", 3)[3].partition("#")[0] for target in targets if address in target
+    ]
+    assert len(files) > 10
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    assert [target for target in targets if not target.startswith(("https://", "http://", "#"))] == []
 
 
 @pytest.mark.slow
