@@ -1,8 +1,8 @@
 """Seconds and peak memory of the stages against the number of parameters of a network, and against that of networks.
 
-Each zoo has a process of its own and is made up: points of a smooth random curve with noise, which has the numerics of
-a trajectory. As many networks are generated for all zoos. The denoiser works on latents, whose size is the same for
-all, so a few of its steps stand for many. Prints a row for each zoo, and writes figures and a picture.
+Each zoo has a process of its own: consecutive steps of an MLP on scikit-learn's digits, whose hidden layer is as wide
+as the size asks for. As many networks are generated for all zoos. The denoiser works on latents, whose size is the
+same for all, so a few of its steps stand for many. Prints a row for each zoo, and writes figures and a picture.
 """
 
 import json
@@ -12,12 +12,25 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
+from torch import nn
 
 from benchmarks import peak_memory_gb, write
-from pdiff_hf import GenerateConfig, ParameterLayout, TrainConfig, WeightZoo, run_generate, run_train
+from pdiff_hf import CollectConfig, EvaluateConfig, GenerateConfig, TrainConfig
+from pdiff_hf.cli import stage_function
+from pdiff_hf.tasks.digits import DigitsMLP
+from pdiff_hf.tasks.images import mlp
+
+
+STAGES = {
+    "collect": ("#009E73", "D"),
+    "train": ("#0072B2", "o"),
+    "generate": ("#D55E00", "^"),
+    "evaluate": ("black", "s"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,11 +41,16 @@ class Config:
     """Parameters of a network."""
     num_networks: int = 50
     """In the zoos of all sizes, and generated."""
-    counts: tuple[int, ...] = (10**2, 10**3, 10**4, 10**5, 10**6)
+    counts: tuple[int, ...] = (10**2, 10**3, 10**4, 10**5)
     """Networks in the zoos of one size."""
     size_of_counts: int = 10**3
     """Parameters of a network in these."""
     training_steps: int = 100
+    """Of the denoiser."""
+    networks_per_point: int = 5
+    """Of each baseline, at each strength."""
+    most_evaluated: int = 10**6
+    """Parameters of the largest networks that are evaluated, which takes minutes for each million."""
     threads: int = 1
     work_dir: str | None = None
     """Where zoos and pipelines go; a temporary folder otherwise."""
@@ -50,11 +68,13 @@ def main(config: Config) -> None:
     if config.work_dir is not None:
         Path(config.work_dir).mkdir(parents=True, exist_ok=True)
     rows = []
-    print("parameters | networks | zoo, GB | make the zoo, s | train, s | generate, s | one, s | peak memory, GB")
+    print("parameters | networks | zoo, GB | collect, s | train, s | generate, s | evaluate, s | one, s | memory, GB")
     sizes = [(size, config.num_networks) for size in config.sizes]
     for size, count in [*sizes, *((config.size_of_counts, count) for count in config.counts)]:
         arguments = ["--only", str(size), str(count), "--num-networks", str(config.num_networks)]
         arguments += ["--training-steps", str(config.training_steps), "--threads", str(config.threads)]
+        arguments += ["--networks-per-point", str(config.networks_per_point)]
+        arguments += ["--most-evaluated", str(config.most_evaluated)]
         arguments += [] if config.work_dir is None else ["--work-dir", config.work_dir]
         command = [sys.executable, "-m", "benchmarks.scaling", *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -63,7 +83,7 @@ def main(config: Config) -> None:
         row = json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
         print(
-            " | ".join(f"{value:,}" if isinstance(value, int) else f"{value:.3f}" for value in row.values()),
+            " | ".join(shown(value) for value in row.values()),
             flush=True,
         )
     write(config, rows=rows)
@@ -71,58 +91,70 @@ def main(config: Config) -> None:
         draw(rows[: len(sizes)], rows[len(sizes) :], f"{config.output}.png")
 
 
-def make_zoo(folder: str | Path, size: int, num_networks: int) -> None:
-    """Points of a smooth random curve, with noise."""
-    generator = torch.Generator().manual_seed(0)
-    layout = ParameterLayout.from_state_dict({"weight": torch.zeros(size)})
-    directions = 0.05 * torch.randn(4, size, generator=generator)
-    base = torch.randn(size, generator=generator)
-    with WeightZoo.create(folder, layout) as zoo:
-        for index in range(num_networks):
-            angle = torch.arange(1, 5) * (3 * index / num_networks)
-            noise = 0.005 * torch.randn(size, generator=generator)
-            zoo.append(base + angle.sin() @ directions + noise)
+def shown(value: float | None) -> str:
+    """A figure of the table."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
-def measure(config: Config, size: int, count: int) -> dict[str, float]:
+class Wide(DigitsMLP):
+    """One hidden layer, which is so wide that there are about `size` parameters."""
+
+    epochs = 1
+    size = 10**3
+
+    def build_network(self) -> nn.Module:
+        return mlp(64, (self.size - 10) // (64 + 1 + 10), 10)
+
+
+def measure(config: Config, size: int, count: int) -> dict[str, float | None]:
     """All stages for one zoo."""
+    from benchmarks.scaling import Wide  # by the name that the zoo has for it
+
+    Wide.size = size
+    task = "benchmarks.scaling:Wide"
     torch.set_num_threads(config.threads)
     with tempfile.TemporaryDirectory(dir=config.work_dir) as folder:
-        zoo_folder, pipeline, generated = (str(Path(folder, name)) for name in ("zoo", "pipeline", "generated"))
-        start = time.perf_counter()
-        make_zoo(zoo_folder, size, count)
-        made = time.perf_counter()
-        steps = config.training_steps
-        run_train(
-            TrainConfig(
-                zoo=zoo_folder, output_dir=pipeline, autoencoder="linear", unet_steps=steps, checkpointing_steps=10**9
-            )
-        )
-        trained = time.perf_counter()
-        zoo = run_generate(GenerateConfig(pipeline=pipeline, output_dir=generated, num_networks=config.num_networks))
-        sampled = time.perf_counter()
-        gigabytes = sum(file.stat().st_size for file in Path(zoo_folder).glob("*.safetensors")) / 1e9
-        assert len(zoo) == config.num_networks
+        zoo, pipeline, generated, report = (str(Path(folder, stage)) for stage in STAGES)
+        configs = {
+            "collect": CollectConfig(task, zoo, num_networks=count),
+            "train": TrainConfig(
+                zoo=zoo,
+                output_dir=pipeline,
+                autoencoder="linear",
+                unet_steps=config.training_steps,
+                checkpointing_steps=10**9,
+            ),
+            "generate": GenerateConfig(pipeline=pipeline, output_dir=generated, num_networks=config.num_networks),
+            "evaluate": EvaluateConfig(
+                task, zoo, generated, output_dir=report, networks_per_point=config.networks_per_point
+            ),
+        }
+        seconds = {}
+        for stage in STAGES if size <= config.most_evaluated else list(STAGES)[:-1]:
+            started = time.perf_counter()
+            stage_function(stage)(configs[stage])
+            seconds[f"{stage}_s"] = time.perf_counter() - started
+        gigabytes = sum(file.stat().st_size for file in Path(zoo).glob("*.safetensors")) / 1e9
         return {
             "parameters": size,
             "networks": count,
             "zoo_gb": gigabytes,
-            "zoo_s": made - start,
-            "train_s": trained - made,
-            "generate_s": sampled - trained,
-            "generate_one_s": (sampled - trained) / config.num_networks,
+            **{f"{stage}_s": seconds.get(f"{stage}_s") for stage in STAGES},
+            "generate_one_s": seconds["generate_s"] / config.num_networks,
             "peak_memory_gb": peak_memory_gb(),
         }
 
 
-def draw(by_size: list[dict[str, float]], by_count: list[dict[str, float]], file: str) -> None:
+def draw(by_size: list[dict[str, Any]], by_count: list[dict[str, Any]], file: str) -> None:
     """Seconds and memory against parameters and against networks."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 5.4), layout="constrained")
     panels = figure.subplots(2, 2)
     curves = (
-        (("train_s", "train", "#0072B2", "o"), ("generate_s", "generate", "#D55E00", "^")),
+        tuple((f"{stage}_s", stage, *style) for stage, style in STAGES.items()),
         (("peak_memory_gb", "peak memory", "#0072B2", "o"), ("zoo_gb", "zoo on disk", "#E69F00", "s")),
     )
     settings = (
@@ -133,7 +165,8 @@ def draw(by_size: list[dict[str, float]], by_count: list[dict[str, float]], file
         for row, (lines, unit) in enumerate(zip(curves, ("seconds", "GB"), strict=True)):
             axes = panels[row][column]
             for name, text, colour, marker in lines:
-                axes.plot([r[key] for r in rows], [r[name] for r in rows], color=colour, marker=marker, label=text)
+                there = [r for r in rows if r[name] is not None]
+                axes.plot([r[key] for r in there], [r[name] for r in there], color=colour, marker=marker, label=text)
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_xlabel(label)

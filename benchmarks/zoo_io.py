@@ -28,7 +28,6 @@ import tyro
 from safetensors.torch import load_file, save_file
 
 from benchmarks import peak_memory_gb, write
-from benchmarks.scaling import make_zoo
 from pdiff_hf import (
     CollectConfig,
     GenerateConfig,
@@ -66,6 +65,19 @@ class Config:
     """A JSON file for the figures."""
     only: tuple[str, str, int] | None = None
     """Take one measurement in this process, and print its figures: its name, a folder and a number."""
+
+
+def make_zoo(folder: str | Path, size: int, num_networks: int) -> None:
+    """Points of a smooth random curve, with noise."""
+    generator = torch.Generator().manual_seed(0)
+    layout = ParameterLayout.from_state_dict({"weight": torch.zeros(size)})
+    directions = 0.05 * torch.randn(4, size, generator=generator)
+    base = torch.randn(size, generator=generator)
+    with WeightZoo.create(folder, layout) as zoo:
+        for index in range(num_networks):
+            angle = torch.arange(1, 5) * (3 * index / num_networks)
+            noise = 0.005 * torch.randn(size, generator=generator)
+            zoo.append(base + angle.sin() @ directions + noise)
 
 
 def main(config: Config) -> None:
