@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
             if column["kind"] == "numbers" and ticks(column):
                 value = [int(place in value) for place in range(len(column["mean"]))]
             elif column["kind"] == "numbers":
-                value = json.loads(value)
+                try:
+                    value = json.loads(value)
+                except ValueError as error:
+                    example = json.dumps(column["mean"][:3])
+                    raise ValueError(f"{column['name']} has to be a list like {example}: {error}") from error
             if value is not None and value != "":
                 found[column["name"]] = value
         return found
@@ -61,8 +66,16 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
             )
         return gr.Textbox(json.dumps(known or column["mean"]), label=f"{name}, a list")
 
-    def ask(count: float, seed: float, guidance: float, *values: Any) -> Iterator[Any]:
+    @contextmanager
+    def in_words() -> Iterator[None]:
+        """What is wrong with what was asked for, on the page."""
         try:
+            yield
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise gr.Error(printable(str(error))) from error
+
+    def ask(count: float, seed: float, guidance: float, *values: Any) -> Iterator[Any]:
+        with in_words():
             condition, vectors, generated = asked(*values), [], []
             for vector in ground.networks(condition, int(count), int(seed), guidance):
                 vectors.append(vector)
@@ -77,8 +90,6 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
                 limits = {"x_lim": [0, int(count) + 1]} if ground.trained is None else {}
                 plot = gr.ScatterPlot(pandas.DataFrame(generated + others), **limits)
                 yield plot, f"{text}.", all_of_them
-        except (ValueError, IndexError, RuntimeError) as error:
-            raise gr.Error(printable(str(error))) from error
 
     def answer(state: Any, image: torch.Tensor) -> tuple[Any, str, np.ndarray]:
         if state is None:
@@ -97,12 +108,14 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
         return answer(state, ground.images[event.index])
 
     def walk(first: float, second: float, *values: Any) -> tuple[Any, str]:
-        rows = ground.walk(int(first), int(second), asked(*values))
+        with in_words():
+            rows = ground.walk(int(first), int(second), asked(*values))
         least = min(row["accuracy, %"] for row in rows)
         return pandas.DataFrame(rows), f"The least accurate network on the way has {least:.2f} %."
 
     def denoise(seed: float, *values: Any) -> tuple[Any, list[np.ndarray]]:
-        rows, pictures = ground.denoising(int(seed), asked(*values))
+        with in_words():
+            rows, pictures = ground.denoising(int(seed), asked(*values))
         return pandas.DataFrame(rows), pictures
 
     x = "network" if ground.trained is None else "similarity"

@@ -130,7 +130,7 @@ def test_networks_solve_equivalent_tasks_as_well(family, forms):
     [
         (lambda condition, places: [(condition, {})], "gives networks with other tensors than 0.weight"),
         (lambda condition, places: [(condition, {n: v * 0 for n, v in places.items()})], "may only change places"),
-        (lambda condition, places: [(FAMILY.conditions("test")[0], places)], "which is held out"),
+        (lambda condition, places: [(FAMILY.conditions("test")[0], places)], "leads to the condition .* of 'test'"),
         (lambda condition, places: condition["angle"], r"equivalents failed for .*KeyError\('angle'\)"),
     ],
 )

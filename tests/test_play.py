@@ -7,6 +7,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import gradio
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pdiff_hf.errors import TaskError, ZooError
 from pdiff_hf.play import page
 from pdiff_hf.playground import Playground, heat, said
 
+from . import families
 from .conftest import ROOT
 
 
@@ -110,6 +112,17 @@ def test_what_does_not_go_together_is_refused(digits_pipeline, zoo):
         Playground(str(digits_pipeline), "digits-mlp")
     with pytest.raises(ZooError, match="holds networks of another architecture"):
         Playground(str(digits_pipeline), zoo=str(zoo.folder))
+
+
+def test_a_list_that_is_none_is_said_in_every_tab(tmp_path):
+    task, zoo = f"{families.__name__}:Sides", str(tmp_path / "zoo")
+    run_collect(CollectConfig(task, zoo, networks_per_task=1, epochs=1))
+    settings = {"transformer_steps": 2, "hidden_size": 32, "num_layers": 1, "condition": ("direction",)}
+    run_train(NeuronTrainConfig(zoo=zoo, output_dir=str(tmp_path / "pipeline"), task=task, **settings))
+    answers = {one.fn.__name__: one.fn for one in page(str(tmp_path / "pipeline"), task).fns.values()}
+    for name, numbers in {"ask": (2, 0, 1.0), "walk": (0, 1), "denoise": (0,)}.items():
+        with pytest.raises(gradio.Error, match=r"direction has to be a list like \[.*Expecting value"):
+            list(answers[name](*numbers, "north"))
 
 
 def test_the_space_is_one():

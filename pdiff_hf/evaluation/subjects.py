@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,27 +168,27 @@ def _open(networks: NetworksLike, scratch: Path, like: WeightZoo | None = None) 
     """A zoo of whatever holds networks."""
     if isinstance(networks, WeightZoo):
         return networks
+    found: Iterable[tuple[Mapping[str, torch.Tensor], dict[str, Any]]]
     if isinstance(networks, str | Path):
         files = checkpoint_files(networks)
         if not files:
             return WeightZoo.from_pretrained(networks)
         if like is None:
             return WeightZoo.from_checkpoints(scratch, files)
-        with WeightZoo.create(scratch, like.layout, may_differ=like.may_differ) as zoo:
-            for checkpoint in checkpoints_of_files(files, None):
-                zoo.append(checkpoint.read(), **checkpoint.row)
-        return zoo
-    if isinstance(networks, Mapping):
+        layout, found = like.layout, ((one.read(), one.row) for one in checkpoints_of_files(files, None))
+    elif isinstance(networks, Mapping):
         raise ZooError("Expected a list of state dicts, and one alone was given: put it into a list.")
-    networks = list(networks)
-    if not networks:
-        raise ZooError("There are no networks: an empty list was given.")
-    if other := [network for network in networks if not isinstance(network, Mapping)]:
-        raise ZooError(f"Expected a list of state dicts, and it holds {type(other[0]).__name__}.")
-    layout = make_layout(networks[0], ("*",)) if like is None else like.layout
-    with WeightZoo.create(scratch, layout) as zoo:
-        for network in networks:
-            zoo.append(network)
+    else:
+        networks = list(networks)
+        if not networks:
+            raise ZooError("There are no networks: an empty list was given.")
+        if other := [network for network in networks if not isinstance(network, Mapping)]:
+            raise ZooError(f"Expected a list of state dicts, and it holds {type(other[0]).__name__}.")
+        layout = make_layout(networks[0], ("*",)) if like is None else like.layout
+        found = ((network, {}) for network in networks)
+    with WeightZoo.create(scratch, layout, may_differ=() if like is None else like.may_differ) as zoo:
+        for network, row in found:
+            zoo.append(network, **row)
     return zoo
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..extras import require
+from .images import mlp
 from .resnet import ResNet
 from .task import Task, half_cosine
 
@@ -47,7 +48,7 @@ class DigitsMLP(DigitsConvNet):
     """Two linear layers, 2,410 parameters; the whole network is generated."""
 
     def build_network(self) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        return mlp(64, 32, 10)
 
 
 class DigitsResNet(DigitsConvNet):
@@ -66,7 +67,7 @@ class TwoDigitsMLP(DigitsConvNet):
     learning_rate = 5e-3
 
     def build_network(self) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 2))
+        return mlp(64, 16, 2)
 
     def learning_rate_factor(self, progress: float) -> float:
         """Half a cosine."""

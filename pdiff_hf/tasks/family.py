@@ -16,6 +16,7 @@ StateDict = dict[str, torch.Tensor]
 COLUMNS = {"index", "source", "seed", "step", "validation_accuracy", "initial_norm"}
 
 
+SPLITS = ("train", "validation", "test")
 # Tasks, evenly picked, whose inputs stand for those of all, where they are not the same.
 INPUTS_OF = 32
 
@@ -93,7 +94,7 @@ def check_family(family: TaskFamily, device: torch.device | str = "cpu", trainin
     """
     name = type(family).__name__
     seen: dict[str, str] = {}
-    conditions = {split: family.conditions(split) for split in ("train", "validation", "test")}
+    conditions = {split: family.conditions(split) for split in SPLITS}
     keys = conditions["train"][0].keys() if conditions["train"] else set()
     for split, rows in conditions.items():
         if not rows:
@@ -125,11 +126,11 @@ def with_equivalents(
         vectors `[N, P]` to those of all forms, `[M, P]`.
 
     Raises:
-        [`TaskError`]: other forms that lack or repeat parameters, or that solve a task that is held out; or an error
+        [`TaskError`]: other forms that lack or repeat parameters, or that solve a task of another split; or an error
             of the family's own.
     """
     names, every = list(family.conditions("train")[0]), torch.arange(layout.vector_size)
-    held_out = {repr(condition) for split in ("validation", "test") for condition in family.conditions(split)}
+    splits = {repr(condition): split for split in SPLITS for condition in family.conditions(split)}
     places = {t["name"]: every[layout.slices[t["name"]]].view(t["shape"]) for t in layout.tensors("generated")}
     of: dict[str, list[tuple[dict[str, Any], torch.Tensor]]] = {}
     found, orders = list(rows), []
@@ -138,12 +139,7 @@ def with_equivalents(
             continue
         condition = {name: row[name] for name in names}
         if repr(condition) not in of:
-            try:
-                forms = family.equivalents(condition, dict(places))
-            except Exception as error:
-                name = type(family).__name__
-                raise TaskError(f"{name}.equivalents failed for {condition!r:.200}: {error!r:.200}") from error
-            of[repr(condition)] = [(other, _order(family, other, moved, places, held_out)) for other, moved in forms]
+            of[repr(condition)] = _forms(family, condition, places, splits)
         for other, order in of[repr(condition)]:
             found.append({**row, **other})
             orders.append((index, order))
@@ -158,19 +154,26 @@ def with_equivalents(
     return found, in_all_forms
 
 
-def _order(
-    family: TaskFamily, condition: dict[str, Any], moved: StateDict, places: StateDict, held_out: set[str]
-) -> torch.Tensor:
-    """Where the parameters of another form come from, `[P]`."""
-    name = type(family).__name__
-    if moved.keys() != places.keys() or any(moved[key].shape != places[key].shape for key in places):
-        raise TaskError(f"{name}.equivalents gives networks with other tensors than {', '.join(places):.200}.")
-    order = torch.cat([moved[key].flatten() for key in places])
-    if not torch.equal(order.sort().values, torch.arange(len(order))):
-        raise TaskError(f"{name}.equivalents lacks or repeats parameters: they may only change places.")
-    if repr(condition) in held_out:
-        raise TaskError(f"{name}.equivalents gives the condition {condition!r:.200}, which is held out.")
-    return order
+def _forms(
+    family: TaskFamily, condition: dict[str, Any], places: StateDict, splits: dict[str, str]
+) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """The conditions of the other forms of a network, and where the parameters come from, `[P]`."""
+    name = f"{type(family).__name__}.equivalents"
+    try:
+        forms = [(other, moved) for other, moved in family.equivalents(condition, dict(places))]
+    except Exception as error:
+        raise TaskError(f"{name} failed for {condition!r:.200}: {error!r:.200}") from error
+    found = []
+    for other, moved in forms:
+        if moved.keys() != places.keys() or any(moved[key].shape != places[key].shape for key in places):
+            raise TaskError(f"{name} gives networks with other tensors than {', '.join(places):.200}.")
+        order = torch.cat([moved[key].flatten() for key in places])
+        if not torch.equal(order.sort().values, torch.arange(len(order))):
+            raise TaskError(f"{name} lacks or repeats parameters: they may only change places.")
+        if (split := splits.get(repr(other))) not in (None, splits.get(repr(condition))):
+            raise TaskError(f"{name} leads to the condition {other!r:.200} of {split!r}.")
+        found.append((other, order))
+    return found
 
 
 def training_inputs(family: TaskFamily) -> torch.Tensor:
