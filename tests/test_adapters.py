@@ -11,8 +11,10 @@ from pdiff_hf import (
     EvaluateConfig,
     GenerateConfig,
     NeuronTrainConfig,
+    ParameterLayout,
     TrainConfig,
     WeightZoo,
+    evaluate,
     load_pipeline,
     run_collect,
     run_evaluate,
@@ -21,6 +23,7 @@ from pdiff_hf import (
 )
 from pdiff_hf.align import run_align
 from pdiff_hf.configs import AlignConfig, CollectConfig
+from pdiff_hf.errors import ZooError
 from pdiff_hf.networks.gauge import Gauge
 
 from . import families
@@ -114,6 +117,15 @@ def test_adapters_are_generated_for_tasks_that_nobody_trained(zoo, aligned, tmp_
         drawn = layout.draw_initial([torch.Generator().manual_seed(seed) for seed in range(2)])
         head = layout.slices["base_model.model.head.weight"]
         assert torch.equal(drawn[:, head], families.Base().head.weight.detach().flatten().expand(2, -1))
+
+
+def test_adapters_of_another_base_model_are_not_compared(aligned, tmp_path):
+    other = aligned.layout.config.adapter | {"base_model_name_or_path": "someone/else"}
+    layout = ParameterLayout(tensors=aligned.layout.config.tensors, adapter=other)
+    with WeightZoo.create(tmp_path / "zoo", layout) as zoo:
+        zoo.append(aligned[0])
+    with pytest.raises(ZooError, match="they hold adapters of 'me/base' and of 'someone/else'"):
+        evaluate(families.AdapterOfSide(0.0), trained=aligned, generated=zoo)
 
 
 def test_the_published_family_takes_adapters_too(aligned, tmp_path):

@@ -20,6 +20,7 @@ from ..tasks import Task, TaskFamily, check_task, load_family, load_task
 from ..tasks.family import OneTask
 from ..tasks.task import shown_name, trusted_name
 from ..zoo import WeightZoo, check_room_for, make_layout
+from ..zoo.adapters import BASE
 from ..zoo.imports import checkpoint_files, checkpoints_of_files
 
 
@@ -75,7 +76,11 @@ class Subjects:
             self._check_frozen(f"{self.trained.folder} and the pipeline", self.pipeline.layout)
 
     def _check_frozen(self, what: str, layout: ParameterLayout) -> None:
-        """Networks are scored with the frozen tensors of the training networks, and are others with others."""
+        """Networks are scored with the frozen tensors of the training networks, or with the base model of these where
+        they are adapters, and are others with others."""
+        ours, theirs = ((one.config.adapter or {}).get(BASE) for one in (self.trained.layout, layout))
+        if ours and theirs and ours != theirs:
+            raise ZooError(f"{what} do not go together: they hold adapters of {ours!r:.200} and of {theirs!r:.200}.")
         try:
             self.trained.layout.check_frozen(layout.frozen_state_dict(), self.trained.may_differ)
         except ValueError as error:

@@ -25,7 +25,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 # Of PEFT's configuration, what says where an adapter belongs, and how far it is that of another. The rest is of
 # training, or may name files and code.
-TEXTS = ("base_model_name_or_path", "revision", "task_type", "bias", "peft_version")
+BASE = "base_model_name_or_path"
+TEXTS = (BASE, "revision", "task_type", "bias", "peft_version")
 FLAGS = ("fan_in_fan_out", "use_dora", "use_rslora")
 NAMES = ("target_modules", "modules_to_save")
 PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -35,7 +36,7 @@ CHANGING = ("pissa", "olora", "corda", "loftq")
 MOST_CONFIG, MOST_NAMES = 2**20, 10_000
 MAGNITUDE = "lora_magnitude_vector"
 COMPARED = {
-    "base_model_name_or_path": "base models",
+    BASE: "base models",
     "revision": "revisions of the base model",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
