@@ -20,7 +20,7 @@ def quickstart(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
     done = run("-m", "pdiff_hf", "quickstart", "--output-dir", str(folder), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    assert "best on validation" in done.stdout
+    assert "chosen on validation" in done.stdout
     return folder
 
 

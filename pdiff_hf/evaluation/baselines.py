@@ -92,25 +92,33 @@ def _difference(zoo: StandardizedZoo, strength: float, draw: torch.Generator) ->
 
 
 class Kind(NamedTuple):
-    """How a baseline weights the training networks, whether it adds noise, its first strength, its name, and whether
-    it is for independent networks alone."""
+    """How a baseline weights the training networks, whether it adds noise, its first strength, its name, what the
+    strength is, and whether it is for independent networks alone."""
 
     weights: Callable[[StandardizedZoo, float, torch.Generator], torch.Tensor]
     noisy: bool
     first: float
     label: str
+    unit: str
     independent: bool = False
 
 
+DEVIATIONS = "the noise, in standard deviations of each parameter over the zoo"
 KINDS = {
-    "noise": Kind(_copies, True, 1 / 16, "training network + noise"),
-    "soup": Kind(_soup, False, 2, "soup of k"),
-    "interpolation": Kind(_pair, False, 0.1, "interpolation of two"),
-    "gaussian": Kind(_mean, True, 1 / 4, "per-parameter Gaussian"),
-    "low-rank-gaussian": Kind(_deviations, False, 1 / 4, "low-rank Gaussian"),
-    "shrinking": Kind(_shrunk, False, 0.1, "shrunk to the mean", True),
-    "difference": Kind(_difference, False, 1 / 16, "plus a difference of two others", True),
-    "nearest-interpolation": Kind(_nearest_pair, False, 0.1, "interpolation with the nearest of many", True),
+    "noise": Kind(_copies, True, 1 / 16, "training network + noise", DEVIATIONS),
+    "soup": Kind(_soup, False, 2, "soup of k", "k"),
+    "interpolation": Kind(_pair, False, 0.1, "interpolation of two", "the share of the second"),
+    "gaussian": Kind(_mean, True, 1 / 4, "per-parameter Gaussian", DEVIATIONS),
+    "low-rank-gaussian": Kind(
+        _deviations, False, 1 / 4, "low-rank Gaussian", "a factor on the deviation from the mean"
+    ),
+    "shrinking": Kind(_shrunk, False, 0.1, "shrunk to the mean", "the share of the mean", True),
+    "difference": Kind(
+        _difference, False, 1 / 16, "plus a difference of two others", "the part of that difference", True
+    ),
+    "nearest-interpolation": Kind(
+        _nearest_pair, False, 0.1, "interpolation with the nearest of many", "the share of that one", True
+    ),
 }
 
 

@@ -34,8 +34,8 @@ def train_as_long(
             Vectors `[N, P]` to train from, and how many times as long, by name.
 
     Returns:
-        `tuple`: the number of `steps`, and the `seconds` a network that both take; and the trained networks `[N, P]`
-        of each start. None where networks are not trained many at once.
+        `tuple`: the number of `steps`, `of` those of a training, and the `seconds` a network that both take; and the
+        trained networks `[N, P]` of each start. None where networks are not trained many at once.
     """
     try:
         timed = StackedTrainer(tasks, list(range(len(tasks))))
@@ -59,7 +59,7 @@ def train_as_long(
         trainer.load(vectors, layout)
         trainer.steps = times * steps  # over which the learning rate follows the task's schedule
         trained[name] = trainer.train_steps(trainer.steps, layout)
-    return {"steps": steps, "seconds": taken / len(tasks)}, trained
+    return {"steps": steps, "of": timed.steps, "seconds": taken / len(tasks)}, trained
 
 
 def from_the_same(

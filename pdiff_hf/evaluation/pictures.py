@@ -20,6 +20,7 @@ from .report import LABELS
 BLUE, ORANGE, GREEN, YELLOW, PURPLE, SKY, RED = (
     *("#0072B2", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#56B4E9", "#D55E00"),
 )
+WINE, TEAL = "#882255", "#44AA99"  # Paul Tol's, for what is left
 COLOURS = {"trained": BLUE, "generated": RED, "fresh": GREEN, "gaussian": ORANGE, "soup": "black"}
 CURVES = {
     "noise": (PURPLE, ":"),
@@ -28,8 +29,8 @@ CURVES = {
     "gaussian": (ORANGE, "-."),
     "low-rank-gaussian": (SKY, (0, (5, 1, 1, 1, 1, 1))),
     "shrinking": ("grey", "-"),
-    "difference": ("grey", ":"),
-    "nearest-interpolation": (GREEN, ":"),
+    "difference": (WINE, ":"),
+    "nearest-interpolation": (TEAL, "--"),
 }
 MOST_TENSORS = 12
 MOST_ROWS = 60
@@ -90,23 +91,15 @@ def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.
     """The networks of each group by similarity and accuracy, the baselines as curves, and the front with its interval
     where the generated networks are."""
     figure, ax = _figure(8.4, 4.8)
-    for kind, (colour, line) in CURVES.items():
-        points = [point for point in report["baselines"] if point["kind"] == kind]
-        if not points:
-            continue
-        curve = [(point["maximum_similarity"]["mean"], 100 * point["accuracy"]["mean"]) for point in points]
-        ax.plot(
-            *zip(*curve, strict=True), color=colour, linestyle=line, marker=".", markersize=4, label=KINDS[kind].label
-        )
     shown = {}
-    for name, marker in (("trained", "o"), ("generated", "^"), ("fresh", "D")):
+    for name, marker, size in (("trained", "o", 190), ("generated", "^", 130), ("fresh", "D", 70)):
         if name in networks:
             x, y = networks[name][0], 100 * networks[name][1]
             ax.scatter(x, y, s=8, marker=marker, color=COLOURS[name], alpha=0.25, linewidths=0, gid=f"networks-{name}")
             shown[name] = (x.mean().item(), y.mean().item())
             label = f"{LABELS[name]}: mean of {report['groups'][name]['count']}"
             ax.scatter(
-                *shown[name], s=130, marker=marker, color=COLOURS[name], edgecolor="black", zorder=4, label=label
+                *shown[name], s=size, marker=marker, color=COLOURS[name], edgecolor="black", zorder=4, label=label
             )
     verdict = report["verdict"]
     if "generated" in shown and verdict["accuracy_gain"] is not None and None not in verdict["interval"]:
@@ -114,18 +107,38 @@ def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.
         low, high = (accurate - 100 * gain for gain in verdict["interval"][::-1])
         there = accurate - 100 * verdict["accuracy_gain"]
         errors = [[max(there - low, 0)], [max(high - there, 0)]]
-        ax.errorbar(similar, there, errors, color="black", capsize=4, marker="_", zorder=5, label="front there, 99 %")
+        ax.errorbar(
+            similar,
+            there,
+            errors,
+            color="black",
+            capsize=4,
+            marker="_",
+            zorder=5,
+            label="front where the generated are, 99 %",
+        )
     # The networks and what surrounds them; the curves lead on to chance.
     means = [mean for _, mean in shown.values()]
     spread = max(0.5, 3 * max((100 * y.std(correction=0).item()) for _, y in networks.values()))
-    ax.set_xlim(max(0.0, min(similar for similar, _ in shown.values()) - 0.15), 1.01)
-    ax.set_ylim(min(means) - spread - 1, min(100.5, max(means) + spread))
+    (left, right), (low, high) = limits = (
+        (max(0.0, min(similar for similar, _ in shown.values()) - 0.15), 1.01),
+        (min(means) - spread - 1, min(100.5, max(means) + spread)),
+    )
+    for kind, (colour, line) in CURVES.items():
+        points = [point for point in report["baselines"] if point["kind"] == kind]
+        curve = [(point["maximum_similarity"]["mean"], 100 * point["accuracy"]["mean"]) for point in points]
+        if any(left <= x <= right and low <= y <= high for x, y in curve):
+            label = KINDS[kind].label
+            ax.plot(*zip(*curve, strict=True), color=colour, linestyle=line, marker=".", markersize=4, label=label)
+    ax.set(xlim=limits[0], ylim=limits[1])
     ax.set_xlabel("similarity of the errors to the most similar training network (IoU)")
     ax.set_ylabel("accuracy on the test split, %")
     words = re.split(r": | \(", verdict["sentence"])[0]
     ax.set_title(f"{plain(report['task'])}\n{words}", fontsize=10, parse_math=False)
     # Beside the networks: inside, it hides some of them.
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7.5, frameon=False)
+    ax.legend(
+        loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7.5, frameon=False, labelspacing=0.9, markerscale=0.7
+    )
     files = _save(figure, folder, "plane")
     svg = files[1].read_text(encoding="utf-8")
     for name, (x, y) in networks.items():
@@ -160,6 +173,7 @@ def parameters(trained: WeightZoo, generated: WeightZoo, folder: Path) -> list[P
         ax.hist(b.numpy(), edges, density=True, histtype="step", color=RED, linewidth=1.3, label="generated")
         ax.set_title(plain(name), fontsize=8, parse_math=False)
         ax.tick_params(labelsize=7)
+        ax.locator_params(axis="x", nbins=4)
     for ax in list(axes.flat)[len(values) :]:
         ax.set_visible(False)
     axes.flat[0].legend(fontsize=7)
@@ -175,13 +189,14 @@ def overlap(trained: torch.Tensor, generated: torch.Tensor, folder: Path) -> lis
     parts = [part[similarity(part, part).mean(1).argsort(descending=True)] for part in parts]
     figure, ax = _figure(5.4, 4.6)
     both = torch.cat(parts)
-    image = ax.imshow(similarity(both, both).numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    overlaps = similarity(both, both).numpy()
+    image = ax.imshow(overlaps, cmap="cividis", vmin=overlaps.min(), vmax=1, interpolation="nearest")
     border = len(parts[0]) - 0.5
     ax.axhline(border, color="white", linewidth=1)
     ax.axvline(border, color="white", linewidth=1)
     places = [len(parts[0]) / 2, len(parts[0]) + len(parts[1]) / 2]
     ax.set_xticks(places, ["original", "generated"])
-    ax.set_yticks(places, ["original", "generated"], rotation=90, va="center")
+    ax.set_yticks(places, ["original", "generated"])
     ax.grid(False)
     figure.colorbar(image, ax=ax, label="intersection over union of wrong predictions")
     return _save(figure, folder, "overlap")
@@ -244,7 +259,7 @@ def weight_map(trained: WeightZoo, groups: dict[str, Iterator[torch.Tensor]], fo
                 figure.colorbar(points, ax=ax, label="training step of the originals")
     ax.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
     ax.set_ylabel(f"second principal component ({100 * shares[1]:.0f} %)")
-    ax.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     return _save(figure, folder, "map")
 
 
@@ -262,6 +277,7 @@ def denoising(steps: list[int], accuracies: list[torch.Tensor], report: dict[str
     ax.fill_between(steps, low, high, color=RED, alpha=0.2, linewidth=0, label="worst to best")
     trained = 100 * report["groups"]["trained"]["accuracy"]["mean"]
     ax.axhline(trained, color=BLUE, linestyle="--", label="original, mean")
+    ax.locator_params(axis="x", integer=True)
     ax.set_xlabel("denoising steps done")
     ax.set_ylabel("accuracy if decoded here, %")
     ax.legend(fontsize=8, loc="lower right")
@@ -283,10 +299,12 @@ def training(
     for name, latents, marker in (("trained", trained, "o"), ("generated", generated, "^")):
         values = latents.flatten(1).std(0).numpy()
         spread.plot(range(1, len(values) + 1), values, marker, markersize=3, color=COLOURS[name], label=LABELS[name])
-    spread.set_yscale("log")
+    low, high = spread.get_ylim()
+    if not 0 < high < 5 * low:
+        spread.set_yscale("log")
     spread.set_xlabel("latent" if pipeline.vae is not None else "parameter, normalized")
     spread.set_ylabel("standard deviation over networks", fontsize=9)
-    spread.legend(fontsize=7)
+    spread.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     if len(losses):
         window = max(1, len(losses) // 50)
         smooth = losses[: len(losses) // window * window].view(-1, window).mean(1)
@@ -295,7 +313,7 @@ def training(
         loss.set_yscale("log")
         loss.set_xlabel("training step of the denoiser")
         loss.set_ylabel("loss")
-        loss.legend(fontsize=7)
+        loss.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     else:
         loss.set_visible(False)
     shown = [name for name in ("trained", "reconstructed", "generated") if name in report["groups"]]

@@ -17,7 +17,7 @@ from .baselines import KINDS
 
 
 # Columns of the table of groups that stand everywhere; report.md has all of them.
-SHORT = ("networks", "count", "mean", "min", "best on validation", "similarity")
+SHORT = ("networks", "count", "mean", "min", "chosen on validation", "similarity")
 LABELS = {
     "trained": "original",
     "soup": "soup",
@@ -26,31 +26,42 @@ LABELS = {
     "fresh": "fresh",
     "reconstructed": "reconstructed",
 }
+# What the groups are.
+MEANINGS = {
+    "trained": "the networks of the zoo that was learned from",
+    "soup": "the average of their weights",
+    "ensemble": "the average of their predictions",
+    "generated": "what is judged here",
+    "fresh": "networks trained from new seeds, the gold standard",
+    "reconstructed": "originals, encoded and decoded by the autoencoder",
+}
 # What is to be seen, and what a good and a bad one looks like.
 CAPTIONS = {
-    "plane": "Accuracy against similarity to the most similar training network. The curves are what needs no "
-    "generator, the bar is their front where the generated networks are. Good: the generated networks are above "
-    "the bar. Bad: on a curve, which gives the same for nothing, or at similarity 1, where copies are",
-    "parameters": "Values of the parameters of each tensor. Good: the outline follows the filled histogram. Bad: "
-    "it is narrower, where generated networks are nearly one network, or has tails of its own",
-    "overlap": "Which networks err on the same test examples. Good: the generated square looks like that of the "
-    "originals. Bad: it is brighter, where generated networks are nearly alike, or a bright line leads through "
-    "the corners, where each is a copy",
-    "calibration": "Ensembles against their size, better to the right and, but for accuracy, below; bands are 95 % "
-    "intervals over test examples, which all groups share. Good: the generated curve follows that of fresh "
-    "networks, or else of the originals. Bad: it is flat, where more networks know no more",
-    "map": "The networks on the first two principal components of the training networks. Good: the generated ones "
-    "are where the originals are, and spread as these. Bad: they are a point amid them, as averages are, or "
-    "elsewhere",
+    "plane": "Accuracy against similarity to the most similar training network: means, and in small single networks, "
+    "of which at most 2,000 of a group are shown. The curves are what needs no generator, the bar is their front "
+    "where the generated networks are. Good: the generated networks are above the bar. Bad: on a curve, which gives "
+    "the same for nothing, or at similarity 1, where copies are",
+    "parameters": "Values of the parameters of each tensor, under its name in the network. Good: the outline follows "
+    "the filled histogram. Bad: it is narrower, where generated networks are nearly one network, or has tails of its "
+    "own",
+    "overlap": "Which networks err on the same test examples; in each group, those come first that err like many "
+    "others. Good: the generated square looks like that of the originals. Bad: it is brighter, where generated "
+    "networks are nearly alike, or there are bright spots in the squares of both groups, where each is a copy",
+    "calibration": "Ensembles against their size: higher accuracy, lower NLL and lower calibration error are better. "
+    "Bands are 95 % intervals over test examples, which all groups share; a single network is an arbitrary one. "
+    "Good: the generated curve follows that of fresh networks, or else of the originals. Bad: it is flat from the "
+    "start, where more networks know no more",
+    "map": "The networks on the first two principal components of the training networks, which say little where they "
+    "hold little of the variance. Good: the generated ones are where the originals are, and spread as these. Bad: "
+    "they cluster at one point, as soups do, or elsewhere",
     "denoising": "Accuracy of 20 networks if their denoising ended after a step. Good: it reaches that of the "
-    "originals and stays. Bad: it ends below, or before the last steps there is hardly any, where more steps "
-    "would help",
-    "training": "Left: how much each latent varies over networks. Good: generated ones vary as the originals. "
-    "Bad: late latents vary less, so that generated networks lack what they hold. Right: the loss of the "
-    "denoiser. Bad: it still falls at the end, where more steps would help",
+    "originals by the last step. Bad: it ends below, or rises steeply to the end, where more steps would help",
+    "training": "Left: how much each latent, or without an autoencoder each parameter, varies over networks. Good: "
+    "generated ones vary as the originals. Bad: they vary less (often late latents), and lack what is there. Right: "
+    "the loss of the denoiser. Bad: it still falls at the end, where more training would help",
     "conditions": "Accuracy on conditions that no training network had, the mean and its 95 % interval. Good: the "
-    "generator lies right of all that needs none, and near networks trained on the task. Bad: left of retrieval "
-    "or regression, or as its shuffled condition, which then means nothing",
+    "generator lies right of all that needs none, and near networks trained on the task. Bad: left of retrieval or "
+    "regression, or as its shuffled condition, which then means nothing",
 }
 
 
@@ -77,7 +88,7 @@ def group_table(report: dict[str, Any]) -> list[dict[str, str]]:
             "95 % over networks": " to ".join(map(percent, accuracy["interval_networks"])),
             "95 % over examples": " to ".join(map(percent, accuracy["interval_examples"])),
             "min": percent(accuracy["min"]),
-            "best on validation": percent(accuracy["best_on_validation"]),
+            "chosen on validation": percent(accuracy["best_on_validation"]),
             "similarity": f"{figures['maximum_similarity']['mean']:.3f}",
         }
         measures = {"NLL": "nll", "Brier": "brier", "ECE": "ece", "ECE, scaled": "ece_scaled"}
@@ -108,7 +119,9 @@ def percent(value: float | None) -> str:
 
 def number(value: float | None) -> str:
     """In four digits."""
-    return "-" if value is None else f"{value:.4g}"
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -201,6 +214,7 @@ def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> Non
         texts[f"report.{ending}"] = template.render(
             report=report if escape else {**report, "task": plain(report["task"])},
             labels=LABELS,
+            meanings=MEANINGS,
             kinds=KINDS,
             columns=SHORT if escape and kind == "report" else tuple(rows[0]),
             rows=rows,

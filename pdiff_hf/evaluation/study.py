@@ -66,6 +66,7 @@ class Study:
         groups, curves = self.groups, self.curves
         nearest = from_main(self._nearest)
         return {
+            "vector_size": self.trained.vector_size,
             "examples": len(self.targets),
             "chance": self.chance,
             "verdict": self._verdict(nearest),

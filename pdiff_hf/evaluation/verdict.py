@@ -78,7 +78,7 @@ def front(curve: list[Place], at: torch.Tensor) -> torch.Tensor:
 
 
 def gain(generated: Place, curves: dict[str, list[Place]]) -> torch.Tensor:
-    """Accuracy above the curves at equal similarity, `[B]`; infinite where none reaches that similarity."""
+    """Accuracy above the curves at that similarity or below, `[B]`; infinite where none reaches it."""
     fronts = [front(curve, generated.similarity) for curve in curves.values()]
     return generated.accuracy - torch.stack(fronts).amax(0)
 
@@ -122,7 +122,7 @@ def verdict(
             networks.
 
     Returns:
-        `dict`: `label`, `accuracy_gain` over the front at equal similarity, its `interval` and `confidence`, the
+        `dict`: `label`, `accuracy_gain` over the front, its `interval` and `confidence`, the
         gains over noise and over averaging (None where that baseline is nowhere so dissimilar), and `sentence`.
     """
     similar, accuracy = generated.point
@@ -154,7 +154,9 @@ def verdict(
         )
     elif low > 0:
         label = "above-the-front"
-        sentence = f"Above the front of the baselines: {place}, {margin} over the best baseline at equal similarity."
+        sentence = (
+            f"Above the front of the baselines: {place}, {margin} over the best baseline that is at most as similar."
+        )
     elif noisy:
         label = "no-better-than-noise"
         sentence = f"No better than training networks with noise on their weights: {place}, {margin} over the front."
