@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from pdiff_hf.configs import NeuronTrainConfig, TrainConfig
+from pdiff_hf.files import whole
 from pdiff_hf.runs import versions
 from pdiff_hf.train import DenoiserObjective, TrainingLoop, run_train
 
@@ -65,11 +67,12 @@ def table(config: Any, header: str, measure: Callable[..., dict[str, Any]], cell
             print(" | ".join([name, str(seed), *cells(row)]), flush=True)
             if config.output:
                 file = Path(config.output).with_suffix(".json")
-                rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-                rows = [one for one in rows if (one["row"], one["seed"]) != (name, seed)]
-                rows.append({"row": name, "seed": seed, **row, "facts": facts(config)})
-                rows.sort(key=lambda one: (one["row"], one["seed"]))
-                file.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+                with FileLock(f"{file}.lock"), whole(file) as temporary:
+                    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+                    rows = [one for one in rows if (one["row"], one["seed"]) != (name, seed)]
+                    rows.append({"row": name, "seed": seed, **row, "facts": facts(config)})
+                    rows.sort(key=lambda one: (one["row"], one["seed"]))
+                    temporary.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def minutes_of(config: NeuronTrainConfig) -> float:

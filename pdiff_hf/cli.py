@@ -154,6 +154,8 @@ def _outcome(stage: str, config: Any, result: Any, seconds: float) -> str | None
     took = f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
     if stage in ("collect", "generate"):
         what = f"{len(result)} networks of {result.vector_size:,} parameters are in {folder} ({took})."
+        if stage == "collect" and config.split != "train":
+            return f"{what} Next: pdiff-hf evaluate --fresh {folder}"
         if stage == "collect":
             return f"{what} Next: pdiff-hf train{_family_of(result, config.task)} --zoo {folder}"
         return f"{what} Next: pdiff-hf evaluate --trained ZOO --generated {folder}"
@@ -182,7 +184,8 @@ def _explanation(error: Exception) -> str:
         return text
     if isinstance(error, MemoryError) or "allocate" in text or "out of memory" in text:
         return f"there is not enough memory. Make networks, latents or batches smaller. ({text.splitlines()[0]:.300})"
-    issues = importlib.metadata.metadata("pdiff-hf")["Project-URL"].partition(", ")[2]
+    addresses = importlib.metadata.metadata("pdiff-hf").get_all("Project-URL") or []
+    issues = dict(address.split(", ", 1) for address in addresses).get("Issues")
     return (
         f"this is a bug of pdiff-hf: {type(error).__name__}: {text.splitlines()[0]:.500}. Please report it at "
         f"{issues} with what --traceback prints."

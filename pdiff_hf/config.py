@@ -64,9 +64,9 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str]) -> Config
 
 
 def completion(stages: dict[str, Any], shell: str = "bash") -> str:
-    """The script that completes the names of stages and their arguments in a shell, `bash`, `zsh` or `tcsh`."""
-    if shell not in ("bash", "zsh", "tcsh"):
-        raise SystemExit(f"pdiff-hf: {shell!r} is no shell that can be completed in: bash, zsh or tcsh.")
+    """The script that completes the names of stages and their arguments in a shell, `bash` or `zsh`."""
+    if shell not in ("bash", "zsh"):
+        raise SystemExit(f"pdiff-hf: {shell!r} is no shell that can be completed in: bash or zsh.")
     commands = []
     for stage, config_class in stages.items():
         several = tuple(_families(config_class).values())
@@ -75,7 +75,8 @@ def completion(stages: dict[str, Any], shell: str = "bash") -> str:
     with redirect_stdout(io.StringIO()) as script, suppress(SystemExit):
         every: Any = Union[tuple(commands)]  # noqa: UP007
         tyro.cli(every, prog="pdiff-hf", args=["--tyro-print-completion", shell])
-    return script.getvalue()
+    # For zsh, the script is one to be loaded when it is called; evaluated, it has to say what it is for.
+    return script.getvalue().replace('\n_tyro_pdiff_hf "$@"\n', "\ncompdef _tyro_pdiff_hf pdiff-hf\n")
 
 
 def _families(config_class: Any) -> dict[str, Any]:

@@ -272,7 +272,7 @@ class GenerateConfig:
     dtype: ZooDtype = "float32"
     """How networks are stored; bfloat16 halves the files and keeps three digits."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Of the denoiser: bf16 takes half of the time where the processor multiplies in it."""
+    """Of the pipeline: bf16 takes half of the time where the processor multiplies in it."""
     export: str | None = None
     """Folder that gets a folder a network, as other libraries load it: PEFT, diffusers, or a safetensors file."""
     push_to_hub: str | None = None

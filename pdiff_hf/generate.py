@@ -27,7 +27,8 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
     r"""
     Samples networks, in one process or in several. The metadata of each names scheduler, steps, noise and seed: the
     same pipeline makes the network again with
-    `pipe(generator=torch.Generator().manual_seed(row["seed"]), num_inference_steps=row["num_inference_steps"])`.
+    `pipe(generator=torch.Generator().manual_seed(row["seed"]), num_inference_steps=row["num_inference_steps"])`, with
+    `mixed_precision="bf16"` under `torch.autocast`.
 
     Raises:
         [`ConfigError`]: an unknown scheduler, or a folder with another zoo.

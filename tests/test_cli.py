@@ -51,7 +51,7 @@ def test_an_unexpected_error_is_our_bug_and_says_where_to_report_it(monkeypatch)
     assert line.startswith(
         "pdiff-hf push: this is a bug of pdiff-hf: KeyError: 'nobody thought of this'. Please report"
     )
-    assert "https://" in line
+    assert "/issues with what" in line
     assert "\n" not in line
     with pytest.raises(KeyError, match="nobody thought of this"):
         main(["push", "--folder", "a", "--repo", "b", "--traceback"])

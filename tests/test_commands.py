@@ -45,8 +45,13 @@ def test_a_shell_completes_stages_and_arguments(line, offered):
     assert completed(line) == offered
 
 
+def test_zsh_gets_a_script_that_registers_itself(capsys):
+    main(["--completion", "zsh"])
+    assert capsys.readouterr().out.rstrip().endswith("\ncompdef _tyro_pdiff_hf pdiff-hf")
+
+
 def test_a_shell_that_cannot_be_completed_in_is_named():
-    with pytest.raises(SystemExit, match="'fish' is no shell that can be completed in: bash, zsh or tcsh"):
+    with pytest.raises(SystemExit, match="'fish' is no shell that can be completed in: bash or zsh"):
         main(["--completion", "fish"])
 
 

@@ -183,8 +183,10 @@ class ConditionAudit:
         zoo, layout = self.trained, copy.deepcopy(self.pipeline.layout).to("cpu")
         inputs = self.tasks[0].data("test")[0]
         symmetry = symmetry_that_holds(zoo, self.predict, inputs[:50])
-        rows, in_all_forms = with_equivalents(self.family, zoo.layout, self.rows)
-        vectors = in_all_forms(torch.cat(list(zoo.batches())).float())
+        rows, vectors = self.rows, torch.cat(list(zoo.batches())).float()
+        if self.pipeline.transformer is not None:  # whose training has them, too
+            rows, in_all_forms = with_equivalents(self.family, zoo.layout, rows)
+            vectors = in_all_forms(vectors)
         if symmetry is not None:
             vectors = symmetry.canonical(
                 vectors, symmetry.reference(zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS)))

@@ -1,5 +1,6 @@
 """A family of tasks: they differ by a condition, and their networks are of one architecture."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,19 +131,21 @@ def with_equivalents(
             of the family's own.
     """
     names, every = list(family.conditions("train")[0]), torch.arange(layout.vector_size)
-    splits = {repr(condition): split for split in SPLITS for condition in family.conditions(split)}
+    splits = {_key(condition): split for split in SPLITS for condition in family.conditions(split)}
     places = {t["name"]: every[layout.slices[t["name"]]].view(t["shape"]) for t in layout.tensors("generated")}
     of: dict[str, list[tuple[dict[str, Any], torch.Tensor]]] = {}
+    known: dict[bytes, torch.Tensor] = {}
     found, orders = list(rows), []
     for index, row in enumerate(rows):
         if not names or any(name not in row for name in names):
             continue
         condition = {name: row[name] for name in names}
-        if repr(condition) not in of:
-            of[repr(condition)] = _forms(family, condition, places, splits)
-        for other, order in of[repr(condition)]:
+        if (key := _key(condition)) not in of:
+            of[key] = _forms(family, condition, places, splits)
+        for other, order in of[key]:
             found.append({**row, **other})
-            orders.append((index, order))
+            # Most forms come from few orders, which are kept once.
+            orders.append((index, known.setdefault(order.numpy().tobytes(), order)))
 
     def in_all_forms(vectors: torch.Tensor) -> torch.Tensor:
         forms = vectors.new_empty(len(found), vectors.shape[1])
@@ -165,15 +168,31 @@ def _forms(
         raise TaskError(f"{name} failed for {condition!r:.200}: {error!r:.200}") from error
     found = []
     for other, moved in forms:
-        if moved.keys() != places.keys() or any(moved[key].shape != places[key].shape for key in places):
+        if not isinstance(other, dict) or other.keys() != condition.keys():
+            raise TaskError(f"{name} gives {other!r:.200} as a condition, which has {', '.join(condition)}.")
+        if not isinstance(moved, dict) or not all(
+            isinstance(moved.get(key), torch.Tensor) and (moved[key].shape, moved[key].dtype) == (own.shape, own.dtype)
+            for key, own in places.items()
+        ):
             raise TaskError(f"{name} gives networks with other tensors than {', '.join(places):.200}.")
         order = torch.cat([moved[key].flatten() for key in places])
         if not torch.equal(order.sort().values, torch.arange(len(order))):
             raise TaskError(f"{name} lacks or repeats parameters: they may only change places.")
-        if (split := splits.get(repr(other))) not in (None, splits.get(repr(condition))):
+        if (split := splits.get(_key(other))) not in (None, splits.get(_key(condition))):
             raise TaskError(f"{name} leads to the condition {other!r:.200} of {split!r}.")
-        found.append((other, order))
+        found.append((json.loads(_key(other)), order))
     return found
+
+
+def _key(condition: dict[str, Any]) -> str:
+    """The same for conditions that are the same in the rows of a zoo: of lists and tuples, in any order, 0 and -0."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [plain(one) for one in value]
+        return value + 0.0 if isinstance(value, float) else value
+
+    return json.dumps({name: plain(value) for name, value in condition.items()}, sort_keys=True, default=repr)
 
 
 def training_inputs(family: TaskFamily) -> torch.Tensor:

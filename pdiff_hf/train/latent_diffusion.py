@@ -81,12 +81,12 @@ class LatentDiffusion:
     slot = "unet"
 
     def __init__(self, config: TrainConfig, zoo: WeightZoo):
-        self.config, self.zoo = config, zoo
+        self.config, self.zoo, self.facts = config, zoo, dict[str, int]()
         if len(zoo) - config.checkpoint_averaging < 1:
             raise ConfigError(
                 f"checkpoint_averaging {config.checkpoint_averaging} leaves fewer than two of {len(zoo)} networks."
             )
-        self.encoder = condition_encoder(zoo, config.condition, config.seed)
+        self.encoder = condition_encoder(zoo.metadata, config.condition, config.seed)
         words = [] if self.encoder is None else [c["name"] for c in self.encoder.config.columns if c["kind"] == "word"]
         if words and config.checkpoint_averaging > 1:
             raise ConfigError(f"checkpoint_averaging averages what is asked for, too, and {words[0]!r} holds words.")

@@ -10,7 +10,6 @@ from torch import nn
 from ..errors import ConfigError
 from ..files import human_size
 from ..pipelines.neural_network_diffusion import ConditionEncoder
-from ..zoo import WeightZoo
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,14 +22,15 @@ def seeded(seed: int, build: Callable[[], Model]) -> Model:
         return build()
 
 
-def condition_encoder(zoo: WeightZoo, names: Sequence[str], seed: int) -> ConditionEncoder | None:
-    """That of some columns of a zoo; nothing without columns. Raises [`ConfigError`] for what cannot be asked for."""
+def condition_encoder(rows: Sequence[dict[str, Any]], names: Sequence[str], seed: int) -> ConditionEncoder | None:
+    """That of some columns of the rows of a zoo; nothing without columns. Raises [`ConfigError`] for what cannot be
+    asked for."""
     if not names:
         return None
     try:
-        return seeded(seed, lambda: ConditionEncoder.from_rows(selected(zoo.rows(), names), names))
+        return seeded(seed, lambda: ConditionEncoder.from_rows(selected(rows, names), names))
     except ValueError as error:
-        columns = ", ".join(sorted({name for row in zoo.rows() for name in row}))
+        columns = ", ".join(sorted({name for row in rows for name in row}))
         raise ConfigError(f"--condition: {error} The zoo's columns are {columns}.") from error
 
 

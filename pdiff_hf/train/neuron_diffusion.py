@@ -69,8 +69,9 @@ class NeuronDiffusion:
                 self.network = side_by_side(network)
             except NotStackableError as error:
                 raise ConfigError(f"The behaviour loss needs networks that run side by side. {error}") from error
-        self.encoder = condition_encoder(zoo, config.condition, config.seed)
         self.rows, self.in_all_forms = with_equivalents(family, zoo.layout, zoo.metadata)
+        self.facts = {"forms": len(self.rows)}
+        self.encoder = condition_encoder(self.rows, config.condition, config.seed)
         channels = 2 if config.initial else 1
         check_memory(
             lambda: [self._model()],
@@ -83,9 +84,12 @@ class NeuronDiffusion:
         self, layout: ParameterLayout, loop: TrainingLoop
     ) -> tuple[dict[str, nn.Module | None], Callable[[torch.Tensor], Batch], int]:
         """No further components; the networks in all forms, and their initializations, both `[n, 1, P]` of indices."""
+        vectors = self.in_all_forms(torch.cat(list(self.zoo.batches())))
+        if len(self.rows) > len(self.zoo):
+            layout.fit([vectors])
         if isinstance(self.symmetry, Symmetry):
             share_statistics(layout, self.symmetry)
-        data = {"networks": layout.normalize(self.in_all_forms(torch.cat(list(self.zoo.batches()))))[:, None]}
+        data = {"networks": layout.normalize(vectors)[:, None]}
         if self.initial is not None:
             layout.fit_initial(self.initial[list(evenly(len(self.initial), INITIALS))])
             data["initial"] = layout.normalize(self.in_all_forms(self.initial))[:, None]

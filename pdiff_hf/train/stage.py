@@ -49,7 +49,7 @@ def _train(config: AnyTrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeli
     config = with_environment(config)
     with TrainingLoop(config, config.steps) as loop:
         accelerator = loop.accelerator
-        facts = {"networks": len(zoo)}
+        facts = {"networks": len(zoo), **recipe.facts}
         if loop.step > 0:
             check_same_facts(folder, "train", facts)
         accelerator.wait_for_everyone()
