@@ -130,6 +130,14 @@ def test_networks_solve_equivalent_tasks_as_well(family, forms):
     [
         (lambda condition, places: [(condition, {})], "gives networks with other tensors than 0.weight"),
         (lambda condition, places: [(condition, {n: v * 0 for n, v in places.items()})], "may only change places"),
+        (lambda condition, places: [(condition, {n: v.float() for n, v in places.items()})], "with other tensors"),
+        (lambda condition, places: [(condition, None)], "with other tensors than"),
+        (lambda condition, places: [({"angle": 0.0}, places)], "as a condition, which has direction"),
+        (lambda condition, places: [(None, places)], "gives None as a condition"),
+        (
+            lambda condition, places: [({"direction": tuple(FAMILY.conditions("test")[0]["direction"])}, places)],
+            "leads to the condition .* of 'test'",
+        ),
         (lambda condition, places: [(FAMILY.conditions("test")[0], places)], "leads to the condition .* of 'test'"),
         (lambda condition, places: condition["angle"], r"equivalents failed for .*KeyError\('angle'\)"),
     ],
