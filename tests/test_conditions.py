@@ -240,7 +240,7 @@ def test_networks_solve_tasks_that_no_network_was_trained_for(trained):
     assert accuracies(pipe, "test", guidance_scale=1.5).mean() > 0.8
 
 
-def test_the_published_family_can_be_asked_too(zoo, tmp_path):
+def test_the_published_family_can_be_asked_too(zoo, tmp_path, capsys):
     run_train(
         TrainConfig(
             zoo=str(zoo.folder),
@@ -252,6 +252,7 @@ def test_the_published_family_can_be_asked_too(zoo, tmp_path):
             unet_steps=20,
         )
     )
+    assert "--family neuron learns them; for this family, `pdiff-hf align`" in capsys.readouterr().err
     pipe = load_pipeline(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     assert "source (one of" in pipe.condition_encoder.known()

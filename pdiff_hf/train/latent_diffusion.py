@@ -1,5 +1,6 @@
 """The published method: an autoencoder of the parameters, and a denoiser of its latents."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -10,7 +11,7 @@ from ..configs import TrainConfig
 from ..errors import ConfigError
 from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
 from ..networks.stacked import NotStackableError, side_by_side
-from ..parallel import from_main
+from ..parallel import from_main, processes
 from ..pipelines.neural_network_diffusion import (
     LinearParameterAutoencoder,
     ParameterAutoencoderKL,
@@ -85,6 +86,12 @@ class LatentDiffusion:
         if len(zoo) - config.checkpoint_averaging < 1:
             raise ConfigError(
                 f"checkpoint_averaging {config.checkpoint_averaging} leaves fewer than two of {len(zoo)} networks."
+            )
+        if "initial_norm" in next(zoo.rows(), {}) and processes().is_main_process:
+            print(
+                f"{zoo.folder} has networks of independent seeds, whose hidden units are in any order. --family neuron "
+                "learns them; for this family, `pdiff-hf align` gives them one order first.",
+                file=sys.stderr,
             )
         self.encoder = condition_encoder(zoo.metadata, config.condition, config.seed)
         words = [] if self.encoder is None else [c["name"] for c in self.encoder.config.columns if c["kind"] == "word"]
