@@ -84,7 +84,7 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
                 generated.append(row)
                 accuracies = [row["accuracy, %"] for row in generated]
                 text = f"**{len(accuracies)} networks**: {sum(accuracies) / len(accuracies):.2f} % on average, "
-                text += f"{min(accuracies):.2f} % at least"
+                text += f"the worst {min(accuracies):.2f} %"
                 if len(accuracies) == count > 1:
                     text += f"; all together: {100 * ground.together(all_of_them, condition):.2f} %"
                 limits = {"x_lim": [0, int(count) + 1]} if ground.trained is None else {}
@@ -131,7 +131,14 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
             with gr.Row():
                 count = gr.Slider(1, 32, value=8, step=1, label="networks")
                 seed = gr.Number(0, precision=0, label="seed")
-                guidance = gr.Slider(0, 3, value=1, step=0.25, label="guidance", visible=bool(widgets))
+                guidance = gr.Slider(
+                    0,
+                    3,
+                    value=1,
+                    step=0.25,
+                    label="guidance (how strictly the condition is followed)",
+                    visible=bool(widgets),
+                )
             button = gr.Button("Ask for networks", variant="primary", elem_id="ask")
             summary = gr.Markdown(elem_id="summary")
             plane = gr.ScatterPlot(x=x, y="accuracy, %", color="networks", height=320, show_label=False)
@@ -144,7 +151,7 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
             button.click(ask, [count, seed, guidance, *widgets], [plane, summary, networks])
         if ground.draws:
             with gr.Tab("Try") as trying:
-                gr.Markdown("What do the networks say to a drawing, or to a test image? Click one.")
+                gr.Markdown("Draw, or click a test image: what do the networks say?")
                 with gr.Row():
                     with gr.Column():
                         pad = gr.Sketchpad(

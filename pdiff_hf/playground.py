@@ -218,5 +218,5 @@ def said(probabilities: torch.Tensor, families: bool) -> str:
     answers = probabilities.argmax(-1)
     most = int(answers.mode().values)
     name = names_of(probabilities.shape[1], families)[most]
-    word = f"class {name}" if name.isdigit() else name
+    word = f"class {name}" if name.isdigit() else {"yes": "yes, it counts", "no": "no, it does not count"}[name]
     return f"**{word}**, say {int((answers == most).sum())} of {len(answers)} networks"

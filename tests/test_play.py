@@ -91,7 +91,7 @@ def test_a_drawing_becomes_an_input(ground):
 
 
 def test_words_and_pictures():
-    assert said(torch.tensor([[0.1, 0.9], [0.3, 0.7], [0.8, 0.2]]), True) == "**yes**, say 2 of 3 networks"
+    assert said(torch.tensor([[0.1, 0.9], [0.3, 0.7], [0.8, 0.2]]), True) == "**yes, it counts**, say 2 of 3 networks"
     assert said(torch.eye(3)[[2, 2]], False) == "**class 2**, say 2 of 2 networks"
     colours = heat(torch.tensor([[1.0, 0.0, -1.0]]), 1.0)[0, ::80]
     assert colours.tolist() == [[255, 0, 0], [255, 255, 255], [0, 0, 255]]

@@ -24,7 +24,7 @@ from .equal_time import train_as_long
 from .measures import interval, resample, resampled_means
 from .regression import answers
 from .scoring import Scorer
-from .verdict import CONFIDENCE
+from .verdict import CONFIDENCE, points
 
 
 Row = dict[str, Any]
@@ -349,10 +349,6 @@ def _verdict(groups: dict[str, dict[str, Any]], rivals: Sequence[str] = ()) -> d
     }
     accuracy = f"{100 * ours.mean().item():.2f} % on {len(ours)} conditions that no training network had"
 
-    def margin(name: str) -> str:
-        low, high = (100 * value for value in gains[name]["interval"])
-        return f"{100 * gains[name]['mean']:+.2f} points (99 % interval {low:+.2f} to {high:+.2f})"
-
     labels = {
         "shuffled": ("ignores-the-condition", "Ignores the condition"),
         "retrieval": ("no-better-than-retrieval", "No better than looking up the nearest"),
@@ -361,6 +357,10 @@ def _verdict(groups: dict[str, dict[str, Any]], rivals: Sequence[str] = ()) -> d
     failed = next((name for name in labels if not gains[name]["interval"][0] > 0), None)
     label, words = labels[failed] if failed else ("generalizes", "Generalizes")
     against = failed or "regression"
-    over = "another condition" if against == "shuffled" else gains[against]["over"]
-    sentence = f"{words}: {accuracy}, {margin(against)} over {over}."
+    rival = {
+        "shuffled": "those that were asked for another condition",
+        "retrieval": f"the best of looking up, {gains['retrieval']['over']}",
+        "regression": f"the best regression, {gains['regression']['over']}",
+    }
+    sentence = f"{words}: {accuracy}, {points(gains[against]['mean'], gains[against]['interval'])} {rival[against]}."
     return {"label": label, "sentence": sentence, "confidence": CONFIDENCE, "gains": gains}

@@ -309,7 +309,9 @@ def training(
         window = max(1, len(losses) // 50)
         smooth = losses[: len(losses) // window * window].view(-1, window).mean(1)
         loss.plot(losses.numpy(), color=SKY, linewidth=0.5, alpha=0.6, label="each step")
-        loss.plot(((torch.arange(len(smooth)) + 0.5) * window).numpy(), smooth.numpy(), color=BLUE, label="mean")
+        loss.plot(
+            ((torch.arange(len(smooth)) + 0.5) * window).numpy(), smooth.numpy(), color=BLUE, label="running mean"
+        )
         loss.set_yscale("log")
         loss.set_xlabel("training step of the denoiser")
         loss.set_ylabel("loss")
@@ -318,5 +320,5 @@ def training(
         loss.set_visible(False)
     shown = [name for name in ("trained", "reconstructed", "generated") if name in report["groups"]]
     accuracies = [f"{100 * report['groups'][name]['accuracy']['mean']:.2f} % {LABELS[name]}" for name in shown]
-    figure.suptitle("accuracy: " + ", ".join(accuracies), fontsize=9)
+    figure.suptitle("accuracy on the test split: " + ", ".join(accuracies), fontsize=9)
     return _save(figure, folder, "training")

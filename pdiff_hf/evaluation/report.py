@@ -28,7 +28,7 @@ LABELS = {
 }
 # What the groups are.
 MEANINGS = {
-    "trained": "the networks of the zoo that was learned from",
+    "trained": "the training networks, which were learned from",
     "soup": "the average of their weights",
     "ensemble": "the average of their predictions",
     "generated": "what is judged here",
@@ -37,28 +37,30 @@ MEANINGS = {
 }
 # What is to be seen, and what a good and a bad one looks like.
 CAPTIONS = {
-    "plane": "Accuracy against similarity to the most similar training network: means, and in small single networks, "
-    "of which at most 2,000 of a group are shown. The curves are what needs no generator, the bar is their front "
-    "where the generated networks are. Good: the generated networks are above the bar. Bad: on a curve, which gives "
-    "the same for nothing, or at similarity 1, where copies are",
+    "plane": "Accuracy against similarity to the most similar training network. Large marks: means; small: single "
+    "networks, at most 2,000 of a group. The curves are what needs no generator; the bar is the 99 % interval of "
+    "their front where the generated networks are. Good: the generated networks are above the bar. Bad: on or below "
+    "a curve, which gives the same for nothing, or at similarity 1, where errors are those of a training network",
     "parameters": "Values of the parameters of each tensor, under its name in the network. Good: the outline follows "
-    "the filled histogram. Bad: it is narrower, where generated networks are nearly one network, or has tails of its "
+    "the filled histogram. Bad: it is narrower, since generated networks are nearly one network, or has tails of its "
     "own",
     "overlap": "Which networks err on the same test examples; in each group, those come first that err like many "
-    "others. Good: the generated square looks like that of the originals. Bad: it is brighter, where generated "
-    "networks are nearly alike, or there are bright spots in the squares of both groups, where each is a copy",
+    "others. Good: the generated square looks like that of the originals. Bad: it is brighter, since generated "
+    "networks are nearly alike, or the squares of both groups have bright spots, where a generated network errs as "
+    "an original does",
     "calibration": "Ensembles against their size: higher accuracy, lower NLL and lower calibration error are better. "
-    "Bands are 95 % intervals over test examples, which all groups share; a single network is an arbitrary one. "
-    "Good: the generated curve follows that of fresh networks, or else of the originals. Bad: it is flat from the "
-    "start, where more networks know no more",
+    "Bands are 95 % intervals over test examples, which all groups share; size 1 is one random network. Good: the "
+    "generated curve follows that of fresh networks, or else of the originals. Bad: it is flat where that of the "
+    "originals improves, since more networks add nothing",
     "map": "The networks on the first two principal components of the training networks, which say little where they "
     "hold little of the variance. Good: the generated ones are where the originals are, and spread as these. Bad: "
-    "they cluster at one point, as soups do, or elsewhere",
-    "denoising": "Accuracy of 20 networks if their denoising ended after a step. Good: it reaches that of the "
-    "originals by the last step. Bad: it ends below, or rises steeply to the end, where more steps would help",
+    "they cluster at the centre, or lie elsewhere",
+    "denoising": "Accuracy of 20 networks if their denoising ended after a step; early steps give nearly the mean "
+    "network, which may be good. Good: it reaches that of the originals by the last step. Bad: it ends below, or "
+    "rises steeply to the end, so that more steps may help",
     "training": "Left: how much each latent, or without an autoencoder each parameter, varies over networks. Good: "
-    "generated ones vary as the originals. Bad: they vary less (often late latents), and lack what is there. Right: "
-    "the loss of the denoiser. Bad: it still falls at the end, where more training would help",
+    "generated ones vary as the originals. Bad: they vary less, often in late latents. Right: the loss of the "
+    "denoiser. Bad: it still falls at the end, so that more training may help",
     "conditions": "Accuracy on conditions that no training network had, the mean and its 95 % interval. Good: the "
     "generator lies right of all that needs none, and near networks trained on the task. Bad: left of retrieval or "
     "regression, or as its shuffled condition, which then means nothing",
@@ -215,7 +217,7 @@ def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> Non
             report=report if escape else {**report, "task": plain(report["task"])},
             labels=LABELS,
             meanings=MEANINGS,
-            kinds=KINDS,
+            kinds={kind: KINDS[kind] for kind in {point["kind"]: 0 for point in report.get("baselines", ())}},
             columns=SHORT if escape and kind == "report" else tuple(rows[0]),
             rows=rows,
             pictures=pictures,

@@ -135,7 +135,7 @@ def verdict(
     # Where both do as well, the way they went tells them apart.
     noisy = as_noise and (not as_averaging or outside >= 0.5)
 
-    margin = f"{100 * over_all[0].item():+.2f} points (99 % interval {100 * low:+.2f} to {100 * high:+.2f})"
+    margin = f"{points(over_all[0].item(), [low, high])} the front of the baselines"
     place = f"accuracy {100 * accuracy:.2f} % at similarity {similar:.3f}"
     if accuracy < (chance + trained_accuracy) / 2:
         label = "not-working"
@@ -150,22 +150,20 @@ def verdict(
         label = "collapsed"
         sentence = (
             f"The generated networks are nearly one network: their errors differ by {100 * dispersion:.0f} % of what "
-            f"those of training networks do ({place}, {margin} over the front)."
+            f"those of training networks do ({place}, {margin})."
         )
     elif low > 0:
         label = "above-the-front"
-        sentence = (
-            f"Above the front of the baselines: {place}, {margin} over the best baseline that is at most as similar."
-        )
+        sentence = f"Above the front: {place}, {margin}."
     elif noisy:
         label = "no-better-than-noise"
-        sentence = f"No better than training networks with noise on their weights: {place}, {margin} over the front."
+        sentence = f"No better than training networks with noise on their weights: {place}, {margin}."
     elif as_averaging or high < 0:
         label = "no-better-than-averaging"
-        sentence = f"No better than averages of training networks: {place}, {margin} over the front."
+        sentence = f"No better than averages of training networks: {place}, {margin}."
     else:
         label = "on-the-front"
-        sentence = f"On the front of the baselines, and not above it: {place}, {margin} over the front."
+        sentence = f"On the front, and not above it: {place}, {margin}."
     return {
         "label": label,
         "accuracy_gain": _number(over_all[0]),
@@ -178,6 +176,13 @@ def verdict(
         "dispersion": dispersion,
         "sentence": sentence,
     }
+
+
+def points(gain: float, interval: list[float]) -> str:
+    """How far above or below something, and the 99 % interval of that."""
+    low, high = interval
+    where = "below" if gain < 0 else "above"
+    return f"{100 * abs(gain):.2f} points (99 % interval {100 * low:+.2f} to {100 * high:+.2f}) {where}"
 
 
 def _number(value: torch.Tensor) -> float | None:

@@ -89,8 +89,8 @@ class LatentDiffusion:
             )
         if "initial_norm" in next(zoo.rows(), {}) and processes().is_main_process:
             print(
-                f"{zoo.folder} has networks of independent seeds, whose hidden units are in any order. --family neuron "
-                "learns them; for this family, `pdiff-hf align` gives them one order first.",
+                f"{zoo.folder} has networks of independent seeds, whose hidden units are in any order. --family "
+                "neuron learns them; for this family, `pdiff-hf align` gives them one order first.",
                 file=sys.stderr,
             )
         self.encoder = condition_encoder(zoo.metadata, config.condition, config.seed)
