@@ -71,7 +71,7 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
         """What is wrong with what was asked for, on the page."""
         try:
             yield
-        except (ValueError, IndexError, RuntimeError) as error:
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
             raise gr.Error(printable(str(error))) from error
 
     def ask(count: float, seed: float, guidance: float, *values: Any) -> Iterator[Any]:

@@ -49,11 +49,17 @@ class Playground:
         card = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         named = re.search(r"networks for the task `([^`]+)`", card)
         self.name = trusted_name(task, named and named[1])
-        self.verdict = printable(" ".join(verdict_of_card(folder)))
+        # Its sentence, without the label before it, and without what Markdown would make of it.
+        sentence = " ".join(verdict_of_card(folder)).partition(": ")[2]
+        self.verdict = re.sub(r"([^\w\s.,:%+()-])", r"\\\1", printable(sentence))
         self.family = load_family(self.name)
         encoder = self.pipe.condition_encoder
         self.columns: list[dict[str, Any]] = [] if encoder is None else encoder.config.columns
         self.example = self.family.conditions("test")[0]
+        if lacking := self.example.keys() - {column["name"] for column in self.columns}:
+            raise TaskError(
+                f"{pipeline} cannot be asked for {sorted(lacking)[0]!r}, by which the tasks of {self.name} differ."
+            )
         first = self.family.task(self.example)
         try:
             self.pipe.layout.flatten(first.build_network().state_dict())
@@ -64,6 +70,8 @@ class Playground:
         self._predictor = Predictor(first, self.pipe.layout, self.pipe.device)
         self.trained: tuple[torch.Tensor, torch.Tensor] | None = None
         self._trained_rows: list[dict[str, Any]] = []
+        if zoo is not None and self.example:
+            raise ZooError(f"Networks of {zoo} do different tasks of {self.name}, and are not compared: leave it out.")
         if zoo is not None:
             networks = WeightZoo.from_pretrained(zoo)
             if networks.layout.architecture != self.pipe.layout.architecture:

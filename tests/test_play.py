@@ -110,6 +110,8 @@ def test_a_card_does_not_choose_the_code_that_runs(digits_pipeline, tmp_path):
 def test_what_does_not_go_together_is_refused(digits_pipeline, zoo):
     with pytest.raises(TaskError, match="generates no networks of digits-mlp"):
         Playground(str(digits_pipeline), "digits-mlp")
+    with pytest.raises(TaskError, match="cannot be asked for 'classes', by which the tasks of digits-subsets differ"):
+        Playground(str(digits_pipeline), "digits-subsets")
     with pytest.raises(ZooError, match="holds networks of another architecture"):
         Playground(str(digits_pipeline), zoo=str(zoo.folder))
 

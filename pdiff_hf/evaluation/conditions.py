@@ -17,7 +17,7 @@ from ..networks.trainer import NetworkTrainer, data_of, flatten
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from ..tasks import Task, TaskFamily
-from ..tasks.family import training_inputs, with_equivalents
+from ..tasks.family import key_of, training_inputs, with_equivalents
 from ..zoo import WeightZoo, evenly
 from .canonical import symmetry_that_holds
 from .equal_time import train_as_long
@@ -194,7 +194,7 @@ class ConditionAudit:
         networks = layout.normalize(vectors)
         behaviour = None
         try:
-            stacked = side_by_side(self.predict.network)
+            stacked = side_by_side(copy.deepcopy(self.predict.network).cpu())
             some = networks[list(evenly(len(networks), VARIANCE_NETWORKS))]
             behaviour = Behaviour(stacked, layout, training_inputs(self.family), some)
         except NotStackableError:
@@ -221,8 +221,8 @@ class ConditionAudit:
         names = list(self.asked[0])
         places: dict[str, list[int]] = {}
         for index, row in enumerate(zoo.rows()):
-            places.setdefault(repr([row.get(name) for name in names]), []).append(index)
-        found = [places.get(repr([condition[name] for name in names]), []) for condition in self.asked]
+            places.setdefault(key_of({name: row.get(name) for name in names}), []).append(index)
+        found = [places.get(key_of(condition), []) for condition in self.asked]
         count = min(map(len, found))
         if count == 0:
             raise ZooError(f"{zoo.folder} has no network of {self.asked[[not f for f in found].index(True)]}.")

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from ..networks.stacked import NotStackableError
-from ..networks.trainer import StackedTrainer
+from ..networks.trainer import StackedTrainer, is_stackable
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout
 from ..tasks import Task
 
@@ -37,10 +36,9 @@ def train_as_long(
         `tuple`: the number of `steps`, `of` those of a training, and the `seconds` a network that both take; and the
         trained networks `[N, P]` of each start. None where networks are not trained many at once.
     """
-    try:
-        timed = StackedTrainer(tasks, list(range(len(tasks))))
-    except NotStackableError:
+    if not is_stackable([tasks[0], tasks[-1]], layout):
         return None
+    timed = StackedTrainer(tasks, list(range(len(tasks))))
 
     def seconds(count: int) -> float:
         started = time.perf_counter()

@@ -80,7 +80,7 @@ def pipeline_folder(
     if Path(name_or_path).is_dir() or not is_repository(name_or_path):
         return Path(name_or_path)
     # Code, and weights in other formats than safetensors, stay where they are.
-    patterns = ["model_index.json", "*/*.json", "*/*.safetensors"]
+    patterns = ["model_index.json", "README.md", "*/*.json", "*/*.safetensors"]
     return Path(download(str(name_or_path), "model", revision, token, patterns))
 
 

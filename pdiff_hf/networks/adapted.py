@@ -116,7 +116,8 @@ class AdaptedNetwork(nn.Module):
         changed: dict[str, torch.Tensor] = {target: own[name] for target, name in self._trained.items()}
         for target, a, b in self._updates:
             changed[target] = changed.get(target, base.get_parameter(target)) + self._update(target, own[a], own[b])
-        outputs = functional_call(base, changed, args, kwargs)
+        # A tensor that the base ties to an adapted one stays as it is, as with PEFT.
+        outputs = functional_call(base, changed, args, kwargs, tie_weights=False)
         return getattr(outputs, "logits", outputs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AdaptedNetwork":

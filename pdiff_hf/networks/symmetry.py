@@ -28,6 +28,8 @@ OTHER_FUNCTIONS = {F.gelu, F.silu, F.elu, F.softplus, F.hardswish, torch.sigmoid
 SCALED_METHODS, OTHER_METHODS = {"relu", "relu_", "contiguous"}, {"sigmoid", "tanh"}
 SUMS = {"add", "iadd", "add_"}
 ROUNDS = 20
+# Products of units of the networks that are matched at a time.
+MATCHED_VALUES = 2**24
 
 
 class UnknownSymmetryError(ValueError):
@@ -128,6 +130,10 @@ class Symmetry(CanonicalForm):
         """Permuted vectors `[N, P]`, each brought near to the reference `[P]` by coordinate descent over the groups
         (weight matching; Ainsworth et al. 2022, arXiv 2209.04836)."""
         assign = require("scipy.optimize", "report").linear_sum_assignment
+        # A square of units each: so many networks at a time.
+        most = max(1, MATCHED_VALUES // max((group.units for group in self.groups), default=1) ** 2)
+        if len(vectors) > most:
+            return torch.cat([self.align(some, reference) for some in vectors.split(most)])
         aligned = vectors.clone()
         moving = torch.arange(len(vectors))
         for _ in range(ROUNDS):

@@ -131,7 +131,7 @@ def with_equivalents(
             of the family's own.
     """
     names, every = list(family.conditions("train")[0]), torch.arange(layout.vector_size)
-    splits = {_key(condition): split for split in SPLITS for condition in family.conditions(split)}
+    splits = {key_of(condition): split for split in SPLITS for condition in family.conditions(split)}
     places = {t["name"]: every[layout.slices[t["name"]]].view(t["shape"]) for t in layout.tensors("generated")}
     of: dict[str, list[tuple[dict[str, Any], torch.Tensor]]] = {}
     known: dict[bytes, torch.Tensor] = {}
@@ -140,7 +140,7 @@ def with_equivalents(
         if not names or any(name not in row for name in names):
             continue
         condition = {name: row[name] for name in names}
-        if (key := _key(condition)) not in of:
+        if (key := key_of(condition)) not in of:
             of[key] = _forms(family, condition, places, splits)
         for other, order in of[key]:
             found.append({**row, **other})
@@ -178,13 +178,13 @@ def _forms(
         order = torch.cat([moved[key].flatten() for key in places])
         if not torch.equal(order.sort().values, torch.arange(len(order))):
             raise TaskError(f"{name} lacks or repeats parameters: they may only change places.")
-        if (split := splits.get(_key(other))) not in (None, splits.get(_key(condition))):
+        if (split := splits.get(key_of(other))) not in (None, splits.get(key_of(condition))):
             raise TaskError(f"{name} leads to the condition {other!r:.200} of {split!r}.")
-        found.append((json.loads(_key(other)), order))
+        found.append((json.loads(key_of(other)), order))
     return found
 
 
-def _key(condition: dict[str, Any]) -> str:
+def key_of(condition: dict[str, Any]) -> str:
     """The same for conditions that are the same in the rows of a zoo: of lists and tuples, in any order, 0 and -0."""
 
     def plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 from ..errors import ZooError
 from ..extras import require
 from ..hub.client import commit_of, download_file, is_repository, repository_files
-from ..networks.adapted import FACTORS
+from ..networks.adapted import FACTORS, PREFIX
 from .imports import Names, StateDict, matched, natural, read_metadata, read_state_dict
 
 
@@ -31,8 +31,11 @@ FLAGS = ("fan_in_fan_out", "use_dora", "use_rslora")
 NAMES = ("target_modules", "modules_to_save")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 # By which other tensors, or other layers, come into the update; and initializations that change the base model.
-UNREAD = ("lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora")
-CHANGING = ("pissa", "olora", "corda", "loftq")
+UNREAD = (
+    *("lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
+    *("trainable_token_indices", "target_parameters"),
+)
+CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MOST_CONFIG, MOST_NAMES = 2**20, 10_000
 MAGNITUDE = "lora_magnitude_vector"
 COMPARED = {
@@ -99,6 +102,11 @@ class Adapter:
             other = module + FACTORS[suffix]
             if other not in state_dict:
                 raise ZooError(f"it has `{name}` and no `{other}`.")
+            if state_dict[other].ndim < 2 or state_dict[other].shape[1] != rank or rank == 0:
+                raise ZooError(
+                    f"`{other}` is {list(state_dict[other].shape)}, which with rank {rank} is no factor of a LoRA "
+                    "that is known here."
+                )
             state_dict[other] = state_dict[other] * _scale(config, module, rank)
         return state_dict, config
 
@@ -192,10 +200,10 @@ def check_adapter(adapter: Any) -> None:
 
 
 def _of_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
-    """What a pattern of names says of a module: the first whose last parts it names."""
+    """What a pattern of names says of a module: the first whose last parts it names, or with ^ whose whole name."""
+    whole = module.removeprefix(PREFIX)
     for key, value in pattern.items():
-        name = key.removeprefix("^")
-        if module == name or module.endswith(f".{name}"):
+        if whole == key.removeprefix("^") or (not key.startswith("^") and whole.endswith(f".{key}")):
             return value
     return default
 
@@ -241,6 +249,8 @@ def _converted(state_dict: StateDict, packed: dict[str, Any]) -> StateDict:
             raise ZooError(f"it has `{name}` and no `{other}`.")
         if kind == "B.weight":
             rank = len(converted[other])
+            if factor.ndim < 2 or factor.shape[1] != rank or rank == 0:
+                raise ZooError(f"`{name}` is {list(factor.shape)}, and is no factor of rank {rank}. {INSTEAD}")
             part = module.partition(".")[0]
             own = {key.removeprefix(f"{part}."): value for key, value in packed.items() if key.startswith(f"{part}.")}
             config = checked_config(own) if own else {"lora_alpha": scales.get(module, rank), "alpha_pattern": {}}
@@ -297,6 +307,11 @@ def with_metadata(adapters: list[Adapter], metadata: Iterable[Mapping[str, Any]]
     by_source = {row.get("source"): dict(row) for row in metadata}
     if not by_source:
         return adapters
+    names = [one.row["source"] for one in adapters]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ZooError(
+            f"Several adapters are called {repeated[0]!r}, and metadata tell them by their names: rename one."
+        )
     if lacking := [one.source for one in adapters if one.row["source"] not in by_source]:
         raise ZooError(f"The metadata have no row whose source is {lacking[0]!r}.")
     return [replace(one, row=by_source[one.row["source"]] | one.row) for one in adapters]

@@ -213,12 +213,16 @@ def _read_safetensors(file: Path) -> StateDict:
     return dict(sorted(tensors.items()))
 
 
-def _state_dicts(content: Any, path: str = "") -> Iterator[tuple[str, StateDict]]:
-    """All mappings from names to tensors in what a file holds, with the keys that lead there."""
+def _state_dicts(content: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, StateDict]]:
+    """All mappings from names to tensors in what a file holds, each once, with the keys that lead there."""
+    seen = set() if seen is None else seen
     if not isinstance(content, Mapping) or not content or not all(isinstance(name, str) for name in content):
         return
+    if id(content) in seen:
+        return
+    seen.add(id(content))
     if all(isinstance(value, torch.Tensor) for value in content.values()):
         yield path, dict(content)
         return
     for name, value in content.items():
-        yield from _state_dicts(value, f"{path}.{name}" if path else name)
+        yield from _state_dicts(value, f"{path}.{name}" if path else name, seen)

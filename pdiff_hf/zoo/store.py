@@ -331,7 +331,10 @@ class WeightZoo:
         def read(one: Adapter) -> torch.Tensor:
             ours = one.read()
             check_same(one, first, ours, theirs)
-            return layout.flatten(ours[0])
+            try:
+                return layout.flatten(ours[0])
+            except ValueError as error:
+                raise ZooError(f"{one.source}: {error}") from error
 
         with locked(folder):
             zoo = cls.create(folder, layout, task, dtype=dtype)

@@ -150,6 +150,7 @@ WORDS = torch.randint(20, (5, 6), generator=torch.Generator().manual_seed(1))
 LIKE_PEFT = {
     "vit": (vit, ["q_proj", "v_proj"], ["classifier"], IMAGES),
     "layers that store weights by inputs": (gpt2, ["c_attn"], None, WORDS),
+    "an embedding that the head is tied to": (gpt2, ["wte"], None, WORDS),
     "convolutions and embeddings": (Convolutions, ["words", "conv"], None, WORDS.view(5, 2, 3)),
 }
 

@@ -191,6 +191,14 @@ def test_the_canonical_form_undoes_order_and_scale(name):
 
 
 @every
+def test_as_many_networks_are_aligned_at_a_time_as_memory_holds(name, monkeypatch):
+    symmetry, _, vectors = of(name, 5)
+    expected = symmetry.align(vectors, vectors[0])
+    monkeypatch.setattr("pdiff_hf.networks.symmetry.MATCHED_VALUES", 1)
+    torch.testing.assert_close(symmetry.align(vectors, vectors[0]), expected)
+
+
+@every
 def test_aligning_never_moves_away(name):
     symmetry, _, vectors = of(name, 6)
     reference = symmetry.reference(vectors)

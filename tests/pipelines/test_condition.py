@@ -55,6 +55,8 @@ def test_columns_of_rows_become_standardized_numbers_and_places_of_words(encoder
 def test_a_constant_column_is_no_division_by_zero():
     encoder = ConditionEncoder.from_rows([{"a": 2.0}, {"a": 2.0}], ["a"], 4)
     assert encoder([{"a": 2.0}]).isfinite().all()
+    encoder = ConditionEncoder.from_rows([{"a": 0.1}] * 3, ["a"], 4)  # whose mean is rounded
+    assert encoder.codes([{"a": 0.2}]).abs().max() < 1
 
 
 def test_what_is_not_asked_for_is_a_learned_row(encoder):

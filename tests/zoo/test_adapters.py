@@ -16,6 +16,7 @@ from pdiff_hf.cli import main
 from pdiff_hf.configs import ImportConfig
 from pdiff_hf.errors import ConfigError, ZooError
 from pdiff_hf.networks.adapted import AdaptedNetwork
+from pdiff_hf.zoo import adapters
 
 
 class Base(nn.Module):
@@ -129,6 +130,16 @@ def test_rows_say_what_adapters_are_for(tmp_path):
     with pytest.raises(ZooError, match="no row whose source is '1'"):
         WeightZoo.from_adapters(tmp_path / "other", tmp_path / "in", metadata=rows[1:])
     assert not (tmp_path / "other").exists()
+    save_adapter(tmp_path / "elsewhere" / "0")
+    both = [tmp_path / "in" / "0", tmp_path / "elsewhere" / "0"]
+    with pytest.raises(ZooError, match="Several adapters are called '0', and metadata tell them by their names"):
+        WeightZoo.from_adapters(tmp_path / "other", both, metadata=rows)
+
+
+def test_a_pattern_from_the_start_is_of_the_whole_name():
+    assert adapters._of_pattern({"^fc": 32}, "base_model.model.block.fc", 8) == 8
+    assert adapters._of_pattern({"^block.fc": 32}, "base_model.model.block.fc", 8) == 32
+    assert adapters._of_pattern({"fc": 32}, "base_model.model.block.fc", 8) == 32
 
 
 # ---- what does not belong together
@@ -137,6 +148,11 @@ def test_rows_say_what_adapters_are_for(tmp_path):
 def rename(folder, old, new):
     file = folder / "adapter_model.safetensors"
     save_file({name.replace(old, new): value for name, value in load_file(file).items()}, file)
+
+
+def change_values(folder, change):
+    file = folder / "adapter_model.safetensors"
+    save_file({name: change(value).contiguous() for name, value in load_file(file).items()}, file)
 
 
 REFUSED = {
@@ -163,6 +179,10 @@ REFUSED = {
         "has lora_bias, by which its tensors mean something",
     ),
     "changed base": (lambda f: change_config(f, init_lora_weights="pissa_niter_4"), "which changes the base model"),
+    "other base": (lambda f: change_config(f, init_lora_weights="lora_ga"), "which changes the base model"),
+    "tokens": (lambda f: change_config(f, trainable_token_indices={"query": [1]}), "has trainable_token_indices, by"),
+    "no number": (lambda f: change_values(f, lambda v: v * torch.nan), "^b: .* holds NaN or infinite values"),
+    "groups": (lambda f: change_values(f, lambda v: v[:, :1] if len(v) == 8 else v), "is no factor of a LoRA"),
     "nonsense": (lambda f: change_config(f, lora_alpha="8"), "has lora_alpha = '8'"),
     "infinite": (lambda f: change_config(f, lora_alpha=float("inf")), "has lora_alpha = inf"),
     "pattern": (lambda f: change_config(f, alpha_pattern={"(a+)+$": 3}), "has alpha_pattern = "),

@@ -15,6 +15,8 @@ from torch import nn
 MOST_COLUMNS, MOST_VALUES = 100, 10**6
 # Known words that an error lists.
 SHOWN = 10
+# Numbers that differ by less, relative to their size, are the same but for rounding.
+SMALLEST_SPREAD = 1e-9
 KINDS = ("number", "numbers", "word")
 Row = dict[str, Any]
 
@@ -148,7 +150,9 @@ def _fitted(name: str, values: list[Any]) -> dict[str, Any]:
         "kind": "numbers" if isinstance(values[0], list) else "number",
         "mean": table.mean(0).tolist(),
         # What hardly varies here may well vary where it is asked for.
-        "std": torch.where(std.amax() > 0, std.clamp_min(0.1 * std.amax()), 1.0).tolist(),
+        "std": torch.where(
+            std.amax() > SMALLEST_SPREAD * table.abs().amax(), std.clamp_min(0.1 * std.amax()), 1.0
+        ).tolist(),
     }
 
 
