@@ -17,7 +17,7 @@ from .runs import save_run
 from .tasks import check_family, load_family
 from .tasks.family import training_inputs
 from .tasks.task import trusted_name
-from .zoo import WeightZoo, check_room_for, evenly
+from .zoo import WeightZoo, check_room_for, evenly, networks_per_batch
 
 
 EXAMPLES = 100
@@ -54,8 +54,11 @@ def _align(config: AlignConfig, folder: Path) -> str:
     predict = Predictor(task, zoo.layout, processes().device)
     check_room_for(folder, len(zoo), zoo.layout, str(zoo.dtype).removeprefix("torch."))  # type: ignore[arg-type]
 
-    reference = symmetry.reference(zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS)))
-    mean = torch.stack([batch.sum(0) for batch in zoo.batches()]).sum(0) / len(zoo)
+    some = evenly(len(zoo), networks_per_batch(zoo.vector_size, REFERENCE_NETWORKS))
+    reference = symmetry.reference(zoo.vectors(some))
+    mean = torch.zeros(zoo.vector_size)
+    for batch in zoo.batches():
+        mean += batch.sum(0) / len(zoo)
     largest = before = after = 0.0
     rows = zoo.rows()
     aligned = WeightZoo.create(

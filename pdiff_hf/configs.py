@@ -222,6 +222,8 @@ class NeuronTrainConfig(LoopConfig):
         check_positive(self, "transformer_steps")
         check_not_negative(self, "behaviour_weight")
         check_above_zero(self, "transformer_learning_rate")
+        if self.mixed_precision == "fp16":
+            raise ConfigError("fp16 scales gradients for one optimizer, and this family has two: take bf16.")
         if not 0 < self.last_sigma < 1:
             raise ConfigError(f"last_sigma has to be above 0 and below 1, and is {self.last_sigma}.")
         if self.hidden_size % (2 * self.num_attention_heads):

@@ -9,7 +9,7 @@ import torch
 
 from .config import json_object, read_objects
 from .configs import GenerateConfig
-from .errors import ConfigError
+from .errors import ConfigError, PipelineError
 from .files import is_zoo
 from .hub.pipelines import load_pipeline, pipeline_folder, weights_sha256
 from .parallel import processes, written
@@ -75,6 +75,11 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
     num_steps = config.num_inference_steps or pipe.default_inference_steps
     if num_steps > most:
         raise ConfigError(f"num_inference_steps is {num_steps}; the scheduler has {most} timesteps.")
+    if pipe.takes_initial:
+        try:
+            pipe.layout.draw_initial([torch.Generator().manual_seed(config.seed)])
+        except ValueError as error:
+            raise PipelineError(f"{source}: {error} The command cannot: call the pipeline from Python.") from error
     check_room_for(folder, config.num_networks - present, pipe.layout, config.dtype)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -99,16 +104,19 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
     def sample(indices: range) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         seeds = [config.seed + index for index in indices]
         rows = [asked[index % len(asked)] if asked else {} for index in indices]
-        with torch.autocast(state.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-            vectors = pipe(
-                num_networks=len(seeds),
-                num_inference_steps=num_steps,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                **({"condition": rows, "guidance_scale": config.guidance_scale} if asked else {}),
-                parameter_noise=config.parameter_noise,
-                chunk_size=len(seeds),
-                output_type="pt",
-            ).state_dicts
+        try:
+            with torch.autocast(state.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+                vectors = pipe(
+                    num_networks=len(seeds),
+                    num_inference_steps=num_steps,
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                    **({"condition": rows, "guidance_scale": config.guidance_scale} if asked else {}),
+                    parameter_noise=config.parameter_noise,
+                    chunk_size=len(seeds),
+                    output_type="pt",
+                ).state_dicts
+        except ValueError as error:  # of settings, or of what came out
+            raise PipelineError(f"{source}: {error}") from error
         return [
             (vector, {**row, "seed": seed, **origin})
             for seed, row, vector in zip(seeds, rows, vectors.cpu(), strict=True)

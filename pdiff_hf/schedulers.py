@@ -72,12 +72,13 @@ def _sampled(scheduler: Any, clean: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(clean.shape, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
     scheduler.set_timesteps(STEPS)
-    for timestep in scheduler.timesteps:
-        inputs = sample
-        if hasattr(scheduler, "scale_model_input"):
-            inputs = scheduler.scale_model_input(sample, timestep)
-        prediction = _perfect(scheduler, inputs, clean, float(timestep))
-        sample = scheduler.step(prediction, timestep, sample, return_dict=False)[0]
+    with torch.random.fork_rng():  # some schedulers draw noise
+        for timestep in scheduler.timesteps:
+            inputs = sample
+            if hasattr(scheduler, "scale_model_input"):
+                inputs = scheduler.scale_model_input(sample, timestep)
+            prediction = _perfect(scheduler, inputs, clean, float(timestep))
+            sample = scheduler.step(prediction, timestep, sample, return_dict=False)[0]
     return sample
 
 

@@ -230,6 +230,9 @@ def test_stages_refuse_folders_of_another_kind(digits_zoo, digits_pipeline, tmp_
 def test_a_finished_pipeline_is_not_trained_over(digits_zoo, digits_pipeline):
     with pytest.raises(TrainingError, match=r"holds a pipeline\. Choose another"):
         run_train(TrainConfig(zoo=str(digits_zoo.folder), output_dir=str(digits_pipeline), **SMALL_TRAINING))
+    settings = {**SMALL_TRAINING, "resume_from_checkpoint": "latest"}
+    with pytest.raises(TrainingError, match="whose training has ended, and no checkpoint to go on from"):
+        run_train(TrainConfig(zoo=str(digits_zoo.folder), output_dir=str(digits_pipeline), **settings))
 
 
 def test_too_few_rows_and_stored_nan_are_said_before_training(zoo, tmp_path):

@@ -2,6 +2,7 @@
 
 import diffusers
 import pytest
+import torch
 from diffusers import DDIMInverseScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 from pdiff_hf import GenerateConfig, WeightZoo, run_generate
@@ -31,6 +32,13 @@ def test_what_crashes_or_leads_elsewhere_is_refused_and_not_recommended(name):
     assert not set(NOT_WITH_DATA) & set(recommended)
     for one in recommended:
         assert fits(replacement(one, denoising_scheduler("sample")))
+
+
+def test_a_check_leaves_the_randomness_of_the_caller_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert fits(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_scheduler_that_inverts_does_not_fit():

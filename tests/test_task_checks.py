@@ -105,11 +105,13 @@ WRONG = [
         data(lambda x, y, split: (x[:, :3], y) if split == "test" else (x, y)),
         r"data\('test'\) has inputs of float32 \[3\]",
     ),
+    (method(batch_size=0), "batch_size is 0; it has to be a positive integer"),
     (method(correct=lambda self, p, t: p == t[:, None]), r"boolean for each of 8 predictions; found bool \[8, 3\]"),
     (method(correct=lambda self, p, t: (p.argmax(-1) == t).float()), r"boolean for each of 8 .*found float32 \[8\]"),
     (method(predict=lambda self, n, x: n(x).softmax(-1).mean(0)), r"a row for each of 8 inputs; found float32 \[3\]"),
 ]
 WRONG_IN_TRAINING = [
+    (method(augment=lambda self, x, generator: x / 0 + undefined), r"augment\(\): NameError: name 'undefined'"),  # noqa: F821
     (method(loss=lambda self, o, t: F.cross_entropy(o, t, reduction="none")), r"a scalar; found float32 \[40\]"),
     (method(loss=lambda self, o, t: torch.tensor(1.0)), "does not require grad"),
     (

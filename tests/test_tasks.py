@@ -220,6 +220,30 @@ def test_a_plain_class_of_ones_own_file_becomes_a_task(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("own_tasks:Needy", "has to be built without arguments: .*missing 1 required positional argument: 'width'"),
+        ("broken_tasks:Mine", "'broken_tasks:Mine' cannot be loaded: ZeroDivisionError"),
+        ("own_tasks:Conditions", r"Conditions\.conditions\('train'\): KeyError: 'nothing'"),
+    ],
+)
+def test_errors_of_ones_own_code_are_said_as_such(name, message, tmp_path, monkeypatch):
+    (tmp_path / "broken_tasks.py").write_text("1 / 0\n")
+    (tmp_path / "own_tasks.py").write_text(
+        "class Needy:\n"
+        "    def __init__(self, width): pass\n"
+        "    def build_network(self): pass\n"
+        "    def data(self, split): pass\n"
+        "class Conditions:\n"
+        "    def conditions(self, split): return {}['nothing']\n"
+        "    def task(self, condition): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TaskError, match=message):
+        check_family(load_family(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
         ("digits", r"no task 'digits'. Built in: digits-convnet"),
         ("nowhere.py:Mine", "does not exist"),
         ("no_such_module:Mine", "names a module that does not exist"),

@@ -194,7 +194,7 @@ class ConditionAudit:
         networks = layout.normalize(vectors)
         behaviour = None
         try:
-            stacked = side_by_side(copy.deepcopy(self.predict.network).cpu())
+            stacked = side_by_side(copy.deepcopy(self.predict.network))
             some = networks[list(evenly(len(networks), VARIANCE_NETWORKS))]
             behaviour = Behaviour(stacked, layout, training_inputs(self.family), some)
         except NotStackableError:

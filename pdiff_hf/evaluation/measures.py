@@ -132,6 +132,9 @@ def nearest(a: WeightZoo, b: WeightZoo, some: torch.Tensor, own: torch.Tensor | 
             squares += torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
         if own is not None:
             squares[torch.arange(len(rows)), own[rows]] = torch.inf
+            # A network that is there twice is no neighbour of itself, unless all are the same.
+            distinct = ((squares > 0) & torch.isfinite(squares)).any(1, keepdim=True)
+            squares[(squares == 0) & distinct] = torch.inf
         least = squares.min(1)
         total += squares[torch.isfinite(squares)].sqrt().sum().item()
         values.append(least.values.sqrt())
@@ -151,13 +154,14 @@ def outside_span(trained: WeightZoo, generated: WeightZoo, nearest: torch.Tensor
         nearest (`torch.Tensor`): Index of the nearest training network of each, `[n]`.
         away (`torch.Tensor`): The distance to it, `[n]`.
     """
-    of_trained, of_generated = torch.zeros(()), torch.zeros(())
+    of_trained, of_generated, chosen = torch.zeros(()), torch.zeros(()), picked(len(nearest))
+    nearest, away = nearest[chosen], away[chosen]
     some = torch.cat([picked(len(trained)), nearest]).unique()
     nearest = torch.searchsorted(some, nearest)
     for x, y in columns(trained, generated, some=some):
         centre = x.mean(0)
         of_trained = of_trained + (x - centre) @ (x - centre).T
-        of_generated = of_generated + (x - centre) @ (y - centre).T
+        of_generated = of_generated + (x - centre) @ (y[chosen] - centre).T
     products = of_generated - of_trained[:, nearest]
     inside = (products * (torch.linalg.pinv(of_trained, hermitian=True, rtol=1e-10) @ products)).sum(0)
     share = torch.where(away > 0, 1 - inside / away.square().clamp_min(1e-300), 0.0)

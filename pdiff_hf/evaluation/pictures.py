@@ -167,8 +167,8 @@ def parameters(trained: WeightZoo, generated: WeightZoo, folder: Path) -> list[P
     lines = -(-len(values) // columns)
     figure, axes = _figure(2.6 * columns, 1.9 * lines + 0.4, nrows=lines, ncols=columns, squeeze=False)
     for ax, (name, (a, b)) in zip(axes.flat, values, strict=False):
-        low, high = torch.quantile(torch.cat([a, b]), torch.tensor([0.001, 0.999])).tolist()
-        edges = torch.linspace(low, high if high > low else low + 1e-6, 41).numpy()
+        low, high = torch.quantile(torch.cat([a, b]).double(), torch.tensor([0.001, 0.999]).double()).tolist()
+        edges = torch.linspace(low, high if high > low else low + 1e-6, 41, dtype=torch.float64).numpy()
         ax.hist(a.numpy(), edges, density=True, color=BLUE, alpha=0.5, label="original")
         ax.hist(b.numpy(), edges, density=True, histtype="step", color=RED, linewidth=1.3, label="generated")
         ax.set_title(plain(name), fontsize=8, parse_math=False)

@@ -161,26 +161,32 @@ class Study:
         return self._place(self.scores["generated"], seed=2)
 
     @cached_property
+    def _fresh_place(self) -> Place:
+        return self._place(self.scores["fresh"], seed=3)
+
+    @cached_property
     def curves(self) -> dict[str, list[Point]]:
         """Each baseline over its strengths, finer near the generated networks' similarity."""
-        generated = self.place.point[0]
+        # Curves are finest where they are compared with.
+        fresh = [self._fresh_place.point[0]] if "fresh" in self.scores else []
+        at = [self.place.point[0], *fresh]
         broken = (self.chance + self.groups["trained"]["accuracy"]["mean"]) / 2
         strengths = {
             kind: _strengths(kind, KINDS[kind].first, len(self.trained))
             for kind in KINDS
             if self.is_canonical or not KINDS[kind].independent
         }
-        refined = REFINEMENTS * len(strengths.keys() - {"soup"})
+        refined = REFINEMENTS * len(at) * len(strengths.keys() - {"soup"})
         found = {}
         with tqdm(
             total=sum(map(len, strengths.values())) + refined, desc="baselines", unit="point", leave=False
         ) as progress:
             for kind in strengths:
-                found[kind] = self._curve(kind, strengths[kind], generated, broken, progress)
+                found[kind] = self._curve(kind, strengths[kind], at, broken, progress)
         return found
 
     def _curve(
-        self, kind: str, strengths: Sequence[float], generated: float, broken: float, progress: Any
+        self, kind: str, strengths: Sequence[float], at: list[float], broken: float, progress: Any
     ) -> list[Point]:
         points: list[Point] = []
 
@@ -191,12 +197,12 @@ class Study:
         for strength in strengths:
             add(len(points), strength)
             similar, accuracy = points[-1].place.point
-            if accuracy < broken and similar < generated:
+            if accuracy < broken and similar < min(at):
                 progress.total -= len(strengths) - len(points)  # the stronger ones need not be looked at
                 break
-        for _ in range(REFINEMENTS if kind != "soup" else 0):
+        for place in [place for place in at for _ in range(REFINEMENTS)] if kind != "soup" else []:
             similarities = [point.place.point[0] for point in points]
-            crossing = [i for i in range(1, len(points)) if similarities[i] <= generated < similarities[i - 1]]
+            crossing = [i for i in range(1, len(points)) if similarities[i] <= place < similarities[i - 1]]
             if not crossing:
                 progress.total -= 1
                 continue
@@ -219,7 +225,7 @@ class Study:
             **against,
         )
         if "fresh" in self.scores:
-            place = self._place(self.scores["fresh"], seed=3)
+            place = self._fresh_place
             of_fresh = verdict(place, copied=0.0, outside=1.0, **against)
             found["fresh_accuracy_gain"], found["fresh_interval"] = of_fresh["accuracy_gain"], of_fresh["interval"]
             found["share_of_gap"], found["share_of_gap_interval"] = share_of_gap(self.place, place, curves)
@@ -261,6 +267,10 @@ class Study:
         # Their own nearest neighbours, of those that are compared and of those that generated networks lie near to.
         some = torch.cat([self.compared, *(indices for _, indices in away.values())]).unique()
         own = self._distances(self.trained, some, self._similar(some), own=some)
+        if "aligned" in own:
+            # That of a network that is there twice, in another order, is 0.
+            of_own, which = own["aligned"]
+            own["aligned"] = torch.where(of_own > 0, of_own, own["stored"][0]), which
         copies = torch.zeros(len(every), dtype=torch.bool)
         for form, (distances, indices) in away.items():
             # A copy stays one when its hidden units are in another order.
@@ -293,12 +303,31 @@ class Study:
         found = {"stored": (closest.values[:, 0], closest.indices[:, 0])}
         values = self.trained.vector_size * (len(self.trained) + len(self.generated))
         if self.symmetry is not None and values <= MOST_ALIGNED_VALUES:
-            candidates = torch.cat([closest.indices, similar], 1)
+            candidates = torch.cat([closest.indices, similar, self._alike(zoo, some, own)], 1)
             places = candidates.unique()
             ours, theirs = zoo.vectors(some.tolist()).double(), self.trained.vectors(places.tolist()).double()
             distances, which = aligned_distances(self.symmetry, ours, theirs, torch.searchsorted(places, candidates))
             found["aligned"] = distances, places[which]
         return found
+
+    def _alike(self, zoo: WeightZoo, some: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+        """The training networks, `[n, 1]`, with the nearest values in each tensor, in whatever order."""
+        ours, theirs, found = self._sorted(zoo.vectors(some.tolist())), self._trained_sorted, []
+        for rows in torch.arange(len(some)).split(max(1, BASELINE_VALUES // len(theirs))):
+            distances = torch.cdist(ours[rows], theirs)
+            if own is not None:
+                distances[torch.arange(len(rows)), own[rows]] = torch.inf
+            found.append(distances.argmin(1, keepdim=True))
+        return torch.cat(found)
+
+    @cached_property
+    def _trained_sorted(self) -> torch.Tensor:
+        return torch.cat([self._sorted(batch) for batch in self.trained.batches()])
+
+    def _sorted(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The values of each tensor, which permutations of hidden units leave as they are."""
+        slices = self.trained.layout.slices.values()
+        return torch.cat([vectors[:, place].sort(1).values for place in slices], 1)
 
     @cached_property
     def _pairwise(self) -> dict[str, float | None]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .measures import interval, resample, similarity
+from .measures import interval, most_similar, resample
 from .scoring import Scores
 
 
@@ -53,7 +53,7 @@ class Plane:
     def place(self, scores: Scores, seed: int) -> Place:
         """The place of a set of networks; `seed` is that of the resampled networks."""
         wrong = scores.wrong
-        nearest = self.trained[similarity(wrong, self.trained).argmax(1)]
+        nearest = self.trained[most_similar(wrong, self.trained).indices[:, 0]]
         both, either, wrong = (values.float() @ self.examples for values in (wrong & nearest, wrong | nearest, wrong))
         similar = torch.where(either == 0, 1.0, both / either.clamp_min(1))
         networks = torch.cat([torch.full((1, len(wrong)), 1 / len(wrong)), resample(len(wrong), seed).float()]).T
@@ -68,7 +68,8 @@ def front(curve: list[Place], at: torch.Tensor) -> torch.Tensor:
     """
     best = torch.full_like(at, -torch.inf)
     for place in curve:
-        best = torch.where(place.similarity <= at, torch.maximum(best, place.accuracy), best)
+        # Similarities are float32: of flawless networks, 1 but for rounding.
+        best = torch.where(place.similarity <= at + 1e-6, torch.maximum(best, place.accuracy), best)
     for a, b in pairwise(curve):
         low, high = torch.minimum(a.similarity, b.similarity), torch.maximum(a.similarity, b.similarity)
         share = (at - a.similarity) / torch.where(high == low, 1.0, b.similarity - a.similarity)
@@ -87,9 +88,10 @@ def share_of_gap(
     generated: Place, fresh: Place, curves: dict[str, list[Place]]
 ) -> tuple[float | None, list[float | None]]:
     """How much of the way from the front to fresh networks generated ones go: the ratio of the gains of both over the
-    front, each at its own similarity, and its interval; None where fresh networks are not clear of the front."""
+    front, each at its own similarity, and its interval; None where fresh networks are not clear of the front, or no
+    baseline reaches so low a similarity."""
     ours, theirs = gain(generated, curves), gain(fresh, curves)
-    if not interval(theirs[1:], CONFIDENCE)[0] > 0:
+    if not interval(theirs[1:], CONFIDENCE)[0] > 0 or not torch.isfinite(torch.stack([ours[0], theirs[0]])).all():
         return None, [None, None]
     shares = ours / theirs
     low, high = interval(shares[1:], CONFIDENCE)
@@ -137,7 +139,8 @@ def verdict(
 
     margin = f"{points(over_all[0].item(), [low, high])} the front of the baselines"
     place = f"accuracy {100 * accuracy:.2f} % at similarity {similar:.3f}"
-    if accuracy < (chance + trained_accuracy) / 2:
+    # Where guessing is as good as the originals, what is far from both does not work.
+    if accuracy < ((chance + trained_accuracy) / 2 if trained_accuracy > chance else chance / 2):
         label = "not-working"
         sentence = (
             f"The generated networks do not work: {100 * accuracy:.2f} %, where the originals reach "
@@ -158,12 +161,12 @@ def verdict(
     elif noisy:
         label = "no-better-than-noise"
         sentence = f"No better than training networks with noise on their weights: {place}, {margin}."
-    elif as_averaging or high < 0:
+    elif as_averaging:
         label = "no-better-than-averaging"
         sentence = f"No better than averages of training networks: {place}, {margin}."
     else:
         label = "on-the-front"
-        sentence = f"On the front, and not above it: {place}, {margin}."
+        sentence = f"Not above the front, though better than noise and averages: {place}, {margin}."
     return {
         "label": label,
         "accuracy_gain": _number(over_all[0]),

@@ -33,7 +33,7 @@ class Behaviour:
         some: torch.Tensor,
         count: int = 64,
     ):
-        self.network, self.layout, self.inputs, self.count = network, layout, inputs, count
+        self.network, self.layout, self.inputs, self.count = network.to(layout.device), layout, inputs, count
         with torch.no_grad():
             outputs = self.outputs(some.to(layout.device), inputs[list(evenly(len(inputs), VARIANCE_INPUTS))])
         # One number for all: processes see other networks of a batch each.

@@ -90,6 +90,10 @@ class StackedNetwork:
             if all(place in frozen for _, place in own) and self.shared.issuperset(node.all_input_nodes):
                 self.shared.add(node)
 
+    def to(self, device: torch.device) -> "StackedNetwork":
+        """Itself: it has no weights of its own."""
+        return self
+
     def largest_activation(self, weights: Weights, inputs: torch.Tensor) -> int:
         """Values of the largest activation, patches included, that each of two networks has for one example."""
         return _largest(
@@ -168,6 +172,11 @@ class VmappedNetwork:
 
     def __init__(self, network: nn.Module):
         self.network = network
+
+    def to(self, device: torch.device) -> "VmappedNetwork":
+        """The same, with the base network on a device."""
+        self.network.to(device)
+        return self
 
     def __call__(self, weights: Weights, inputs: torch.Tensor, common: dict[Any, Any] | None = None) -> torch.Tensor:
         """Outputs `[N, E, ...]` of weights `[N or 1, ...]` and examples `[N or 1, E, ...]`."""

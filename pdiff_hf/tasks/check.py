@@ -37,6 +37,8 @@ def check_task(task: Task, device: torch.device | str = "cpu", training: bool = 
     name = type(task).__name__
     data = {split: _data(task, split) for split in SPLITS}
     (inputs, targets), size = data["train"], task.batch_size
+    if type(size) is not int or size < 1:
+        raise TaskError(f"{name}.batch_size is {size!r}; it has to be a positive integer.")
     for split, (others, _) in data.items():
         if (others.shape[1:], others.dtype) != (inputs.shape[1:], inputs.dtype):
             raise TaskError(
@@ -52,7 +54,7 @@ def check_task(task: Task, device: torch.device | str = "cpu", training: bool = 
 
 def _data(task: Task, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     call = f"{type(task).__name__}.data({split!r})"
-    once, again = (_of_user(lambda: task.data(split), call) for _ in range(2))
+    once, again = (of_user(lambda: task.data(split), call) for _ in range(2))
     if not isinstance(once, tuple | list) or len(once) != 2 or not all(isinstance(t, torch.Tensor) for t in once):
         raise TaskError(f"{call} has to give a pair of tensors, inputs and targets; found {type(once).__name__}.")
     inputs, targets = once
@@ -68,7 +70,7 @@ def _data(task: Task, split: str) -> tuple[torch.Tensor, torch.Tensor]:
 def _network(task: Task, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     call = f"{type(task).__name__}.build_network()"
-    network = _of_user(task.build_network, call)
+    network = of_user(task.build_network, call)
     if not isinstance(network, nn.Module):
         raise TaskError(f"{call} has to give a torch.nn.Module; found {type(network).__name__}.")
     lazy = [name for name, value in network.state_dict().items() if isinstance(value, LAZY)]
@@ -91,7 +93,7 @@ def _check_stored(
     second.load_state_dict(state_dict)
 
     def predict(network: nn.Module) -> torch.Tensor:
-        return _of_user(lambda: task.predict(network, inputs), f"A network of {name} on {_kind(inputs)} inputs")
+        return of_user(lambda: task.predict(network, inputs), f"A network of {name} on {_kind(inputs)} inputs")
 
     expected = predict(first)
     if not isinstance(expected, torch.Tensor) or expected.shape[:1] != (len(inputs),):
@@ -106,7 +108,7 @@ def _check_stored(
             "it predicts something else. Make what build_network() draws a parameter or a persistent buffer, or draw "
             "it from a fixed seed."
         )
-    correct = _of_user(lambda: task.correct(expected, targets), f"{name}.correct()")
+    correct = of_user(lambda: task.correct(expected, targets), f"{name}.correct()")
     if not isinstance(correct, torch.Tensor) or correct.dtype != torch.bool or correct.shape != (len(inputs),):
         raise TaskError(
             f"{name}.correct() has to give a boolean for each of {len(inputs)} predictions; found {_kind(correct)}."
@@ -123,25 +125,27 @@ def _check_trained(
 ) -> None:
     """One step, on a batch as large as the last of an epoch."""
     name = type(task).__name__
-    batch = task.augment(inputs[:last].to(device), torch.Generator().manual_seed(0))
+    augmented = of_user(
+        lambda: task.augment(inputs[:last].to(device), torch.Generator().manual_seed(0)), f"{name}.augment()"
+    )
     step = f"A network of {name} in training, on a batch of {last}"
     if last == 1:
         step += f", which the last one of an epoch is ({len(targets)} examples, batch_size {task.batch_size})"
 
     def train() -> Any:
         optimizer = task.optimizer(list(network.train().parameters()))
-        loss = task.loss(network(batch), targets[:last].to(device))
+        loss = task.loss(network(augmented), targets[:last].to(device))
         if isinstance(loss, torch.Tensor) and loss.ndim == 0:
             loss.backward()
             optimizer.step()
         return loss
 
-    loss = _of_user(train, step)
+    loss = of_user(train, step)
     if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
         raise TaskError(f"{name}.loss() has to give a scalar; found {_kind(loss)}.")
 
 
-def _of_user(call: Callable[[], Result], what: str) -> Result:
+def of_user(call: Callable[[], Result], what: str) -> Result:
     """What code of the user's own gives, or a [`TaskError`] that says where in it something went wrong."""
     try:
         return call()

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors import TaskError
 from ..pipelines.neural_network_diffusion import ParameterLayout
-from .check import check_task
+from .check import check_task, of_user
 from .task import Task, completed, load
 
 
@@ -95,7 +96,9 @@ def check_family(family: TaskFamily, device: torch.device | str = "cpu", trainin
     """
     name = type(family).__name__
     seen: dict[str, str] = {}
-    conditions = {split: family.conditions(split) for split in SPLITS}
+    conditions = {
+        split: of_user(partial(family.conditions, split), f"{name}.conditions({split!r})") for split in SPLITS
+    }
     keys = conditions["train"][0].keys() if conditions["train"] else set()
     for split, rows in conditions.items():
         if not rows:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..errors import TaskError
+from ..errors import MissingExtraError, TaskError
 
 
 BUILT_IN = {
@@ -163,15 +163,22 @@ def load(name_or_path: str) -> Any:
             if not place.startswith(str(error.name)):
                 raise
             raise TaskError(f"The task {name_or_path!r} names a module that does not exist: {place}.") from error
+        except MissingExtraError:
+            raise
+        except Exception as error:
+            raise TaskError(f"The task {name_or_path!r} cannot be loaded: {type(error).__name__}: {error}") from error
     task_class = getattr(module, class_name, None)
     if not isinstance(task_class, type):
         raise TaskError(f"{place} has no class {class_name!r}.")
-    if all(hasattr(task_class, name) for name in ("conditions", "task")):
-        return task_class()
     lacking = [name for name in ("build_network", "data") if not hasattr(task_class, name)]
-    if lacking:
+    is_family = all(hasattr(task_class, name) for name in ("conditions", "task"))
+    if lacking and not is_family:
         raise TaskError(f"{class_name} in {place} is no task: it lacks {' and '.join(lacking)}.")
-    return completed(task_class(), Task)
+    try:
+        task = task_class()
+    except TypeError as error:
+        raise TaskError(f"{class_name} in {place} has to be built without arguments: {error}.") from error
+    return task if is_family else completed(task, Task)
 
 
 def completed(thing: Any, base: type) -> Any:

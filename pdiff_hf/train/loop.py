@@ -306,6 +306,10 @@ def _checkpoint_to_resume(config: LoopConfig) -> Path | None:
         return None
     if config.resume_from_checkpoint == "latest":
         wanted = present[-1] if present else None
+        if wanted is None and is_pipeline(folder):
+            raise TrainingError(
+                f"{folder} holds a pipeline whose training has ended, and no checkpoint to go on from."
+            )
     else:
         given = Path(config.resume_from_checkpoint)
         wanted = folder / given.name

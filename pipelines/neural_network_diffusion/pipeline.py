@@ -273,6 +273,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         for name in custom.keys() - inspect.signature(self.scheduler.set_timesteps).parameters.keys():
             raise ValueError(f"{type(self.scheduler).__name__} takes no {name} of one's own.")
         self.scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
+        if not torch.isfinite(torch.as_tensor(self.scheduler.timesteps, dtype=torch.float32)).all():
+            raise ValueError(f"{num_inference_steps} denoising steps are too few for this scheduler: take 2 or more.")
         return self.scheduler.timesteps
 
     # A form and a wrapper of the result for each `output_type` and `return_dict`.

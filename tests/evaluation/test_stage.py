@@ -17,6 +17,7 @@ from pdiff_hf import Baseline, EvaluateConfig, ParameterLayout, Task, WeightZoo,
 from pdiff_hf.errors import MissingExtraError, TaskError
 from pdiff_hf.evaluation import scoring
 from pdiff_hf.evaluation.scoring import Scorer
+from pdiff_hf.tasks.digits import DigitsMLP
 
 
 # Probabilities are computed in float32: a relative error of 1e-6 or so each, hence of their logarithms and squares.
@@ -443,8 +444,11 @@ def test_zoos_folders_checkpoints_and_state_dicts_are_the_same_to_it(report, dig
             torch.save(state_dict, tmp_path / folder / f"{index}.pt")
     of_files = pdiff_hf.evaluate("digits-convnet", trained=tmp_path / "theirs", generated=f"{tmp_path}/ours/*.pt")
     for other in (of_folders, of_lists, of_files):
-        for key in ("similarity", "nearest_l2", "baselines", "parameters", "task"):
+        for key in ("similarity", "nearest_l2", "parameters", "task"):
             assert other[key] == report[key]
+        assert other["baselines"] == of_folders["baselines"]
+        # With fresh networks, curves are finer where these are, too.
+        assert all(point in report["baselines"] for point in other["baselines"])
         assert other["groups"] == {name: group for name, group in report["groups"].items() if name != "fresh"}
 
 
@@ -568,6 +572,44 @@ def test_a_zoo_does_not_choose_the_code_that_runs(digits_zoo, tmp_path):
     (tmp_path / "zoo" / "zoo.json").write_text(json.dumps(description))
     with pytest.raises(TaskError, match=r"which is code of its own: pass --task .*evil\.py:Evil to run it"):
         run_evaluate(config(WeightZoo(tmp_path / "zoo"), digits_zoo, tmp_path / "report"))
+
+
+def test_copies_are_found_where_each_training_network_is_there_twice():
+    task = DigitsMLP()
+    networks = states(task, 12)
+    copies = [{name: value + 1e-5 * torch.randn_like(value) for name, value in one.items()} for one in networks]
+    report = pdiff_hf.evaluate(task, trained=[*networks, *networks], generated=copies, networks_per_point=4)
+    assert report["verdict"]["copied"] == 1
+
+
+def test_copies_in_another_order_are_found_where_all_networks_err_alike():
+    """Nothing but the values of the weights tells of which network each is one."""
+    generator = torch.Generator().manual_seed(0)
+    networks = [
+        {name: value * (1 + 0.1 * torch.rand(value.shape, generator=generator)) for name, value in one.items()}
+        for one in [answering(1)] * 24
+    ]
+    order = torch.tensor([2, 0, 3, 1])
+    copies = [
+        {"0.weight": one["0.weight"][order], "0.bias": one["0.bias"][order], "2.weight": one["2.weight"][:, order]}
+        | {"2.bias": one["2.bias"]}
+        for one in networks[:12]
+    ]
+    report = pdiff_hf.evaluate(BlobTask(), trained=networks, generated=copies, networks_per_point=4)
+    assert report["similarity"]["trained_trained"] > 0.99
+    assert report["verdict"]["copied"] == 1
+
+
+def test_where_guessing_is_right_networks_that_do_as_well_work():
+    trained = [answering(1, offset) for offset in (0, 0.1, 0.2)]
+    report = pdiff_hf.evaluate(OneClass(), trained=trained, generated=trained)
+    assert report["verdict"]["label"] != "not-working"
+
+
+def test_weights_as_large_as_numbers_go_are_drawn(tmp_path):
+    huge = {name: value * 3e38 if value.ndim == 2 else value for name, value in answering(1).items()}
+    pdiff_hf.evaluate(BlobTask(), trained=[answering(1), answering(2)], generated=[huge], output_dir=tmp_path)
+    assert (tmp_path / "report.json").exists()
 
 
 def test_too_few_networks_are_refused(digits_zoo, tmp_path):

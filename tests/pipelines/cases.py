@@ -150,7 +150,7 @@ CASES = {
         graphs=1,
     ),
     "neuron": Case(
-        lambda: build_neuron(with_initial=True, condition_dim=3),
+        lambda: build_neuron(with_initial=True, condition_dim=3, ordered=True),
         lambda: {
             "sample": randn(2, 1, NUM_PARAMETERS),
             "timestep": torch.tensor([300, 900]),

@@ -44,6 +44,17 @@ def test_the_fit_is_the_principal_subspace_whatever_the_width_of_the_columns():
     assert one.encode(vectors).latent_dist.var[0, 0, 0].item() == pytest.approx(left.item(), rel=1e-3)
 
 
+def test_latents_of_large_networks_fit_half_precision():
+    """Where the square of the scale does not."""
+    vae = CASES["linear"].model()
+    vectors = 400 * randn(30, NUM_PARAMETERS)
+    vae.fit(columns_of(vectors - vectors.mean(0), NUM_PARAMETERS))
+    assert vae.basis.scale.square() > torch.finfo(torch.float16).max
+    expected = vae.encode(vectors).latent_dist.mean
+    found = vae.to(torch.float16).encode(vectors.to(torch.float16)).latent_dist.mean
+    torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+
+
 def test_networks_that_do_not_differ_cannot_be_encoded():
     with pytest.raises(ValueError, match="do not differ"):
         CASES["linear"].model().fit(columns_of(torch.zeros(3, NUM_PARAMETERS), 10))

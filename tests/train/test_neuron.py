@@ -14,6 +14,7 @@ from torch import nn
 
 from pdiff_hf import (
     CollectConfig,
+    GenerateConfig,
     NeuronTrainConfig,
     NeuronTransformerModel,
     ParameterLayout,
@@ -23,12 +24,13 @@ from pdiff_hf import (
     load_pipeline,
     load_task,
     run_collect,
+    run_generate,
     run_train,
 )
 from pdiff_hf.align import run_align
 from pdiff_hf.config import parse
 from pdiff_hf.configs import AlignConfig
-from pdiff_hf.errors import ConfigError, TaskError, TrainingError, ZooError
+from pdiff_hf.errors import ConfigError, PipelineError, TaskError, TrainingError, ZooError
 from pdiff_hf.evaluation.equal_time import from_the_same, train_as_long
 from pdiff_hf.networks.symmetry import Symmetry
 from pdiff_hf.networks.trainer import NetworkTrainer
@@ -238,6 +240,9 @@ def test_what_cannot_be_drawn_is_said_in_training_and_has_to_be_passed(tmp_path,
     zoo = collected(tmp_path / "zoo", name_of(Orthogonal))
     run_train(config(zoo, tmp_path / "pipeline", transformer_steps=5))
     assert "3.weight: no independent draws" in capsys.readouterr().err
+    with pytest.raises(PipelineError, match=r"pass `initial`.*call the pipeline from Python"):
+        run_generate(GenerateConfig(pipeline=str(tmp_path / "pipeline"), output_dir=str(tmp_path / "generated")))
+    assert not (tmp_path / "generated" / "zoo.json").exists()
     pipe = load_pipeline(tmp_path / "pipeline")
     with pytest.raises(ValueError, match="pass `initial`"):
         sample(pipe)
@@ -248,6 +253,14 @@ def test_what_cannot_be_drawn_is_said_in_training_and_has_to_be_passed(tmp_path,
 def test_aligned_networks_have_lost_their_initialization(zoo, tmp_path):
     run_align(AlignConfig(str(zoo.folder), str(tmp_path), zoo.task))
     assert "initial_norm" not in WeightZoo(tmp_path).metadata[0]
+
+
+def test_one_step_is_too_few(trained, tmp_path):
+    with pytest.raises(ValueError, match="1 denoising steps are too few for this scheduler: take 2 or more"):
+        sample(load_pipeline(trained), num_inference_steps=1)
+    settings = {"output_dir": str(tmp_path), "num_networks": 2, "num_inference_steps": 1}
+    with pytest.raises(PipelineError, match="are too few"):
+        run_generate(GenerateConfig(pipeline=str(trained), **settings))
 
 
 def test_an_evaluation_trains_as_long_from_the_same_initializations(trained, zoo, tmp_path):
@@ -319,6 +332,7 @@ def test_a_zoo_whose_task_is_foreign_code_needs_its_name(zoo, tmp_path):
         ({"transformer_steps": 0}, "steps has to be at least 1"),
         ({"behaviour_weight": -1.0}, "behaviour_weight has to be at least 0"),
         ({"transformer_learning_rate": 0.0}, "learning_rate has to be above 0"),
+        ({"mixed_precision": "fp16"}, "this family has two: take bf16"),
         ({"last_sigma": 1.0}, "last_sigma has to be above 0 and below 1, and is 1.0"),
     ],
 )

@@ -151,7 +151,9 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
             [layer(values) for layer, values in zip(self.token_in, self.index.tokens(channels), strict=True)], 1
         )
         if self.places is not None:
-            tokens = torch.cat([tokens[:, :-1] + self.places.weight.to(tokens.dtype), tokens[:, -1:]], 1)
+            # Called, since hooks bring its weights where they are needed.
+            places = self.places(torch.arange(self.places.num_embeddings, device=tokens.device))
+            tokens = torch.cat([tokens[:, :-1] + places.to(tokens.dtype), tokens[:, -1:]], 1)
         pairs = {
             key: layer(values)
             for layer, (key, values) in zip(self.pair_in, self.index.pairs(channels).items(), strict=True)

@@ -29,7 +29,7 @@ class LinearBasis(nn.Linear):
         """Latents `[B, R]` to vectors `[B, P]`, or vectors to mean and log-variance of latents, `[B, 2 R]`."""
         if not encode:
             return super().forward(inputs)
-        mean = (inputs / self.scale.square()) @ self.weight
+        mean = (inputs / self.scale) @ self.weight / self.scale  # whose square half precision may not hold
         return torch.cat([mean, self.logvar.to(mean.dtype).expand_as(mean)], dim=1)
 
 
