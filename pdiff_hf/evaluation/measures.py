@@ -94,6 +94,11 @@ def interval(values: torch.Tensor, confidence: float = CONFIDENCE) -> list[float
     return [torch.quantile(values.double(), q, interpolation="nearest").item() for q in (tail, 1 - tail)]
 
 
+def spread(values: torch.Tensor) -> dict[str, float]:
+    """Mean, smallest and largest."""
+    return {"mean": values.mean().item(), "min": values.min().item(), "max": values.max().item()}
+
+
 def batches(zoo: WeightZoo) -> Iterator[torch.Tensor]:
     """The vectors of a zoo in double precision, a bounded amount at a time."""
     for batch in zoo.batches():

@@ -10,23 +10,22 @@ from tqdm.auto import tqdm
 
 from ..errors import ZooError
 from ..files import UNFINISHED
-from ..networks.canonical import aligned_distances
 from ..parallel import from_main, processes
 from ..zoo import WeightZoo
 from . import pictures
 from .baselines import KINDS, Baseline, StandardizedZoo
-from .canonical import MOST_ALIGNED_VALUES, canonical_zoo, symmetry_that_holds
+from .canonical import canonical_zoo, symmetry_that_holds
 from .equal_time import from_the_same
-from .measures import Nearest, mean, most_similar, nearest, outside_span, parameter_statistics, picked
+from .measures import Nearest, mean, most_similar, parameter_statistics, picked
+from .neighbours import CANDIDATES, Neighbours
 from .scoring import Scorer, Scores
 from .subjects import Subjects
-from .verdict import COPY_RATIO, Place, Plane, share_of_gap, verdict
+from .verdict import Place, Plane, share_of_gap, verdict
 
 
 # Where a curve passes the generated networks' similarity, it is refined by so many points.
 REFINEMENTS = 3
 MOST_DOUBLINGS = 14
-ALIGNED_CANDIDATES = 4
 TRAJECTORY_NETWORKS = 20
 MAPPED_NETWORKS = 50
 # Denoising steps that rows may name.
@@ -64,7 +63,7 @@ class Study:
         """All that the report says, but for its pictures."""
         # All processes score these, before the main one goes on alone.
         groups, curves = self.groups, self.curves
-        nearest = from_main(self._nearest)
+        nearest = from_main(self._neighbours)
         return {
             "vector_size": self.trained.vector_size,
             "examples": len(self.targets),
@@ -132,11 +131,11 @@ class Study:
         """Of each group, of the training networks those that are compared, to the most similar training networks."""
         wrong, some = self.scores["trained"].wrong, self.compared
         found = {
-            name: most_similar(scores.wrong, wrong, ALIGNED_CANDIDATES)
+            name: most_similar(scores.wrong, wrong, CANDIDATES)
             for name, scores in self.scores.items()
             if name != "trained"
         }
-        return {"trained": most_similar(wrong[some], wrong, ALIGNED_CANDIDATES, own=some), **found}
+        return {"trained": most_similar(wrong[some], wrong, CANDIDATES, own=some), **found}
 
     @cached_property
     def groups(self) -> dict[str, dict[str, Any]]:
@@ -261,73 +260,9 @@ class Study:
         """That of the main process: what is scored next follows from it, on whatever kinds of machines."""
         return from_main(lambda: self.plane.place(scores, seed))
 
-    def _nearest(self) -> dict[str, Any]:
-        every = torch.arange(len(self.generated))
-        away = self._distances(self.generated, every, self.similarity["generated"].indices)
-        # Their own nearest neighbours, of those that are compared and of those that generated networks lie near to.
-        some = torch.cat([self.compared, *(indices for _, indices in away.values())]).unique()
-        own = self._distances(self.trained, some, self._similar(some), own=some)
-        if "aligned" in own:
-            # That of a network that is there twice, in another order, is 0.
-            of_own, which = own["aligned"]
-            own["aligned"] = torch.where(of_own > 0, of_own, own["stored"][0]), which
-        copies = torch.zeros(len(every), dtype=torch.bool)
-        for form, (distances, indices) in away.items():
-            # A copy stays one when its hidden units are in another order.
-            copies |= distances <= COPY_RATIO * own[form][0][torch.searchsorted(some, indices)]
-        pairs = {"trained": own, "generated": away}
-        spreads = {form: {name: _spread(of[form][0]) for name, of in pairs.items()} for form in away}
-        distances, indices = away["stored"]
-        return {
-            **spreads["stored"],
-            "aligned": spreads.get("aligned"),
-            "copied": copies.double().mean().item(),
-            "outside_span": outside_span(self.trained, self.generated, indices, distances),
-        }
-
-    def _similar(self, some: torch.Tensor) -> torch.Tensor:
-        """Training networks with the most similar errors, `[n, k]`, to these; all that are compared are among them."""
-        wrong, known = self.scores["trained"].wrong, torch.isin(some, self.compared)
-        rest = some[~known]
-        similar = torch.empty(len(some), self.similarity["trained"].indices.shape[1], dtype=torch.long)
-        similar[known] = self.similarity["trained"].indices
-        similar[~known] = most_similar(wrong[rest], wrong, ALIGNED_CANDIDATES, own=rest).indices
-        return similar
-
-    def _distances(
-        self, zoo: WeightZoo, some: torch.Tensor, similar: torch.Tensor, own: torch.Tensor | None = None
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Distances `[n]` of some networks to the nearest training networks, and which those are: as they are stored,
-        and, where hidden units are recognized, up to permutations."""
-        closest = nearest(zoo, self.trained, some, own)
-        found = {"stored": (closest.values[:, 0], closest.indices[:, 0])}
-        values = self.trained.vector_size * (len(self.trained) + len(self.generated))
-        if self.symmetry is not None and values <= MOST_ALIGNED_VALUES:
-            candidates = torch.cat([closest.indices, similar, self._alike(zoo, some, own)], 1)
-            places = candidates.unique()
-            ours, theirs = zoo.vectors(some.tolist()).double(), self.trained.vectors(places.tolist()).double()
-            distances, which = aligned_distances(self.symmetry, ours, theirs, torch.searchsorted(places, candidates))
-            found["aligned"] = distances, places[which]
-        return found
-
-    def _alike(self, zoo: WeightZoo, some: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
-        """The training networks, `[n, 1]`, with the nearest values in each tensor, in whatever order."""
-        ours, theirs, found = self._sorted(zoo.vectors(some.tolist())), self._trained_sorted, []
-        for rows in torch.arange(len(some)).split(max(1, BASELINE_VALUES // len(theirs))):
-            distances = torch.cdist(ours[rows], theirs)
-            if own is not None:
-                distances[torch.arange(len(rows)), own[rows]] = torch.inf
-            found.append(distances.argmin(1, keepdim=True))
-        return torch.cat(found)
-
-    @cached_property
-    def _trained_sorted(self) -> torch.Tensor:
-        return torch.cat([self._sorted(batch) for batch in self.trained.batches()])
-
-    def _sorted(self, vectors: torch.Tensor) -> torch.Tensor:
-        """The values of each tensor, which permutations of hidden units leave as they are."""
-        slices = self.trained.layout.slices.values()
-        return torch.cat([vectors[:, place].sort(1).values for place in slices], 1)
+    def _neighbours(self) -> dict[str, Any]:
+        wrong = self.scores["trained"].wrong
+        return Neighbours(self.trained, self.generated, wrong, self.compared, self.similarity, self.symmetry).figures()
 
     @cached_property
     def _pairwise(self) -> dict[str, float | None]:
@@ -439,7 +374,3 @@ def _strengths(kind: str, first: float, count: int) -> list[float]:
     if kind in ("interpolation", "shrinking"):
         return [first * step for step in range(1, 6 if kind == "interpolation" else 10)]
     return [first * 2**power for power in range(MOST_DOUBLINGS)]
-
-
-def _spread(values: torch.Tensor) -> dict[str, float]:
-    return {"mean": values.mean().item(), "min": values.min().item(), "max": values.max().item()}
