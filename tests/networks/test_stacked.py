@@ -7,8 +7,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from pdiff_hf import ParameterLayout, Task, load_task
+from pdiff_hf.evaluation.equal_time import train_as_long
 from pdiff_hf.networks.predictor import Predictor
 from pdiff_hf.networks.stacked import NotStackableError, StackedNetwork, stack
+from pdiff_hf.tasks.digits import DigitsMLP
 
 
 CPU = torch.device("cpu")
@@ -512,3 +514,13 @@ def test_outputs_that_are_no_numbers_stay_with_their_network():
     others = [0, 1, 3, 4]
     expected = in_a_loop(build, [states[i] for i in others], inputs).softmax(-1)
     torch.testing.assert_close(predictions[others], expected, **TOLERANCE)
+
+
+class Dropping(DigitsMLP):
+    def build_network(self):
+        return nn.Sequential(nn.Dropout(0.1), *super().build_network())
+
+
+def test_networks_that_do_not_train_side_by_side_are_not_trained_as_long():
+    layout = ParameterLayout.from_state_dict(Dropping().build_network().state_dict())
+    assert train_as_long([Dropping()] * 2, layout, lambda count: pytest.fail("generated"), {}) is None

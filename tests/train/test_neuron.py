@@ -31,7 +31,7 @@ from pdiff_hf.align import run_align
 from pdiff_hf.config import parse
 from pdiff_hf.configs import AlignConfig
 from pdiff_hf.errors import ConfigError, PipelineError, TaskError, TrainingError, ZooError
-from pdiff_hf.evaluation.equal_time import from_the_same, train_as_long
+from pdiff_hf.evaluation.equal_time import from_the_same
 from pdiff_hf.networks.symmetry import Symmetry
 from pdiff_hf.networks.trainer import NetworkTrainer
 from pdiff_hf.tasks.digits import DigitsMLP
@@ -279,16 +279,6 @@ def test_an_evaluation_trains_as_long_from_the_same_initializations(trained, zoo
         alone.train_step()
     found = zoo.layout.flatten(alone.network.state_dict())
     torch.testing.assert_close(vectors[0], found, atol=1e-3, rtol=1e-2)
-
-
-class Dropping(TwoHidden):
-    def build_network(self):
-        return nn.Sequential(nn.Dropout(0.1), *super().build_network())
-
-
-def test_networks_that_do_not_train_side_by_side_are_not_trained_as_long(trained):
-    pipe = load_pipeline(trained)
-    assert train_as_long([Dropping()] * 2, pipe.layout, lambda count: pytest.fail("generated"), {}) is None
 
 
 # ---- what cannot be learned
