@@ -82,7 +82,7 @@ def conditions(report: dict[str, Any], folder: Path) -> list[Path]:
     ax.set_xlim(left, min(100, means[-1] + 2))
     for place, mean in enumerate(means):
         if mean < left:
-            ax.annotate(f" < {mean:.1f}", (left, place), va="center")
+            ax.annotate(f" ← {mean:.1f}", (left, place), va="center")
     ax.set_xlabel("accuracy on held-out conditions, %\nfull: single networks, open: ensembles of 4 and 16")
     return _save(figure, folder, "conditions")
 
