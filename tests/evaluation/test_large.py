@@ -98,7 +98,7 @@ def test_bootstrap_means_are_those_of_all_samples(monkeypatch):
     assert found.std().item() == pytest.approx(values.std().item() / 50**0.5, rel=0.15)
 
 
-@pytest.mark.parametrize("most", [8, 2048])
+@pytest.mark.parametrize("most", [pytest.param(8, marks=pytest.mark.slow), 2048])
 def test_an_evaluation_of_some_networks_says_what_one_of_all_says(most, monkeypatch):
     zoo = independent_zoo(0)
     generated = noisy(zoo, 0, 0.2)
@@ -114,7 +114,7 @@ def test_an_evaluation_of_some_networks_says_what_one_of_all_says(most, monkeypa
 def test_networks_that_are_too_many_to_align_are_evaluated_without(monkeypatch):
     zoo = independent_zoo(0)
     size = sum(tensor.numel() for tensor in zoo[0].values())
-    monkeypatch.setattr("pdiff_hf.evaluation.study.MOST_ALIGNED_VALUES", 10 * size)
+    monkeypatch.setattr("pdiff_hf.evaluation.neighbours.MOST_ALIGNED_VALUES", 10 * size)
     found = pdiff_hf.evaluate(HardDigits(), trained=zoo, generated=noisy(zoo, 0, 0.2)[:4])
     assert found["nearest_l2"]["aligned"] is None
     assert found["nearest_l2"]["generated"]["min"] > 0

@@ -476,6 +476,7 @@ def test_baselines_are_generators_too(digits_zoo):
     assert "reconstructed" not in report["groups"]
 
 
+@pytest.mark.slow
 def test_the_stage_prints_and_fills_the_card_of_the_pipeline(digits_zoo, other_zoo, digits_pipeline, tmp_path, capsys):
     shutil.copytree(digits_pipeline, tmp_path / "pipeline")
     for _ in range(2):

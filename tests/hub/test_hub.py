@@ -389,6 +389,7 @@ def push_private(repo: str, folder: Path) -> None:
     push(folder, repo, private=True)
 
 
+@pytest.mark.slow
 def test_without_the_hub_the_cache_serves_and_what_is_not_in_it_is_named(
     server, alice, zoo, digits_pipeline, tmp_path
 ):
@@ -564,6 +565,7 @@ def test_the_readme_shares_as_it_says(alice, digits_zoo, digits_pipeline, tmp_pa
     assert torch.equal(found, sample(load_pipeline(digits_pipeline)))
 
 
+@pytest.mark.slow
 def test_training_pushes_in_the_end_and_keeps_checkpoints_to_itself(alice, digits_zoo, tmp_path):
     arguments = ["--zoo", str(digits_zoo.folder), "--output-dir", str(tmp_path), "--push_to_hub", "alice/trained"]
     arguments += ["--unet-steps", str(SMALL_TRAINING["unet_steps"])]
@@ -704,13 +706,12 @@ def test_a_download_that_failed_is_repeated_for_what_is_missing(server, alice, b
     assert shards_fetched(server) == sorted({shard.name for shard in big_zoo.folder.glob("networks-*")} - before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "others"),
     [
         ("from pdiff_hf.share import *; run_pull(PullConfig({repo!r}, {folder!r}, 'zoo'))", 7),
-        pytest.param(
-            "from pdiff_hf import *; list(WeightZoo.from_pretrained({repo!r}).batches())", 4, marks=pytest.mark.slow
-        ),
+        ("from pdiff_hf import *; list(WeightZoo.from_pretrained({repo!r}).batches())", 4),
     ],
     ids=["pull", "stream"],
 )
@@ -819,6 +820,7 @@ def test_a_batch_costs_its_shard_and_all_of_them_each_shard_once(server, alice, 
     assert shards_fetched(server) == sorted(shard.name for shard in big_zoo.folder.glob("networks-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(
     strict=True,
     raises=HubClientError,

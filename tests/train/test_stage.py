@@ -82,8 +82,8 @@ def test_the_card_and_the_facts_stand_beside_the_pipeline(digits_pipeline):
 @pytest.mark.parametrize(
     ("number", "checkpoint"),
     [
-        (signal.SIGKILL, "checkpoint-80"),
-        pytest.param(signal.SIGINT, "checkpoint-20", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, "checkpoint-80", marks=pytest.mark.slow),
+        (signal.SIGINT, "checkpoint-20"),
         pytest.param(signal.SIGKILL, "checkpoint-20", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "checkpoint-80", marks=pytest.mark.slow),
     ],
