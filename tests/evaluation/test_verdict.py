@@ -14,7 +14,7 @@ from pdiff_hf.tasks.digits import DigitsMLP
 NETWORKS = 16
 TRAJECTORY = 40
 ZOOS = 4
-EVERY_SEED = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4))]
+EVERY_SEED = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 3))]
 
 
 class HardDigits(DigitsMLP):
