@@ -168,7 +168,7 @@ def _family_of(zoo: Any, task: str) -> str:
     """The options that training needs for a zoo that was collected."""
     from .tasks.family import COLUMNS
 
-    row = zoo.metadata[0]
+    row = next(zoo.rows())
     if "initial_norm" not in row:
         return ""
     own = f" --task {shlex.quote(task)}" if ":" in task else ""  # of a zoo, code of one's own is not run unasked

@@ -106,7 +106,7 @@ def check_family(family: TaskFamily, device: torch.device | str = "cpu", trainin
         for row in rows:
             if row.keys() != keys:
                 raise TaskError(f"Conditions of {name} have different keys: {sorted(keys)} and {sorted(row)}.")
-            other = seen.setdefault(repr(sorted(row.items())), split)
+            other = seen.setdefault(key_of(row), split)
             if other != split and keys:
                 raise TaskError(f"{name} has the condition {row!r:.200} in {other!r} and in {split!r}.")
     if taken := sorted(keys & COLUMNS):

@@ -93,7 +93,8 @@ class LatentDiffusion:
                 "neuron learns them; for this family, `pdiff-hf align` gives them one order first.",
                 file=sys.stderr,
             )
-        self.encoder = condition_encoder(zoo.metadata, config.condition, config.seed)
+        # Rows of very many networks stay where they are, unless they are learned from.
+        self.encoder = condition_encoder(zoo.metadata if config.condition else (), config.condition, config.seed)
         words = [] if self.encoder is None else [c["name"] for c in self.encoder.config.columns if c["kind"] == "word"]
         if words and config.checkpoint_averaging > 1:
             raise ConfigError(f"checkpoint_averaging averages what is asked for, too, and {words[0]!r} holds words.")

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -102,11 +103,7 @@ class Adapter:
             other = module + FACTORS[suffix]
             if other not in state_dict:
                 raise ZooError(f"it has `{name}` and no `{other}`.")
-            if state_dict[other].ndim < 2 or state_dict[other].shape[1] != rank or rank == 0:
-                raise ZooError(
-                    f"`{other}` is {list(state_dict[other].shape)}, which with rank {rank} is no factor of a LoRA "
-                    "that is known here."
-                )
+            _check_factor(other, state_dict[other], rank)
             state_dict[other] = state_dict[other] * _scale(config, module, rank)
         return state_dict, config
 
@@ -208,6 +205,14 @@ def _of_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
     return default
 
 
+def _check_factor(name: str, b: torch.Tensor, rank: int, remedy: str = "") -> None:
+    """Raises [`ZooError`], with a remedy, where a tensor is no B of this rank, `[out, rank, ...]`."""
+    if rank == 0 or b.ndim < 2 or b.shape[1] != rank:
+        raise ZooError(
+            f"`{name}` is {list(b.shape)}, which with rank {rank} is no factor of a LoRA that is known here.{remedy}"
+        )
+
+
 def _float(name: str, value: torch.Tensor) -> torch.Tensor:
     if not value.is_floating_point():
         raise ZooError(f"`{name}` is {value.dtype}, and no floating-point tensor.")
@@ -249,8 +254,7 @@ def _converted(state_dict: StateDict, packed: dict[str, Any]) -> StateDict:
             raise ZooError(f"it has `{name}` and no `{other}`.")
         if kind == "B.weight":
             rank = len(converted[other])
-            if factor.ndim < 2 or factor.shape[1] != rank or rank == 0:
-                raise ZooError(f"`{name}` is {list(factor.shape)}, and is no factor of rank {rank}. {INSTEAD}")
+            _check_factor(name, factor, rank, f" {INSTEAD}")
             part = module.partition(".")[0]
             own = {key.removeprefix(f"{part}."): value for key, value in packed.items() if key.startswith(f"{part}.")}
             config = checked_config(own) if own else {"lora_alpha": scales.get(module, rank), "alpha_pattern": {}}
@@ -307,8 +311,8 @@ def with_metadata(adapters: list[Adapter], metadata: Iterable[Mapping[str, Any]]
     by_source = {row.get("source"): dict(row) for row in metadata}
     if not by_source:
         return adapters
-    names = [one.row["source"] for one in adapters]
-    if repeated := [name for name in names if names.count(name) > 1]:
+    names = Counter(one.row["source"] for one in adapters)
+    if repeated := [name for name, times in names.items() if times > 1]:
         raise ZooError(
             f"Several adapters are called {repeated[0]!r}, and metadata tell them by their names: rename one."
         )
