@@ -14,7 +14,7 @@ from .errors import ZooError
 from .files import human_size, is_zoo
 from .networks.adapted import AdaptedNetwork
 from .networks.trainer import NetworkTrainer, StackedTrainer, is_stackable
-from .parallel import Saving, from_main, processes, written
+from .parallel import Saving, from_main, processes, wait_for_everyone, written
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .runs import check_not_fewer, check_same_run, save_run
 from .tasks import Task, TaskFamily, check_family, load_family
@@ -69,7 +69,7 @@ def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
             f"An independent zoo generates whole networks, since each seed has its own {left_out[0]!r}. Pass "
             "--patterns '*', or collect a trajectory."
         )
-    state.wait_for_everyone()
+    wait_for_everyone()
     if state.is_main_process:
         save_run(folder, "collect", asked)
     if config.protocol == "independent":
@@ -77,7 +77,7 @@ def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
     else:
         if state.is_main_process:
             _collect_trajectory(config, task, folder, layout)
-        state.wait_for_everyone()
+        wait_for_everyone()
         zoo = WeightZoo(folder)
     if state.is_main_process:
         what = "task" if isinstance(family, OneTask) else f"{len(conditions)} tasks"

@@ -12,7 +12,7 @@ from .configs import GenerateConfig
 from .errors import ConfigError, PipelineError
 from .files import is_zoo
 from .hub.pipelines import load_pipeline, pipeline_folder, weights_sha256
-from .parallel import processes, written
+from .parallel import processes, wait_for_everyone, written
 from .runs import check_not_fewer, check_same_facts, check_same_run, save_run
 from .schedulers import replacement
 from .zoo import WeightZoo, check_room_for, networks_per_batch
@@ -81,7 +81,7 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
         except ValueError as error:
             raise PipelineError(f"{source}: {error} The command cannot: call the pipeline from Python.") from error
     check_room_for(folder, config.num_networks - present, pipe.layout, config.dtype)
-    state.wait_for_everyone()
+    wait_for_everyone()
     if state.is_main_process:
         save_run(folder, "generate", config, **facts)
 

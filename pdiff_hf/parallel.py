@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
@@ -43,12 +44,22 @@ def processes() -> PartialState:
     return state
 
 
+def wait_for_everyone() -> None:
+    """Returns when all processes have come here."""
+    state = processes()
+    if state.num_processes > 1 and state.device.type == "cpu":
+        # Accelerate passes a device's index, for which torch takes a GPU that is there, though nobody uses it.
+        torch.distributed.barrier()
+    else:
+        state.wait_for_everyone()
+
+
 @contextmanager
 def written(folder: str | os.PathLike[str], stage: str) -> Iterator[None]:
     """Holds the folder of a stage, in which only it may write, for all processes of the stage."""
     state = processes()
     with locked(folder) if state.is_main_process else nullcontext():
-        state.wait_for_everyone()
+        wait_for_everyone()
         check_kind(folder, stage)
         yield
 

@@ -75,7 +75,7 @@ def test_networks_that_are_changed_by_it_are_refused(tmp_path):
         "import torch\nfrom pdiff_hf.tasks.digits import DigitsMLP\nfrom torch import nn\n"
         "class T(DigitsMLP):\n    def build_network(self):\n"
         "        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))\n"
-        "        network[1].register_forward_hook(lambda m, a, output: output * torch.arange(1, 9))\n"
+        "        network[1].register_forward_hook(lambda m, a, output: output * torch.arange(1, 9).to(output))\n"
         "        return network\n"
     )
     task = f"{tmp_path}/task.py:T"

@@ -75,7 +75,7 @@ def test_networks_of_different_tasks_at_once_are_those_of_one_by_one(zoo):
         row = list(zoo.rows())[index]
         alone = NetworkTrainer(FAMILY.task(row), row["seed"])
         torch.testing.assert_close(
-            zoo.vectors([index])[0], zoo.layout.flatten(alone.trained().state_dict()), atol=2e-3, rtol=1e-2
+            zoo.vectors([index])[0], zoo.layout.flatten(alone.trained().state_dict()).cpu(), atol=2e-3, rtol=1e-2
         )
     initial = initial_vectors(FAMILY.task(asked := FAMILY.conditions("train")[0]), zoo)
     assert initial.norm(dim=1).tolist() == pytest.approx([row["initial_norm"] for row in zoo.rows()], rel=1e-4)
@@ -99,7 +99,7 @@ def test_tasks_with_inputs_of_their_own_are_trained_on_these(tmp_path):
     assert sum(row["validation_accuracy"] for row in rows) / len(rows) > 0.9
     alone = NetworkTrainer(families.OwnInputs().task(rows[7]), rows[7]["seed"])
     torch.testing.assert_close(
-        zoo.vectors([7])[0], zoo.layout.flatten(alone.trained().state_dict()), atol=2e-3, rtol=1e-2
+        zoo.vectors([7])[0], zoo.layout.flatten(alone.trained().state_dict()).cpu(), atol=2e-3, rtol=1e-2
     )
 
 

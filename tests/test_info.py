@@ -16,7 +16,7 @@ from pdiff_hf.info import run_info
 def test_a_zoo_says_how_large_and_how_good_it_is(digits_zoo, capsys):
     main(["info", str(digits_zoo.folder)])
     said = capsys.readouterr().out
-    accuracies = torch.tensor([row["validation_accuracy"] for row in digits_zoo.rows()])
+    accuracies = torch.tensor([row["validation_accuracy"] for row in digits_zoo.rows()]).double()
     assert f"A zoo of {len(digits_zoo)} networks of 1,898 generated parameters, float32" in said
     assert f"validation_accuracy: mean {100 * accuracies.mean():.2f} %" in said
     assert "Task: digits-convnet." in said

@@ -13,7 +13,7 @@ from ..extras import require
 from ..files import locked
 from ..hub.cards import write_evaluation
 from ..hub.push import push_evaluation
-from ..parallel import from_main, processes, written
+from ..parallel import from_main, processes, wait_for_everyone, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from ..runs import save_run, versions
 from ..tasks import Task, TaskFamily, check_family
@@ -164,7 +164,7 @@ def _audit(
         folder.mkdir(parents=True, exist_ok=True)
         files = [file for file in pictures.conditions(report, folder) if file.suffix == ".png"]
         write_report(report, folder, files)
-    processes().wait_for_everyone()
+    wait_for_everyone()
     return report, files
 
 
@@ -189,5 +189,5 @@ def _write(
             report["seconds"] = round(time.perf_counter() - started, 2)
             write_report(report, folder, files)
             shutil.rmtree(folder / PARTS, ignore_errors=True)
-        processes().wait_for_everyone()
+        wait_for_everyone()
     return report, files

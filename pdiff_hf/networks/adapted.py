@@ -158,9 +158,9 @@ def lora(
             found.add(target)
             weight: torch.Tensor = module.weight
             inputs, outputs = weight.shape if _by_inputs(module) else weight.shape[::-1]
-            adapter[f"{prefix}{name}.lora_A.weight"] = nn.init.kaiming_uniform_(
-                weight.new_empty(rank, inputs), a=5**0.5
-            )
+            # Drawn on the CPU: the same seed gives the same adapter wherever the base network is.
+            drawn = nn.init.kaiming_uniform_(torch.empty(rank, inputs, dtype=weight.dtype), a=5**0.5)
+            adapter[f"{prefix}{name}.lora_A.weight"] = drawn.to(weight.device)
             adapter[f"{prefix}{name}.lora_B.weight"] = weight.new_zeros(outputs, rank)
         elif name in (trained or ()):
             found.add(name)

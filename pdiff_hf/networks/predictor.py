@@ -1,8 +1,9 @@
 """What many networks predict."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +13,19 @@ from ..tasks import Task
 from .stacked import NotStackableError, StackedNetwork, VmappedNetwork, side_by_side, stack
 
 
-# Values of one activation that are in flight at a time on a CPU: they should stay in its cache.
+# Values of one activation that are in flight at a time: on a CPU they should stay in its cache, while an accelerator
+# should have much to do.
 ACTIVATION_VALUES = 2**20
+ACCELERATOR_VALUES = 2**26
 EXAMPLES = 200
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Convolutions in float32, which CUDA computes in TF32 by default: rounding that changes which examples are right,
+    and what many networks give at once from what they give one by one."""
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        yield
 
 
 class Predictor:
@@ -46,6 +57,7 @@ class Predictor:
             except NotStackableError:
                 self._stacked = None
 
+    @in_float32()
     @torch.inference_mode()
     def __call__(self, vectors: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         r"""
@@ -65,6 +77,7 @@ class Predictor:
             return self._run_stacked(self._stacked, vectors, inputs, self.plan)
         return self._run_one_by_one(vectors, inputs)
 
+    @in_float32()
     @torch.inference_mode()
     def choose(self, vectors: torch.Tensor, inputs: torch.Tensor) -> int | None:
         """A plan: one by one where the stacked form has a gap, is wrong, or is slower (large convolutions). Several
@@ -100,8 +113,9 @@ class Predictor:
     def _run_stacked(
         self, network: StackedNetwork | VmappedNetwork, vectors: torch.Tensor, inputs: torch.Tensor, largest: int
     ) -> torch.Tensor:
-        examples = min(max(ACTIVATION_VALUES // largest, 1), EXAMPLES)
-        together = max(ACTIVATION_VALUES // (largest * examples), 1)
+        values = ACTIVATION_VALUES if self.device.type == "cpu" else ACCELERATOR_VALUES
+        examples = min(max(values // largest, 1), EXAMPLES)
+        together = max(values // (largest * examples), 1)
 
         chunks = [stack(self.layout, chunk.to(self.device)) for chunk in vectors.split(together)]
 

@@ -15,7 +15,7 @@ from ..pipelines.neural_network_diffusion import ParameterLayout
 from ..runs import generator_at
 from ..tasks import Task
 from ..tasks.family import is_shared
-from .predictor import Predictor
+from .predictor import Predictor, in_float32
 from .stacked import NotStackableError, side_by_side, stack
 
 
@@ -282,6 +282,7 @@ def flatten(layout: ParameterLayout, state_dict: dict[str, torch.Tensor]) -> tor
     return layout.flatten(state_dict).cpu()
 
 
+@in_float32()
 def is_stackable(tasks: Sequence[Task], layout: ParameterLayout) -> bool:
     """Whether networks of two tasks that are trained at once are those that are trained one by one."""
     seeds = [0, 1]

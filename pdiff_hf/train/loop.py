@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..configs import LoopConfig
 from ..errors import ConfigError, TrainingError
 from ..files import explained, is_pipeline
-from ..parallel import processes
+from ..parallel import processes, wait_for_everyone
 from ..runs import check_same_run, generator_at
 from .objectives import Batch, Objective
 
@@ -227,7 +227,7 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             self.losses.flush()
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone()
         try:
             with explained(target, "The checkpoints before are whole; make room and resume from the latest."):
                 self.accelerator.save_state(str(temporary))
@@ -238,7 +238,7 @@ class TrainingLoop:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone()
         if self.accelerator.is_main_process:
             # Those of a training that went on from here before are of another future.
             for later in _checkpoints(self.folder):

@@ -13,7 +13,7 @@ from ..files import explained
 from ..hub.cards import write_pipeline_card
 from ..hub.pipelines import load_pipeline
 from ..hub.push import push
-from ..parallel import from_main, written
+from ..parallel import from_main, wait_for_everyone, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout
 from ..runs import check_same_facts, save_run
 from ..tasks.task import shown_name
@@ -52,7 +52,7 @@ def _train(config: AnyTrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeli
         facts = {"networks": len(zoo), **recipe.facts}
         if loop.step > 0:
             check_same_facts(folder, "train", facts)
-        accelerator.wait_for_everyone()
+        wait_for_everyone()
         if accelerator.is_main_process:
             save_run(folder, "train", config, **facts, processes=accelerator.num_processes)
 
@@ -82,7 +82,7 @@ def _train(config: AnyTrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeli
             _write_card(config, zoo, folder, sources, None if encoder is None else encoder.known())
             if config.push_to_hub is not None:
                 push(folder, config.push_to_hub)
-        accelerator.wait_for_everyone()
+        wait_for_everyone()
         return pipeline if accelerator.is_main_process else load_pipeline(folder)
 
 

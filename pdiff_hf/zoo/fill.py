@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..errors import ZooError
 from ..files import UNFINISHED, check_opens, human_size, is_zoo, own_name, whole
-from ..parallel import Saving, from_main, processes
+from ..parallel import Saving, from_main, processes, wait_for_everyone
 from .store import WeightZoo
 
 
@@ -50,7 +50,7 @@ def fill(
     mark = from_main(lambda: own_name("networks")[:16])
     if state.is_main_process:
         zoo = WeightZoo(folder) if is_zoo(folder) else create()
-    state.wait_for_everyone()
+    wait_for_everyone()
     if not state.is_main_process:
         _wait_for(folder / "zoo.json")
         zoo = WeightZoo(folder)
@@ -64,13 +64,13 @@ def fill(
 
     units = [unit_of(index) for index in range(unit_of(len(zoo)).start, num_networks, unit_size)]
     mine = [unit for unit in units[state.process_index :: state.num_processes] if not part_of(unit).exists()]
-    state.wait_for_everyone()  # from here on the main process moves parts
+    wait_for_everyone()  # from here on the main process moves parts
 
     if not state.is_main_process:
         for unit in mine:
             _write_part(part_of(unit), make(unit))
-        state.wait_for_everyone()
-        state.wait_for_everyone()
+        wait_for_everyone()
+        wait_for_everyone()
         return WeightZoo(folder)
 
     taken: list[Path] = []
@@ -98,12 +98,12 @@ def fill(
                 _write_part(part_of(unit), networks)
             take_parts()
             saving.when_due()
-        state.wait_for_everyone()
+        wait_for_everyone()
         while len(zoo) < num_networks:
             _wait_for(part_of(unit_of(len(zoo))))
             take_parts()
     shutil.rmtree(folder / PARTS, ignore_errors=True)
-    state.wait_for_everyone()
+    wait_for_everyone()
     return zoo
 
 

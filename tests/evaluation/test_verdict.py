@@ -35,7 +35,7 @@ class HardDigits(DigitsMLP):
         return inputs[few], targets[few]
 
     def augment(self, inputs, generator):
-        return inputs + 0.7 * torch.randn(inputs.shape, generator=generator)
+        return inputs + 0.7 * torch.randn(inputs.shape, generator=generator).to(inputs)
 
 
 def trainer(seed: int) -> NetworkTrainer:
@@ -67,7 +67,7 @@ def trajectory_zoo(number: int) -> list[dict]:
 
 
 def vectors(zoo: list[dict]) -> torch.Tensor:
-    return torch.stack([nn.utils.parameters_to_vector(network.values()) for network in zoo])
+    return torch.stack([nn.utils.parameters_to_vector(network.values()) for network in zoo]).cpu()
 
 
 def networks(zoo: list[dict], values: torch.Tensor) -> list[dict]:

@@ -318,7 +318,7 @@ class ByPlace(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3)
-        self.first.register_forward_hook(lambda module, args, output: output * torch.arange(1, 7))
+        self.first.register_forward_hook(lambda module, args, output: output * torch.arange(1, 7).to(output))
 
     def forward(self, features):
         return self.second(self.first(features).relu())

@@ -277,7 +277,7 @@ def test_an_evaluation_trains_as_long_from_the_same_initializations(trained, zoo
     alone.network.load_state_dict(pipe.layout.unflatten(initial[:1])[0])
     for _ in range(facts["steps"]):
         alone.train_step()
-    found = zoo.layout.flatten(alone.network.state_dict())
+    found = zoo.layout.flatten(alone.network.state_dict()).cpu()
     torch.testing.assert_close(vectors[0], found, atol=1e-3, rtol=1e-2)
 
 

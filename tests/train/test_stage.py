@@ -266,7 +266,7 @@ def test_a_diverged_training_says_which_rate_to_lower(digits_zoo, tmp_path):
 
 
 def test_averages_of_consecutive_networks_are_learned(digits_zoo, tmp_path):
-    pipe = run_train(small_config(digits_zoo, tmp_path / "averages", checkpoint_averaging=10))
+    pipe = run_train(small_config(digits_zoo, tmp_path / "averages", checkpoint_averaging=10)).to("cpu")
     normalized = pipe.layout.normalize(digits_zoo.vectors())
     averages = torch.stack([normalized[start : start + 10].mean(0) for start in range(31)])
     with torch.no_grad():
@@ -283,7 +283,7 @@ def test_averages_of_consecutive_networks_are_learned(digits_zoo, tmp_path):
 
 def test_directions_are_fitted_to_evenly_picked_networks_of_a_large_zoo(digits_zoo, tmp_path, monkeypatch):
     monkeypatch.setattr("pdiff_hf.train.latent_diffusion.MOST_FITTED", 20)
-    pipe = run_train(small_config(digits_zoo, tmp_path / "picked"))
+    pipe = run_train(small_config(digits_zoo, tmp_path / "picked")).to("cpu")
     normalized = pipe.layout.normalize(digits_zoo.vectors())
     with torch.no_grad():
         again = pipe.vae.decode(pipe.vae.encode(normalized).latent_dist.mean).sample
