@@ -58,7 +58,11 @@ class Row(NamedTuple):
 
 ROWS = {
     "digits-subsets": Row("digits-subsets", 24, {"transformer_steps": 7000, "behaviour_inputs": 256}),
-    "one-start": Row("benchmarks.conditional:SubsetsOfOneStart", 6, {"transformer_steps": 2500, "initial": False}),
+    "one-start": Row(
+        "benchmarks.conditional:SubsetsOfOneStart",
+        12,
+        {"transformer_steps": 5000, "behaviour_inputs": 256, "initial": False},
+    ),
     "fashion-subsets": Row("fashion-subsets", 12, {"transformer_steps": 2500, "behaviour_inputs": 256}),
     "digits-prototypes": Row("digits-prototypes", 12, {"transformer_steps": 1500}),
 }
