@@ -40,7 +40,7 @@ from pdiff_hf.extras import require
 from pdiff_hf.networks.canonical import REFERENCE_NETWORKS
 from pdiff_hf.networks.gauge import Gauge
 from pdiff_hf.tasks import TaskFamily, half_cosine
-from pdiff_hf.tasks.prototypes import DIGITS_OF, examples, mean_image, turned
+from pdiff_hf.tasks.prototypes import DIGITS_OF, DigitClass, examples, mean_image, turned
 from pdiff_hf.zoo import evenly
 
 
@@ -191,7 +191,9 @@ class DrawsClasses(TaskFamily):
     """A class is a digit, turned or mirrored, and described by its mean image: `{"mean": [64 pixels]}`."""
 
     def conditions(self, split: str) -> list[dict[str, Any]]:
-        return [{"mean": list(mean_image(digit, way))} for digit in DIGITS_OF[split] for way in range(8)]
+        return [
+            {"mean": list(mean_image(DigitClass(digit, 0, way)))} for digit in DIGITS_OF[split] for way in range(8)
+        ]
 
     def task(self, condition: dict[str, Any]) -> Task:
         return DrawsClass(*class_of(condition))
@@ -199,7 +201,7 @@ class DrawsClasses(TaskFamily):
 
 def class_of(condition: dict[str, Any]) -> tuple[int, int]:
     """The class of a mean image."""
-    return {mean_image(*one): one for one in CLASSES}[tuple(condition["mean"])]
+    return {mean_image(DigitClass(digit, 0, way)): (digit, way) for digit, way in CLASSES}[tuple(condition["mean"])]
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ ROWS = {
         {"transformer_steps": 5000, "behaviour_inputs": 256, "initial": False},
     ),
     "fashion-subsets": Row("fashion-subsets", 12, {"transformer_steps": 2500, "behaviour_inputs": 256}),
-    "digits-prototypes": Row("digits-prototypes", 12, {"transformer_steps": 1500}),
+    "digits-prototypes": Row("digits-prototypes", 1, {"transformer_steps": 3000, "last_sigma": 0.9}),
 }
 
 

@@ -33,7 +33,7 @@ def test_subsets_of_digits_are_all_there_and_complements_together():
 def test_prototypes_describe_classes_that_no_network_has_seen():
     family = DigitsPrototypes()
     splits = {split: family.conditions(split) for split in ("train", "validation", "test")}
-    assert {split: len(rows) for split, rows in splits.items()} == {"train": 800, "validation": 40, "test": 128}
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 8000, "validation": 96, "test": 128}
     images = {
         split: {tuple(row[name]) for row in rows for name in ("first", "second")} for split, rows in splits.items()
     }
@@ -48,6 +48,10 @@ def test_prototypes_describe_classes_that_no_network_has_seen():
     (predictions,) = family.rivals(condition, inputs).values()
     assert (predictions.argmax(1) == targets).float().mean() > 0.9
     check_family(family)
+    rounded = {name: [pixel + 1e-4 for pixel in condition[name]] for name in condition}
+    assert family.task(rounded).classes == family.task(condition).classes
+    with pytest.raises(TaskError, match=r"No class of digits has this mean image: .* 0\.3"):
+        family.task(condition | {"first": [pixel + 0.3 for pixel in condition["first"]]})
 
 
 @pytest.mark.parametrize(
