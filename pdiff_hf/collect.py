@@ -16,7 +16,7 @@ from .networks.adapted import AdaptedNetwork
 from .networks.trainer import NetworkTrainer, StackedTrainer, is_stackable
 from .parallel import Saving, from_main, processes, wait_for_everyone, written
 from .pipelines.neural_network_diffusion import ParameterLayout
-from .runs import check_not_fewer, check_same_run, save_run
+from .runs import check_not_fewer, check_same_run, own_randomness, save_run
 from .tasks import Task, TaskFamily, check_family, load_family
 from .tasks.family import OneTask
 from .zoo import WeightZoo, check_room_for, make_layout, networks_per_batch
@@ -26,6 +26,8 @@ from .zoo.fill import fill
 STATE_FILE = "collect.state.pt"
 # What a network that diverged is trained again from: seeds far from those of its neighbours.
 RETRIES, FAR = 3, 1_000_003
+# Networks that are trained at once: steps of few small ones leave an accelerator idle.
+ON_CPU, ON_ACCELERATOR = 64, 256
 
 
 def run_collect(config: CollectConfig) -> WeightZoo:
@@ -55,7 +57,7 @@ def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
     asked = config
     if not isinstance(family, OneTask):
         config = replace(config, protocol="independent", num_networks=config.networks_per_task * len(conditions))
-    with torch.random.fork_rng():
+    with own_randomness():
         network = task.build_network()
     adapter = network.adapter_config if isinstance(network, AdaptedNetwork) else None
     layout = make_layout(network.state_dict(), config.patterns or task.patterns, adapter)
@@ -143,8 +145,12 @@ def _collect_independent(
     task = family.task(conditions[0])
     if any(not name.endswith("num_batches_tracked") for name in layout.frozen_state_dict()):
         # Flags and the like are as they are after training.
-        layout.load_frozen(from_main(lambda: NetworkTrainer(task, config.seed, config.epochs).trained().state_dict()))
+        layout.load_frozen(
+            from_main(lambda: NetworkTrainer(task, config.seed, config.epochs).trained().cpu().state_dict())
+        )
     stackable = from_main(lambda: is_stackable([task, family.task(conditions[-1])], layout))
+
+    most = ON_CPU if processes().device.type == "cpu" else ON_ACCELERATOR
 
     def train(indices: range) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         seeds = [config.seed + index for index in indices]
@@ -178,7 +184,7 @@ def _collect_independent(
         folder,
         create=lambda: _created(config, folder, layout),
         num_networks=config.num_networks,
-        unit_size=networks_per_batch(layout.vector_size) if stackable else 1,
+        unit_size=networks_per_batch(layout.vector_size, most) if stackable else 1,
         make=train,
         description="collect",
     )

@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -81,6 +82,12 @@ def check_same_facts(folder: str | Path, stage: str, facts: dict[str, Any]) -> N
 def generator_at(seed: int, position: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The randomness of a step of a run, which depends on the run's seed and the step alone."""
     return torch.Generator(device).manual_seed((seed * 1_000_003 + position) % 2**63)
+
+
+def own_randomness() -> AbstractContextManager[None]:
+    """What is drawn inside leaves the caller's randomness as it was, on the CPU and on the GPU in use."""
+    # Of several GPUs torch would save the state of each, and warn.
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.device_count() > 1 else None)
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 from .errors import ConfigError
+from .runs import own_randomness
 
 
 # A perfect denoiser is led to the clean sample up to this share of its scale, in so many steps.
@@ -72,7 +73,7 @@ def _sampled(scheduler: Any, clean: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(clean.shape, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
     scheduler.set_timesteps(STEPS)
-    with torch.random.fork_rng():  # some schedulers draw noise
+    with own_randomness():  # some schedulers draw noise
         for timestep in scheduler.timesteps:
             inputs = sample
             if hasattr(scheduler, "scale_model_input"):

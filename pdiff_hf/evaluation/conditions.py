@@ -16,6 +16,7 @@ from ..networks.stacked import NotStackableError, side_by_side
 from ..networks.trainer import NetworkTrainer, data_of, flatten
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
+from ..runs import own_randomness
 from ..tasks import Task, TaskFamily
 from ..tasks.family import key_of, training_inputs, with_equivalents
 from ..zoo import WeightZoo, evenly
@@ -233,7 +234,7 @@ class ConditionAudit:
     ) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
         """Training from scratch as long as generating takes, and so long from the generated network, and twice."""
         initial = []
-        with torch.random.fork_rng():
+        with own_randomness():
             torch.manual_seed(self.seed)
             for task in self.tasks:
                 initial.append(self.trained.layout.flatten(task.build_network().state_dict()))

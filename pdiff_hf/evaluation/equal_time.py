@@ -13,7 +13,7 @@ from ..tasks import Task
 
 NETWORKS = 50
 # Steps whose time tells that of one.
-TIMED = 10
+TIMED = 20
 
 
 def train_as_long(
@@ -45,12 +45,17 @@ def train_as_long(
         generate(count)
         return time.perf_counter() - started
 
+    def training_seconds(steps: int) -> float:
+        started = time.perf_counter()
+        timed.train_steps(steps, layout)
+        return time.perf_counter() - started
+
     seconds(2)  # whatever is done once
     taken = seconds(len(tasks))
-    timed.train_steps(2, layout)
-    started = time.perf_counter()
-    timed.train_steps(TIMED, layout)
-    steps = max(1, round(taken / ((time.perf_counter() - started) / TIMED)))
+    training_seconds(2)
+    # The order of the examples and the vectors at the end are no part of a step.
+    around, longer = training_seconds(2), training_seconds(2 + TIMED)
+    steps = max(1, round(taken * TIMED / max(longer - around, longer / 2)))
     trained = {}
     for name, (vectors, times) in starts.items():
         trainer = StackedTrainer(tasks, list(range(len(tasks))))

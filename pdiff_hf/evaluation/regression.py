@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..networks.behaviour import Behaviour
 from ..pipelines.neural_network_diffusion import ConditionEncoder
+from ..runs import own_randomness
 
 
 Row = dict[str, Any]
@@ -142,7 +143,7 @@ def _hypernetwork(
 ) -> Callable[[Sequence[Row]], torch.Tensor]:
     """A perceptron from the condition to the network, trained on the same networks with the same losses."""
     sizes = (conditions.rows.shape[1], HIDDEN, HIDDEN, networks.shape[1])
-    with torch.random.fork_rng():
+    with own_randomness():
         torch.manual_seed(seed)
         layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.SiLU())]
     model = nn.Sequential(*layers[:-1])

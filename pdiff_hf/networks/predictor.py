@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..pipelines.neural_network_diffusion import ParameterLayout
+from ..runs import own_randomness
 from ..tasks import Task
 from .stacked import NotStackableError, StackedNetwork, VmappedNetwork, side_by_side, stack
 
@@ -24,8 +25,13 @@ EXAMPLES = 200
 def in_float32() -> Iterator[None]:
     """Convolutions in float32, which CUDA computes in TF32 by default: rounding that changes which examples are right,
     and what many networks give at once from what they give one by one."""
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
         yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 class Predictor:
@@ -46,7 +52,7 @@ class Predictor:
 
     def __init__(self, task: Task, layout: ParameterLayout, device: torch.device):
         self.task, self.layout, self.device = task, layout, device
-        with torch.random.fork_rng():  # the caller's randomness is not ours to draw from
+        with own_randomness():  # the caller's randomness is not ours to draw from
             self.network = task.build_network().to(device).eval()
         self._stacked: StackedNetwork | VmappedNetwork | None = None
         self.plan: int | None = None
@@ -113,9 +119,12 @@ class Predictor:
     def _run_stacked(
         self, network: StackedNetwork | VmappedNetwork, vectors: torch.Tensor, inputs: torch.Tensor, largest: int
     ) -> torch.Tensor:
-        values = ACTIVATION_VALUES if self.device.type == "cpu" else ACCELERATOR_VALUES
-        examples = min(max(values // largest, 1), EXAMPLES)
-        together = max(values // (largest * examples), 1)
+        if self.device.type == "cpu":
+            examples = min(max(ACTIVATION_VALUES // largest, 1), EXAMPLES)
+            together = max(ACTIVATION_VALUES // (largest * examples), 1)
+        else:
+            together = min(max(ACCELERATOR_VALUES // (largest * EXAMPLES), 1), len(vectors))
+            examples = max(ACCELERATOR_VALUES // (largest * together), 1)
 
         chunks = [stack(self.layout, chunk.to(self.device)) for chunk in vectors.split(together)]
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..errors import ZooError
 from ..files import own_name, whole
 from ..pipelines.neural_network_diffusion import ParameterLayout
-from ..runs import generator_at
+from ..runs import generator_at, own_randomness
 from ..tasks import Task
 from ..tasks.family import is_shared
 from .predictor import Predictor, in_float32
@@ -41,7 +41,7 @@ class NetworkTrainer:
         self.epochs = task.epochs if epochs is None else epochs
         self._epoch, self._order = -1, torch.empty(0)
         device = PartialState().device
-        with torch.random.fork_rng():
+        with own_randomness():
             torch.manual_seed(seed)
             self.network = task.build_network().to(device)
         self.inputs, self.targets = (tensor.to(device) for tensor in task.data("train"))
@@ -66,10 +66,11 @@ class NetworkTrainer:
         epoch, batch = divmod(self.step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = torch.randperm(len(self.targets), generator=generator_at(self.seed, epoch))
+            order = torch.randperm(len(self.targets), generator=generator_at(self.seed, epoch))
+            self._order = order.to(self.targets.device)
         start = batch * self.task.batch_size
-        indices = self._order[start : start + self.task.batch_size].to(self.targets.device)
-        with torch.random.fork_rng():
+        indices = self._order[start : start + self.task.batch_size]
+        with own_randomness():
             generator = generator_at(self.seed, self.step)
             torch.manual_seed(generator.initial_seed())
             inputs = self.task.augment(self.inputs[indices], generator)
@@ -120,7 +121,7 @@ class NetworkTrainer:
     def load(self, file: Path) -> None:
         """Goes on from a saved state."""
         try:
-            state = torch.load(file, map_location=self.targets.device, weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
             known = state["made_by"] == own_name("state", self.seed)
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -160,7 +161,7 @@ class StackedTrainer:
                 raise NotStackableError(f"{kind.__name__} trains in a way of its own.")
         self.device = PartialState().device
         networks = []
-        with torch.random.fork_rng():
+        with own_randomness():
             for task, seed in zip(tasks, seeds, strict=True):
                 torch.manual_seed(seed)
                 networks.append(task.build_network().to(self.device).train())
@@ -214,11 +215,11 @@ class StackedTrainer:
         return self._vectors(layout)
 
     def _vectors(self, layout: ParameterLayout) -> torch.Tensor:
-        """The networks as they are now, `[N, P]`."""
-        state_dicts = [
-            {name: weight[i].detach() for name, weight in self.weights.items()} for i in range(len(self.seeds))
-        ]
-        return torch.stack([flatten(layout, state_dict) for state_dict in state_dicts])
+        """The networks as they are now, `[N, P]`, on the CPU, of NaN where they diverged."""
+        tensors = [self.weights[name].detach().flatten(1).float() for name in layout.slices]
+        vectors = torch.cat(tensors, dim=1).cpu()
+        vectors[~vectors.isfinite().all(dim=1)] = torch.nan
+        return vectors
 
     def step(self, indices: torch.Tensor) -> None:
         """One optimizer step of each network, on these training examples: `[N, batch size]`."""

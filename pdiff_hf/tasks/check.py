@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..errors import TaskError
+from ..runs import own_randomness
 from .task import Task
 
 
@@ -45,7 +46,7 @@ def check_task(task: Task, device: torch.device | str = "cpu", training: bool = 
                 f"{name}.data({split!r}) has inputs of {_kind(others[0])} each, and those of 'train' are "
                 f"{_kind(inputs[0])}."
             )
-    with torch.random.fork_rng():
+    with own_randomness():
         first, second = (_network(task, seed).to(device) for seed in (0, 1))
         _check_stored(task, first, second, inputs[:EXAMPLES].to(device), targets[:EXAMPLES].to(device))
         if training:

@@ -52,7 +52,7 @@ class TrainingLoop:
     r"""
     Trains one objective after the other. The batch and the noise of a step depend on seed and step alone, and
     processes share them: a resumed training has the losses of an uninterrupted one, and several processes, up to
-    rounding, those of one.
+    rounding, those of one. They are drawn on the device: another kind of device has others.
 
     Args:
         config (`LoopConfig`): Of the training.
@@ -256,7 +256,8 @@ class TrainingLoop:
         self.progress.close()
         if self.accelerator.is_main_process:
             self.losses.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # unlike `end_training`, which parts the processes
         # So that the next training of this process may have another precision.
         AcceleratorState._reset_state()
 

@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..files import human_size
 from ..pipelines.neural_network_diffusion import ConditionEncoder
+from ..runs import own_randomness
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -17,7 +18,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def seeded(seed: int, build: Callable[[], Model]) -> Model:
     """A model whose weights a seed draws, without a trace in the caller's randomness."""
-    with torch.random.fork_rng():
+    with own_randomness():
         torch.manual_seed(seed)
         return build()
 

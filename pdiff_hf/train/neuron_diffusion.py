@@ -17,6 +17,7 @@ from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuronTransformerModel, ParameterLayout
 from ..pipelines.neural_network_diffusion.layout.parameter_layout import SMALLEST_VARIANCE
 from ..pipelines.neural_network_diffusion.transformer.neuron_transformer import UnitIndex
+from ..runs import own_randomness
 from ..tasks.family import check_family, load_family, training_inputs, with_equivalents
 from ..tasks.task import Task, trusted_name
 from ..zoo import WeightZoo, evenly
@@ -52,7 +53,7 @@ class NeuronDiffusion:
         family = load_family(name)
         check_family(family, training=False)
         task = family.task(family.conditions("train")[0])
-        with torch.random.fork_rng():
+        with own_randomness():
             network = task.build_network().eval()
         self.inputs = training_inputs(family)
         try:
@@ -165,7 +166,7 @@ def initial_vectors(task: Task, zoo: WeightZoo) -> torch.Tensor:
         [`ZooError`]: the zoo does not record it, or what is built is not what was trained.
     """
     vectors = torch.empty(len(zoo), zoo.vector_size)
-    with torch.random.fork_rng():
+    with own_randomness():
         for index, row in enumerate(zoo.rows()):
             seed, norm = row.get("seed"), row.get("initial_norm")
             if type(seed) is not int or not 0 <= seed < 2**63 or not isinstance(norm, float):
