@@ -79,14 +79,9 @@ def test_the_card_and_the_facts_stand_beside_the_pipeline(digits_pipeline):
     assert torch.__version__.startswith(facts["versions"]["torch"].partition("+")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "checkpoint"),
-    [
-        pytest.param(signal.SIGKILL, "checkpoint-80", marks=pytest.mark.slow),
-        (signal.SIGINT, "checkpoint-20"),
-        pytest.param(signal.SIGKILL, "checkpoint-20", marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, "checkpoint-80", marks=pytest.mark.slow),
-    ],
+    ("number", "checkpoint"), [(signal.SIGKILL, "checkpoint-80"), (signal.SIGINT, "checkpoint-20")]
 )
 def test_an_interrupted_training_resumes_with_the_losses_of_an_uninterrupted_one(
     digits_zoo, uninterrupted, tmp_path, number, checkpoint
