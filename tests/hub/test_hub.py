@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -624,6 +625,7 @@ def push_mislicensed(folder: Path, repo: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.skipif(version("huggingface_hub").startswith("1."), reason="its check of cards asks huggingface.co")
 def test_a_licence_that_the_hub_does_not_know_makes_no_repository(alice, zoo, server):
     server.clear_log()
     said = alice(push_mislicensed, zoo.folder, "alice/mislicensed")
