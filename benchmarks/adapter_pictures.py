@@ -40,7 +40,7 @@ from pdiff_hf.extras import require
 from pdiff_hf.networks.canonical import REFERENCE_NETWORKS
 from pdiff_hf.networks.gauge import Gauge
 from pdiff_hf.tasks import TaskFamily, half_cosine
-from pdiff_hf.tasks.prototypes import DIGITS_OF, DigitClass, examples, mean_image, turned
+from pdiff_hf.tasks.prototypes import DIGITS_OF, DigitClass, class_of, examples, mean_image, turned
 from pdiff_hf.zoo import evenly
 
 
@@ -196,12 +196,8 @@ class DrawsClasses(TaskFamily):
         ]
 
     def task(self, condition: dict[str, Any]) -> Task:
-        return DrawsClass(*class_of(condition))
-
-
-def class_of(condition: dict[str, Any]) -> tuple[int, int]:
-    """The class of a mean image."""
-    return {mean_image(DigitClass(digit, 0, way)): (digit, way) for digit, way in CLASSES}[tuple(condition["mean"])]
+        one = class_of(condition["mean"])
+        return DrawsClass(one.digit, one.way)
 
 
 @dataclass(frozen=True)
@@ -237,7 +233,8 @@ def share(pictures: torch.Tensor, asked: Sequence[dict[str, Any]]) -> float:
     """The share of the pictures `[A, n, 1, 8, 8]` that are of the class that was asked for."""
     with torch.no_grad():
         judged = judge()(pictures.flatten(0, 1)).argmax(1).view(len(pictures), -1)
-    places = torch.tensor([CLASSES.index(class_of(condition)) for condition in asked])
+    classes = [class_of(condition["mean"]) for condition in asked]
+    places = torch.tensor([CLASSES.index((one.digit, one.way)) for one in classes])
     return (judged == places[:, None]).float().mean().item()
 
 

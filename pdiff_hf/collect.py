@@ -26,8 +26,8 @@ from .zoo.fill import fill
 STATE_FILE = "collect.state.pt"
 # What a network that diverged is trained again from: seeds far from those of its neighbours.
 RETRIES, FAR = 3, 1_000_003
-# Networks that are trained at once: steps of few small ones leave an accelerator idle.
-ON_CPU, ON_ACCELERATOR = 64, 256
+# Networks that are trained at once on an accelerator, which steps of few small ones leave idle.
+ON_ACCELERATOR = 256
 
 
 def run_collect(config: CollectConfig) -> WeightZoo:
@@ -150,8 +150,6 @@ def _collect_independent(
         )
     stackable = from_main(lambda: is_stackable([task, family.task(conditions[-1])], layout))
 
-    most = ON_CPU if processes().device.type == "cpu" else ON_ACCELERATOR
-
     def train(indices: range) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         seeds = [config.seed + index for index in indices]
         asked = [conditions[index % len(conditions)] for index in indices]
@@ -180,11 +178,15 @@ def _collect_independent(
             "lower the task's learning rate, and choose another --output-dir."
         )
 
+    size = layout.vector_size
+    at_once = (
+        networks_per_batch(size) if processes().device.type == "cpu" else networks_per_batch(size, ON_ACCELERATOR)
+    )
     return fill(
         folder,
         create=lambda: _created(config, folder, layout),
         num_networks=config.num_networks,
-        unit_size=networks_per_batch(layout.vector_size, most) if stackable else 1,
+        unit_size=at_once if stackable else 1,
         make=train,
         description="collect",
     )

@@ -39,22 +39,11 @@ def train_as_long(
     if not is_stackable([tasks[0], tasks[-1]], layout):
         return None
     timed = StackedTrainer(tasks, list(range(len(tasks))))
-
-    def seconds(count: int) -> float:
-        started = time.perf_counter()
-        generate(count)
-        return time.perf_counter() - started
-
-    def training_seconds(steps: int) -> float:
-        started = time.perf_counter()
-        timed.train_steps(steps, layout)
-        return time.perf_counter() - started
-
-    seconds(2)  # whatever is done once
-    taken = seconds(len(tasks))
-    training_seconds(2)
+    generate(2)  # whatever is done once
+    taken = _seconds(generate, len(tasks))
+    timed.train_steps(2, layout)
     # The order of the examples and the vectors at the end are no part of a step.
-    around, longer = training_seconds(2), training_seconds(2 + TIMED)
+    around, longer = (_seconds(timed.train_steps, steps, layout) for steps in (2, 2 + TIMED))
     steps = max(1, round(taken * TIMED / max(longer - around, longer / 2)))
     trained = {}
     for name, (vectors, times) in starts.items():
@@ -63,6 +52,12 @@ def train_as_long(
         trainer.steps = times * steps  # over which the learning rate follows the task's schedule
         trained[name] = trainer.train_steps(trainer.steps, layout)
     return {"steps": steps, "of": timed.steps, "seconds": taken / len(tasks)}, trained
+
+
+def _seconds(work: Callable[..., Any], *arguments: Any) -> float:
+    started = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - started
 
 
 def from_the_same(

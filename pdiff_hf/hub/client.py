@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, RepoCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -66,6 +66,17 @@ def license_of(repo_id: str, token: str | None = None) -> str | None:
         return None
     license = getattr(card, "license", None)
     return license if isinstance(license, str) else None
+
+
+def check_card(card: str, repo_type: str) -> None:
+    """Asks the Hub, which knows what licences there are, before a repository is made that would stay empty."""
+    try:
+        RepoCard(card).validate(repo_type)
+    except ValueError as error:
+        raise HubError(f"The Hub does not take the card: {error}") from error
+    except httpx.ConnectError:
+        # Clients of version 1 ask huggingface.co, whatever `HF_ENDPOINT` says; a Hub that is not there shows next.
+        return
 
 
 def repository_files(repo_id: str, revision: str, token: str | None) -> list[str]:

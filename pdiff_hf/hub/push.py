@@ -12,15 +12,13 @@ from huggingface_hub import (
     CommitOperationDelete,
     EvalResult,
     HfApi,
-    RepoCard,
     snapshot_download,
 )
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the one that the client was built with
 
 from ..errors import HubError
 from ..files import UNFINISHED, is_pipeline, is_zoo, locked
 from .cards import PLACEHOLDER, card_text, merge_cards, write_evaluation
-from .client import explained
+from .client import check_card, explained
 
 
 # What belongs to a run on one machine and not into a repository.
@@ -85,7 +83,7 @@ def _push(
     api = HfApi(token=token)
     with explained(repo_id, None):
         if (folder / "README.md").exists():
-            _check_card(merge_cards(card_text(folder / "README.md"), None, license), repo_type)
+            check_card(merge_cards(card_text(folder / "README.md"), None, license), repo_type)
         repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
         info = api.repo_info(repo_id, repo_type=repo_type)
         if private is not None and info.private != private:
@@ -125,17 +123,6 @@ def _push(
             create_pr=create_pr,
             parent_commit=info.sha,
         )
-
-
-def _check_card(card: str, repo_type: str) -> None:
-    """Asks the Hub, which knows what licences there are, before a repository is made that would stay empty."""
-    try:
-        RepoCard(card).validate(repo_type)
-    except ValueError as error:
-        raise HubError(f"The Hub does not take the card: {error}") from error
-    except httpx.ConnectError:
-        # Clients of version 1 ask huggingface.co, whatever `HF_ENDPOINT` says; a Hub that is not there shows next.
-        return
 
 
 def push_evaluation(

@@ -70,10 +70,15 @@ def mean_image(one: DigitClass) -> tuple[float, ...]:
     return tuple(round(pixel, 4) for pixel in images_of(one, "train").mean(0).flatten().tolist())
 
 
+def classes_of(split: str) -> list[DigitClass]:
+    """All that its pairs are drawn from."""
+    return [DigitClass(*one) for one in itertools.product(DIGITS_OF[split], range(WARPS_OF[split]), range(8))]
+
+
 @cache
 def all_classes() -> tuple[list[DigitClass], torch.Tensor]:
     """Of all splits, and their mean images `[classes, 64]`."""
-    classes = [DigitClass(*one) for one in itertools.product(range(10), range(max(WARPS_OF.values())), range(8))]
+    classes = [one for split in DIGITS_OF for one in classes_of(split)]
     return classes, torch.tensor([mean_image(one) for one in classes])
 
 
@@ -95,7 +100,7 @@ def class_of(mean: list[float]) -> DigitClass:
 @cache
 def pairs_of(split: str) -> list[tuple[DigitClass, DigitClass]]:
     """Drawn from all pairs of classes of different digits, each in one order."""
-    classes = [DigitClass(*one) for one in itertools.product(DIGITS_OF[split], range(WARPS_OF[split]), range(8))]
+    classes = classes_of(split)
     generator = torch.Generator().manual_seed(0)
     pairs: dict[frozenset[DigitClass], tuple[DigitClass, DigitClass]] = {}
     while len(pairs) < PAIRS_OF[split]:

@@ -124,7 +124,7 @@ class Case:
 
     def loss(self, model: ModelMixin) -> torch.Tensor:
         output = self.run(model)
-        return F.mse_loss(output.float(), randn(*output.shape, seed=1))
+        return F.mse_loss(output.float(), randn(*output.shape, seed=1).to(output.device))
 
 
 CASES = {
