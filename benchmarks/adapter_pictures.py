@@ -240,14 +240,16 @@ def share(pictures: torch.Tensor, asked: Sequence[dict[str, Any]]) -> float:
 
 def measure(config: Config) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The share of each group of adapters, and what they drew."""
-    family, name = DrawsClasses(), "benchmarks.adapter_pictures:DrawsClasses"
-    zoo = run_collect(CollectConfig(name, str(FOLDER / "zoo"), networks_per_task=config.networks_per_task))
-    fresh = run_collect(CollectConfig(name, str(FOLDER / "fresh"), networks_per_task=1, split="test", seed=10**6))
+    family, family_name = DrawsClasses(), "benchmarks.adapter_pictures:DrawsClasses"
+    zoo = run_collect(CollectConfig(family_name, str(FOLDER / "zoo"), networks_per_task=config.networks_per_task))
+    fresh = run_collect(
+        CollectConfig(family_name, str(FOLDER / "fresh"), networks_per_task=1, split="test", seed=10**6)
+    )
     gauge = Gauge(zoo.layout)
     reference = gauge.reference(zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS)))
     vectors = gauge.canonical(zoo.vectors(), reference)
     if not (FOLDER / "aligned" / "zoo.json").exists():
-        with WeightZoo.create(FOLDER / "aligned", zoo.layout, task=name) as aligned:
+        with WeightZoo.create(FOLDER / "aligned", zoo.layout, task=family_name) as aligned:
             for vector, row in zip(vectors, zoo.rows(), strict=True):
                 aligned.append(vector, **{key: value for key, value in row.items() if key != "initial_norm"})
     folder = FOLDER / f"seed-{config.seed}"
@@ -255,7 +257,7 @@ def measure(config: Config) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         NeuronTrainConfig(
             zoo=str(FOLDER / "aligned"),
             output_dir=str(folder / "pipeline"),
-            task=name,
+            task=family_name,
             condition=("mean",),
             initial=False,
             seed=config.seed,
@@ -291,11 +293,16 @@ def measure(config: Config) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         "shuffled condition": drawn(generated(asked[1:] + asked[:1], "shuffled"), PICTURES),
     }
     rows = [{"mean": row["mean"]} for row in zoo.rows()]
-    for kind in answers(
-        rows, networks, None, config.seed, lambda near: layout.normalize(gauge.mix(vectors[near])[None])[0]
-    ):
-        for number, candidate in enumerate(kind.candidates):
-            groups[f"{kind.name} {number + 1}" if number else kind.name] = drawn(adapters(candidate(asked)), PICTURES)
+    known = family.conditions("validation")
+    for name, answer in answers(
+        rows,
+        networks,
+        None,
+        config.seed,
+        lambda answer: share(drawn(adapters(answer(known)), PICTURES), known),
+        lambda near: layout.normalize(gauge.mix(vectors[near])[None])[0],
+    ).items():
+        groups[name] = drawn(adapters(answer(asked)), PICTURES)
     groups["trained on the class"] = drawn([fresh.state_dict(index) for index in range(len(fresh))], PICTURES)
     groups["base model"] = drawn(None, PICTURES).expand(len(asked), -1, -1, -1, -1)
     shares = {name: share(pictures, asked) for name, pictures in groups.items()}

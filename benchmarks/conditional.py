@@ -57,7 +57,11 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "digits-subsets": Row("digits-subsets", 24, {"transformer_steps": 7000, "behaviour_inputs": 256}),
+    "digits-subsets": Row(
+        "digits-subsets",
+        24,
+        {"transformer_steps": 7000, "behaviour_inputs": 256, "behaviour_weight": 256.0, "last_sigma": 0.5},
+    ),
     "one-start": Row(
         "benchmarks.conditional:SubsetsOfOneStart",
         12,

@@ -1,7 +1,7 @@
 """What a condition is worth: on conditions that no training network had, against what needs no generator."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..zoo import WeightZoo, evenly
 from .canonical import symmetry_that_holds
 from .equal_time import train_as_long
 from .measures import interval, resample, resampled_means
-from .regression import answers
+from .regression import Answer, answers
 from .scoring import Scorer
 from .verdict import CONFIDENCE, points
 
@@ -201,10 +201,9 @@ class ConditionAudit:
         except NotStackableError:
             pass
 
-        def on_validation(answer: Callable[[Sequence[Row]], torch.Tensor]) -> float:
+        def on_validation(answer: Answer) -> float:
             return self._on_validation(layout(answer(self._validation[0]), return_dict=False)[0][:, None])
 
-        found = []
         mix = None
         if isinstance(symmetry, Gauge):
             gauge = symmetry
@@ -212,10 +211,8 @@ class ConditionAudit:
             def mix(near: torch.Tensor) -> torch.Tensor:
                 return layout.normalize(gauge.mix(vectors[near])[None])[0]
 
-        for kind in answers(rows, networks, behaviour, self.seed, mix):
-            best = max(kind.candidates, key=on_validation) if len(kind.candidates) > 1 else kind.candidates[0]
-            found.append((kind.name, layout(best(self.asked), return_dict=False)[0]))
-        return found
+        found = answers(rows, networks, behaviour, self.seed, on_validation, mix)
+        return [(name, layout(answer(self.asked), return_dict=False)[0]) for name, answer in found.items()]
 
     def _of_zoo(self, zoo: WeightZoo) -> torch.Tensor:
         """Networks of a zoo for each asked condition, as many for each, `[C, K, P]`."""

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,18 +14,15 @@ from ..runs import own_randomness
 
 
 Row = dict[str, Any]
+# From rows to networks, normalized vectors `[n, P]`.
+Answer = Callable[[Sequence[Row]], torch.Tensor]
 # Numbers of the conditions whose products of two, and of three, are features.
 MOST_FEATURES = 2000
 PENALTIES = (1e-3, 1e-1, 1e1, 1e3)
 NEIGHBOURS = (1, 4, 16)
 HIDDEN, STEPS, BATCH, RATE = 512, 2000, 128, 1e-3
-
-
-class Answers(NamedTuple):
-    """Ways to answer a condition, of which the best is chosen on validation data: each gives vectors `[n, P]`."""
-
-    name: str
-    candidates: list[Callable[[Sequence[Row]], torch.Tensor]]
+# Of the difference of outputs in the hypernetwork's loss: whichever is better after this share of its steps.
+WEIGHTS, CHOSEN_AFTER = (1.0, 256.0), 1 / 4
 
 
 class Conditions:
@@ -65,35 +62,44 @@ def answers(
     networks: torch.Tensor,
     behaviour: Behaviour | None,
     seed: int,
+    on_validation: Callable[[Answer], float],
     mix: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> list[Answers]:
+) -> dict[str, Answer]:
     r"""
-    What needs no generator.
+    What needs no generator, by name; each as strong as validation conditions prefer.
 
     Args:
         rows (`Sequence[dict]`): The conditions of the training networks.
         networks (`torch.Tensor`): These networks, in canonical form and normalized, `[N, P]`.
         behaviour (`Behaviour`, *optional*): The loss on outputs that the hypernetwork shares with the generator.
         seed (`int`): Of the hypernetwork.
+        on_validation (`Callable`): The accuracy of an answer on validation conditions.
         mix (`Callable`, *optional*): A network `[P]` of these, by a boolean mask `[N]`: of adapters, by their updates.
     """
     conditions = Conditions(rows)
-    found = [
-        Answers("mean network", [lambda asked: networks.mean(0).expand(len(asked), -1)]),
-        Answers("nearest condition", [lambda asked: networks[conditions.nearest(asked, 1).int().argmax(1)]]),
-        Answers("mean of the nearest", [_averaging(conditions, networks, count) for count in NEIGHBOURS]),
-    ]
+    candidates: dict[str, list[Answer]] = {
+        "mean network": [lambda asked: networks.mean(0).expand(len(asked), -1)],
+        "nearest condition": [lambda asked: networks[conditions.nearest(asked, 1).int().argmax(1)]],
+        "mean of the nearest": [_averaging(conditions, networks, count) for count in NEIGHBOURS],
+    }
     if mix is not None:
-        found.append(Answers("mix of the nearest", [_mixing(conditions, mix, count) for count in NEIGHBOURS]))
+        candidates["mix of the nearest"] = [_mixing(conditions, mix, count) for count in NEIGHBOURS]
     for degree, name in ((1, "ridge regression"), (2, "ridge, pairs"), (3, "ridge, triples")):
         features = _interactions(conditions.rows, degree)
         if features is not None:
-            found.append(Answers(name, _ridge(conditions, features, networks, degree)))
-    found.append(Answers("hypernetwork", [_hypernetwork(conditions, networks, behaviour, seed)]))
-    return found
+            candidates[name] = _ridge(conditions, features, networks, degree)
+    found = {name: max(some, key=on_validation) if len(some) > 1 else some[0] for name, some in candidates.items()}
+
+    def hypernetwork(weight: float, steps: int) -> Answer:
+        return _hypernetwork(conditions, networks, behaviour, seed, weight, steps)
+
+    weights = WEIGHTS if behaviour is not None else WEIGHTS[:1]
+    few = int(CHOSEN_AFTER * STEPS)
+    weight = max(weights, key=lambda one: on_validation(hypernetwork(one, few))) if len(weights) > 1 else weights[0]
+    return {**found, "hypernetwork": hypernetwork(weight, STEPS)}
 
 
-def _averaging(conditions: Conditions, networks: torch.Tensor, count: int) -> Callable[[Sequence[Row]], torch.Tensor]:
+def _averaging(conditions: Conditions, networks: torch.Tensor, count: int) -> Answer:
     def answer(asked: Sequence[Row]) -> torch.Tensor:
         near = conditions.nearest(asked, count).float()
         return near @ networks / near.sum(1, keepdim=True)
@@ -101,9 +107,7 @@ def _averaging(conditions: Conditions, networks: torch.Tensor, count: int) -> Ca
     return answer
 
 
-def _mixing(
-    conditions: Conditions, mix: Callable[[torch.Tensor], torch.Tensor], count: int
-) -> Callable[[Sequence[Row]], torch.Tensor]:
+def _mixing(conditions: Conditions, mix: Callable[[torch.Tensor], torch.Tensor], count: int) -> Answer:
     return lambda asked: torch.stack([mix(near) for near in conditions.nearest(asked, count)])
 
 
@@ -120,9 +124,7 @@ def _interactions(numbers: torch.Tensor, degree: int) -> torch.Tensor | None:
     return torch.stack([torch.ones(len(numbers)), *products], 1)
 
 
-def _ridge(
-    conditions: Conditions, features: torch.Tensor, networks: torch.Tensor, degree: int
-) -> list[Callable[[Sequence[Row]], torch.Tensor]]:
+def _ridge(conditions: Conditions, features: torch.Tensor, networks: torch.Tensor, degree: int) -> list[Answer]:
     inputs = features.double()
     gram, products = inputs.T @ inputs, inputs.T @ networks.double()
     weights = [
@@ -139,24 +141,30 @@ def _ridge(
 
 
 def _hypernetwork(
-    conditions: Conditions, networks: torch.Tensor, behaviour: Behaviour | None, seed: int
-) -> Callable[[Sequence[Row]], torch.Tensor]:
-    """A perceptron from the condition to the network, trained on the same networks with the same losses."""
+    conditions: Conditions,
+    networks: torch.Tensor,
+    behaviour: Behaviour | None,
+    seed: int,
+    weight: float,
+    steps: int,
+) -> Answer:
+    """A perceptron from the condition to the network, trained on the same networks with the same losses, the
+    difference of outputs with this weight."""
     sizes = (conditions.rows.shape[1], HIDDEN, HIDDEN, networks.shape[1])
     with own_randomness():
         torch.manual_seed(seed)
         layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.SiLU())]
     model = nn.Sequential(*layers[:-1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
-        for _ in range(STEPS):
+        for _ in range(steps):
             indices = torch.randint(len(networks), (BATCH,), generator=generator)
             predicted, stored = model(conditions.rows[indices]), networks[indices]
             loss = F.mse_loss(predicted, stored)
             if behaviour is not None:
-                loss = loss + behaviour(predicted, stored, behaviour.draw(1, generator)[0])
+                loss = loss + weight * behaviour(predicted, stored, behaviour.draw(1, generator)[0])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
