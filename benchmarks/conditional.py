@@ -60,7 +60,7 @@ ROWS = {
     "digits-subsets": Row(
         "digits-subsets",
         24,
-        {"transformer_steps": 7000, "behaviour_inputs": 256, "behaviour_weight": 256.0, "last_sigma": 0.5},
+        {"transformer_steps": 7000, "behaviour_inputs": 256, "behaviour_weight": 256.0},
     ),
     "one-start": Row(
         "benchmarks.conditional:SubsetsOfOneStart",

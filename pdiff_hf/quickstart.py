@@ -27,6 +27,8 @@ Result = TypeVar("Result")
 STAGES = ("zoo", "fresh", "pipeline", "generated", "report")
 # Networks of a task to learn from, and of one that is held out; steps of the generator.
 SUBSETS_EACH, FRESH_EACH, SUBSETS_STEPS = 6, 2, 1000
+# What networks of unseen tasks do matters more than which of many that do it they are.
+SUBSETS_WEIGHT = 256.0
 # Seeds of held-out networks, far from those of the others.
 FAR = 10**6
 
@@ -88,7 +90,12 @@ def _quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
         timed("collect", lambda: [run_collect(one) for one in networks])
         columns = tuple(conditions[0])
         train_config: Any = NeuronTrainConfig(
-            **settings, task=task, condition=columns, transformer_steps=SUBSETS_STEPS, mixed_precision="bf16"
+            **settings,
+            task=task,
+            condition=columns,
+            behaviour_weight=SUBSETS_WEIGHT,
+            transformer_steps=SUBSETS_STEPS,
+            mixed_precision="bf16",
         )
         timed("train", lambda: run_train(train_config))
         evaluate_config = EvaluateConfig(task, zoo, pipeline, fresh=fresh, output_dir=report_dir)
