@@ -65,9 +65,11 @@ ROWS = {
     "one-start": Row(
         "benchmarks.conditional:SubsetsOfOneStart",
         12,
-        {"transformer_steps": 5000, "behaviour_inputs": 256, "initial": False},
+        {"transformer_steps": 5000, "behaviour_inputs": 256, "behaviour_weight": 256.0, "initial": False},
     ),
-    "fashion-subsets": Row("fashion-subsets", 12, {"transformer_steps": 2500, "behaviour_inputs": 256}),
+    "fashion-subsets": Row(
+        "fashion-subsets", 12, {"transformer_steps": 2500, "behaviour_inputs": 256, "behaviour_weight": 256.0}
+    ),
     "digits-prototypes": Row("digits-prototypes", 1, {"transformer_steps": 3000, "last_sigma": 0.9}),
 }
 
