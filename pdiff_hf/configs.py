@@ -196,7 +196,8 @@ class NeuronTrainConfig(LoopConfig):
     initial: bool = True
     """Tell the transformer each network's initialization, which the zoo has to record."""
     behaviour_weight: float = 1.0
-    """Of the difference of the predicted networks' outputs from the stored ones', on the task's training inputs."""
+    """Of the difference of the predicted networks' outputs from the stored ones', on the task's training inputs.
+    With a condition, far more of it, such as 256, makes better networks for tasks that no network was trained for."""
     behaviour_inputs: int = 64
     """Training inputs of a step on which outputs are compared."""
 
