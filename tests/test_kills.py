@@ -44,7 +44,7 @@ def commands(digits_zoo, digits_pipeline) -> dict[str, list[str]]:
     return {
         "trajectory": ["collect", "--task", "digits-mlp", "--epochs", "20", "--num-networks", "60"],
         "independent": [
-            *("collect", "--task", "digits-mlp", "--epochs", "3", "--num-networks", "80"),
+            *("collect", "--task", "digits-mlp", "--epochs", "30", "--num-networks", "80"),
             *("--protocol", "independent"),
         ],
         "train": ["train", "--zoo", zoo, "--autoencoder", "linear", "--unet-steps", "600"],
