@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from ..runs import own_randomness
 
 
 Row = dict[str, Any]
+Candidate = TypeVar("Candidate")
 # From rows to networks, normalized vectors `[n, P]`.
 Answer = Callable[[Sequence[Row]], torch.Tensor]
 # Numbers of the conditions whose products of two, and of three, are features.
@@ -88,15 +89,20 @@ def answers(
         features = _interactions(conditions.rows, degree)
         if features is not None:
             candidates[name] = _ridge(conditions, features, networks, degree)
-    found = {name: max(some, key=on_validation) if len(some) > 1 else some[0] for name, some in candidates.items()}
+    found = {name: _best(some, on_validation) for name, some in candidates.items()}
 
     def hypernetwork(weight: float, steps: int) -> Answer:
         return _hypernetwork(conditions, networks, behaviour, seed, weight, steps)
 
     weights = WEIGHTS if behaviour is not None else WEIGHTS[:1]
     few = int(CHOSEN_AFTER * STEPS)
-    weight = max(weights, key=lambda one: on_validation(hypernetwork(one, few))) if len(weights) > 1 else weights[0]
+    weight = _best(weights, lambda one: on_validation(hypernetwork(one, few)))
     return {**found, "hypernetwork": hypernetwork(weight, STEPS)}
+
+
+def _best(candidates: Sequence[Candidate], measure: Callable[[Candidate], float]) -> Candidate:
+    """The one that measures most; a single one is taken without measuring."""
+    return max(candidates, key=measure) if len(candidates) > 1 else candidates[0]
 
 
 def _averaging(conditions: Conditions, networks: torch.Tensor, count: int) -> Answer:
