@@ -6,11 +6,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `as`: exported, for type checkers too
     __version__: str
+    from .align import run_align as run_align
     from .collect import run_collect as run_collect
+    from .configs import AlignConfig as AlignConfig
     from .configs import CollectConfig as CollectConfig
     from .configs import EvaluateConfig as EvaluateConfig
     from .configs import GenerateConfig as GenerateConfig
+    from .configs import ImportConfig as ImportConfig
+    from .configs import InfoConfig as InfoConfig
     from .configs import NeuronTrainConfig as NeuronTrainConfig
+    from .configs import PlayConfig as PlayConfig
+    from .configs import PullConfig as PullConfig
+    from .configs import PushConfig as PushConfig
+    from .configs import QuickstartConfig as QuickstartConfig
     from .configs import TrainConfig as TrainConfig
     from .errors import PdiffError as PdiffError
     from .evaluation import Baseline as Baseline
@@ -18,6 +26,7 @@ if TYPE_CHECKING:  # `as`: exported, for type checkers too
     from .evaluation import run_evaluate as run_evaluate
     from .generate import run_generate as run_generate
     from .hub import load_pipeline as load_pipeline
+    from .info import run_info as run_info
     from .networks.adapted import AdaptedNetwork as AdaptedNetwork
     from .networks.adapted import lora as lora
     from .pipelines.neural_network_diffusion import ConditionEncoder as ConditionEncoder
@@ -27,7 +36,14 @@ if TYPE_CHECKING:  # `as`: exported, for type checkers too
     from .pipelines.neural_network_diffusion import ParameterAutoencoderKL as ParameterAutoencoderKL
     from .pipelines.neural_network_diffusion import ParameterLayout as ParameterLayout
     from .pipelines.neural_network_diffusion import ParameterUNet1DModel as ParameterUNet1DModel
+    from .play import run_play as run_play
+    from .play import serve as serve
+    from .quickstart import run_quickstart as run_quickstart
+    from .share import run_import as run_import
+    from .share import run_pull as run_pull
+    from .share import run_push as run_push
     from .tasks import Task as Task
+    from .tasks import TaskFamily as TaskFamily
     from .tasks import load_task as load_task
     from .train import run_train as run_train
     from .zoo import WeightZoo as WeightZoo
@@ -35,11 +51,27 @@ if TYPE_CHECKING:  # `as`: exported, for type checkers too
 
 
 _HOMES = {
+    "align": ("run_align",),
     "collect": ("run_collect",),
-    "configs": ("CollectConfig", "EvaluateConfig", "GenerateConfig", "NeuronTrainConfig", "TrainConfig"),
+    "configs": (
+        "AlignConfig",
+        "CollectConfig",
+        "EvaluateConfig",
+        "GenerateConfig",
+        "ImportConfig",
+        "InfoConfig",
+        "NeuronTrainConfig",
+        "PlayConfig",
+        "PullConfig",
+        "PushConfig",
+        "QuickstartConfig",
+        "TrainConfig",
+    ),
+    "errors": ("PdiffError",),
     "evaluation": ("Baseline", "evaluate", "run_evaluate"),
     "generate": ("run_generate",),
     "hub": ("load_pipeline",),
+    "info": ("run_info",),
     "networks.adapted": ("AdaptedNetwork", "lora"),
     "pipelines.neural_network_diffusion": (
         "ConditionEncoder",
@@ -50,10 +82,12 @@ _HOMES = {
         "ParameterLayout",
         "ParameterUNet1DModel",
     ),
-    "tasks": ("Task", "load_task"),
+    "play": ("run_play", "serve"),
+    "quickstart": ("run_quickstart",),
+    "share": ("run_import", "run_pull", "run_push"),
+    "tasks": ("Task", "TaskFamily", "load_task"),
     "train": ("run_train",),
     "zoo": ("WeightZoo", "ZooError"),
-    "errors": ("PdiffError",),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted([*_MODULE_OF, "__version__"])

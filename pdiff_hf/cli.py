@@ -18,14 +18,14 @@ from typing import Any
 # Name: the function that runs it, its configuration, and what it is for.
 STAGES = {
     "collect": ("collect:run_collect", "CollectConfig", "train networks and keep their checkpoints in a zoo"),
-    "align": ("align:run_align", "AlignConfig", "put the hidden units of a zoo's networks into one order and scale"),
+    "align": ("align:run_align", "AlignConfig", "give hidden units one order and scale, ranks of adapters one basis"),
     "train": ("train.stage:run_train", "AnyTrainConfig", "learn the distribution of a zoo's networks"),
     "generate": ("generate:run_generate", "GenerateConfig", "sample networks from a pipeline into a zoo"),
     "evaluate": ("evaluation.stage:run_evaluate", "EvaluateConfig", "compare generated networks with trained ones"),
     "quickstart": ("quickstart:run_quickstart", "QuickstartConfig", "all of it on scikit-learn's digits"),
     "play": ("play:run_play", "PlayConfig", "a page to ask for networks, and to try them out"),
     "info": ("info:run_info", "InfoConfig", "say what a folder or a repository holds, and how good it is"),
-    "import": ("share:run_import", "ImportConfig", "make a zoo of model repositories on the Hub"),
+    "import": ("share:run_import", "ImportConfig", "make a zoo of checkpoints, model repositories or LoRA adapters"),
     "push": ("share:run_push", "PushConfig", "put a zoo or a pipeline on the Hub"),
     "pull": ("share:run_pull", "PullConfig", "get a zoo or a pipeline from the Hub"),
 }

@@ -335,7 +335,7 @@ class QuickstartConfig:
 
     story: Literal["checkpoints", "subsets"] = "checkpoints"
     """Checkpoints of one ConvNet, as the published method learns them, or networks for tasks that nobody trained:
-    which of the ten digits count, in some 8 minutes."""
+    which of the ten digits count, in some 7 minutes."""
     output_dir: str = "runs/quickstart"
     """Where zoo/, pipeline/, generated/ and report/ go; what an earlier quickstart left in them is removed."""
     task: str | None = None
@@ -360,7 +360,7 @@ class PlayConfig:
     """What the networks do: a built-in task or family, or path/to/file.py:MyTask. By default what the pipeline's card
     names, if it is a built-in one."""
     zoo: str | None = None
-    """The zoo that was learned from, to compare with."""
+    """The zoo that was learned from, to compare with; not for families of tasks."""
     port: int | None = None
     """Of the page; by default the first free one from 7860."""
 
@@ -424,7 +424,7 @@ class ImportConfig:
     metadata: str | None = None
     """A file with a JSON object a line, of each adapter: its "source", and columns that the zoo gets."""
     filename: str = "model.safetensors"
-    """The file of each that holds its weights; safetensors only."""
+    """The file of each repository that holds its weights; safetensors only."""
     patterns: tuple[str, ...] = ("*",)
     """Shell-style patterns of the tensors that are generated, or with a ! before them not."""
     may_differ: tuple[str, ...] = ()

@@ -87,8 +87,11 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
                 text += f"the worst {min(accuracies):.2f} %"
                 if len(accuracies) == count > 1:
                     text += f"; all together: {100 * ground.together(all_of_them, condition):.2f} %"
+                shown = generated + others
+                low, high = (end(row["accuracy, %"] for row in shown) for end in (min, max))
+                margin = 0.1 * (high - low) + 0.1
                 limits = {"x_lim": [0, int(count) + 1]} if ground.trained is None else {}
-                plot = gr.ScatterPlot(pandas.DataFrame(generated + others), **limits)
+                plot = gr.ScatterPlot(pandas.DataFrame(shown), y_lim=[low - margin, high + margin], **limits)
                 yield plot, f"{text}.", all_of_them
 
     def answer(state: Any, image: torch.Tensor) -> tuple[Any, str, np.ndarray]:
@@ -136,7 +139,8 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
                     3,
                     value=1,
                     step=0.25,
-                    label="guidance (how strictly the condition is followed)",
+                    label="guidance",
+                    info="how strictly the condition is followed",
                     visible=bool(widgets),
                 )
             button = gr.Button("Ask for networks", variant="primary", elem_id="ask")
@@ -189,8 +193,8 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
             walking.click(walk, [first, second, *widgets], [way, words_of_walk])
         with gr.Tab("Denoise"):
             gr.Markdown(
-                "A network begins as noise. Above: its accuracy after each step. Below: its largest matrix, red where "
-                "weights are positive, blue where they are negative."
+                "A network begins as noise. The curve is its accuracy after each step; the pictures are its largest "
+                "matrix, red where weights are positive, blue where they are negative."
             )
             from_seed = gr.Number(0, precision=0, label="seed")
             denoising = gr.Button("Denoise", elem_id="denoise")

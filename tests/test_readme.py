@@ -1,10 +1,13 @@
 """The README's own commands and programs, run as they stand."""
 
+import ast
 import re
 import sys
 from pathlib import Path
 
 import pytest
+
+from pdiff_hf.tasks import load_family
 
 from .conftest import ROOT
 from .documents import Document, run_here
@@ -57,6 +60,20 @@ def test_the_python_example_samples_networks(digits_pipeline, tmp_path):
     (tmp_path / "runs" / "quickstart" / "pipeline").symlink_to(digits_pipeline)
     done = run_here(tmp_path, sys.executable, "-c", program + "\nprint(len(state_dicts), state_dicts[0].keys())")
     assert done.stdout.startswith("8 dict_keys(['0.weight', '0.bias'")
+
+
+@pytest.mark.slow
+def test_a_network_is_asked_for_of_a_task_that_nobody_trained(tmp_path):
+    """The audit alone is left out: it takes minutes, and `tests/test_conditions.py` has smaller ones."""
+    collect, train, fresh, evaluate = README.commands("runs/subsets/zoo")
+    assert evaluate[:2] == ["pdiff-hf", "evaluate"]
+    run_here(tmp_path, *collect, "--networks-per-task", "1", "--epochs", "1")
+    run_here(tmp_path, *train, "--transformer-steps", "5", "--hidden-size", "32", "--num-layers", "1")
+    assert "204 networks" in run_here(tmp_path, *fresh, "--networks-per-task", "1", "--epochs", "1").stdout
+    program = README.containing("python", "condition=threes") + "\nprint(len(state_dicts), threes)"
+    count, condition = run_here(tmp_path, sys.executable, "-c", program).stdout.split(maxsplit=1)
+    assert count == "8"
+    assert ast.literal_eval(condition) in load_family("digits-subsets").conditions("test")
 
 
 def test_the_tour_names_every_stage():

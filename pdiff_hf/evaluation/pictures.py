@@ -46,6 +46,13 @@ def _figure(width: float = 6.4, height: float = 4.4, **arguments: Any) -> tuple[
     return figure, axes
 
 
+def _title(ax: Any, report: dict[str, Any]) -> None:
+    """The task, and the verdict in words."""
+    words = re.split(r": | \(", report["verdict"]["sentence"])[0]
+    task = plain(report["task"]).rpartition(":")[2]  # of a task in a file, the class
+    ax.set_title(f"{task}\n{words}", fontsize=10, parse_math=False)
+
+
 def _save(figure: Any, folder: Path, name: str) -> list[Path]:
     files = [folder / f"{name}.png", folder / f"{name}.svg"]
     for file in files:
@@ -83,7 +90,13 @@ def conditions(report: dict[str, Any], folder: Path) -> list[Path]:
     for place, mean in enumerate(means):
         if mean < left:
             ax.annotate(f" ← {mean:.1f}", (left, place), va="center")
-    ax.set_xlabel("accuracy on held-out conditions, %\nfull: single networks, open: ensembles of 4 and 16")
+    ax.set_xlabel(
+        f"accuracy on {report['conditions']} held-out conditions, %\n"
+        "full: single networks, 95 % intervals over conditions\n"
+        "open: ensembles of 4 and 16; as long: as generating takes",
+        fontsize=9,
+    )
+    _title(ax, report)
     return _save(figure, folder, "conditions")
 
 
@@ -115,7 +128,7 @@ def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.
             capsize=4,
             marker="_",
             zorder=5,
-            label="front where the generated are, 99 %",
+            label="best baseline there, 99 %",
         )
     # The networks and what surrounds them; the curves lead on to chance.
     means = [mean for _, mean in shown.values()]
@@ -133,8 +146,7 @@ def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.
     ax.set(xlim=limits[0], ylim=limits[1])
     ax.set_xlabel("similarity of the errors to the most similar training network (IoU)")
     ax.set_ylabel("accuracy on the test split, %")
-    words = re.split(r": | \(", verdict["sentence"])[0]
-    ax.set_title(f"{plain(report['task'])}\n{words}", fontsize=10, parse_math=False)
+    _title(ax, report)
     # Beside the networks: inside, it hides some of them.
     ax.legend(
         loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7.5, frameon=False, labelspacing=0.9, markerscale=0.7

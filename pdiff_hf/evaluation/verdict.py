@@ -182,10 +182,9 @@ def verdict(
 
 
 def points(gain: float, interval: list[float]) -> str:
-    """How far above or below something, and the 99 % interval of that."""
-    low, high = interval
-    where = "below" if gain < 0 else "above"
-    return f"{100 * abs(gain):.2f} points (99 % interval {100 * low:+.2f} to {100 * high:+.2f}) {where}"
+    """How far above (+) or below (-) something, and the 99 % interval of that."""
+    low, high = (100 * end for end in interval)
+    return f"{100 * gain:+.2f} points (99 % interval {low:+.2f} to {high:+.2f}) against"
 
 
 def _number(value: torch.Tensor) -> float | None:
