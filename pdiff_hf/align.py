@@ -71,7 +71,7 @@ def _align(config: AlignConfig, folder: Path) -> str:
     try:
         with aligned, tqdm(total=len(zoo), desc="align", unit="network") as progress:
             for batch in zoo.batches():
-                canonical = symmetry.canonical(batch, reference)
+                canonical = symmetry.canonical(batch, reference).to(zoo.dtype).float()  # as it is stored
                 difference = (predict(canonical, inputs) - predict(batch, inputs)).abs().max().item()
                 largest = max(largest, difference)
                 if not difference <= config.tolerance:

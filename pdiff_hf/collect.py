@@ -10,9 +10,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .configs import CollectConfig
-from .errors import ZooError
+from .errors import ConfigError, ZooError
 from .files import human_size, is_zoo
 from .networks.adapted import AdaptedNetwork
+from .networks.stacked import NotStackableError
 from .networks.trainer import NetworkTrainer, StackedTrainer, is_stackable
 from .parallel import Saving, from_main, processes, wait_for_everyone, written
 from .pipelines.neural_network_diffusion import ParameterLayout
@@ -70,6 +71,11 @@ def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
         raise ZooError(
             f"An independent zoo generates whole networks, since each seed has its own {left_out[0]!r}. Pass "
             "--patterns '*', or collect a trajectory."
+        )
+    if config.protocol == "trajectory" and task.learning_rate_factor(1.0) == 0:
+        raise ConfigError(
+            f"The learning rate of {config.task} ends at 0, so that all checkpoints after its epochs would be the "
+            "same. Pass --protocol independent."
         )
     wait_for_everyone()
     if state.is_main_process:
@@ -154,8 +160,12 @@ def _collect_independent(
         seeds = [config.seed + index for index in indices]
         asked = [conditions[index % len(conditions)] for index in indices]
         tasks = [family.task(condition) for condition in asked]
-        if stackable:
-            trained = StackedTrainer(tasks, seeds, config.epochs).train(layout)
+        try:
+            together = StackedTrainer(tasks, seeds, config.epochs) if stackable else None
+        except NotStackableError:  # tasks between the first and the last may have other numbers of examples
+            together = None
+        if together is not None:
+            trained = together.train(layout, config.may_differ)
         else:
             trained = [alone(one, seed) for one, seed in zip(tasks, seeds, strict=True)]
         return [
@@ -173,6 +183,8 @@ def _collect_independent(
             other = seed + attempt * FAR
             print(f"The network of seed {seed} diverged; one of seed {other} takes its place.", file=sys.stderr)
             trained = alone(one, other)
+        if torch.isfinite(trained[0]).all():
+            return trained
         raise ZooError(
             f"The network of seed {seed} diverged, and so did {RETRIES} others in its place. What was kept is safe: "
             "lower the task's learning rate, and choose another --output-dir."

@@ -292,6 +292,8 @@ class GenerateConfig:
         check_seed(self)
         if self.condition is not None and self.conditions is not None:
             raise ConfigError("condition and conditions both say what is asked for: pass one of them.")
+        if self.guidance_scale != 1 and self.condition is None and self.conditions is None:
+            raise ConfigError(f"guidance_scale is {self.guidance_scale}, and nothing is asked for: pass --condition.")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,9 @@ def fits(scheduler: Any) -> bool:
 
 def _relatives(scheduler: Any) -> list[type]:
     if isinstance(scheduler, FLOW_MATCHING):
-        return list(FLOW_MATCHING)
+        # Heun's steps lead on below the sigma that Euler's end at, where a small error of a prediction is a large one
+        # of the velocity.
+        return [FlowMatchEulerDiscreteScheduler] if scheduler.config.get("shift_terminal") else list(FLOW_MATCHING)
     return [type(scheduler), *(one for one in scheduler.compatibles if one not in FLOW_MATCHING)]
 
 

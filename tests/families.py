@@ -103,6 +103,55 @@ class OwnInputs(Sides):
         return Shifted(shift)
 
 
+class Unequal(Sides):
+    """The first and the last of three tasks have as many examples, and the second has fewer."""
+
+    def conditions(self, split):
+        return super().conditions(split)[:3]
+
+    def task(self, condition):
+        task = super().task(condition)
+        if condition == self.conditions("train")[1]:
+            data = task.data
+            task.data = lambda split: tuple(part[:150] for part in data(split))
+        return task
+
+
+class Line(Task):
+    """Two numbers to be predicted."""
+
+    epochs = 2
+
+    def __init__(self, slope: float):
+        self.slope = slope
+
+    def build_network(self):
+        return nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    def data(self, split):
+        inputs = points(split)
+        return inputs, self.slope * inputs
+
+    def loss(self, outputs, targets):
+        return (outputs - targets).square().mean()
+
+    def probabilities(self, outputs):
+        return outputs
+
+    def correct(self, predictions, targets):
+        return (predictions - targets).abs().amax(1) < 0.5
+
+
+class Lines(TaskFamily):
+    """Slopes: `{"slope": float}`."""
+
+    def conditions(self, split):
+        return [{"slope": place / 10} for place in range(("train", "validation", "test").index(split), 21, 3)]
+
+    def task(self, condition):
+        return Line(condition["slope"])
+
+
 class Overlapping(Sides):
     """The same conditions to learn from and to be tested on."""
 

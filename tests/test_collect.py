@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pdiff_hf import CollectConfig, ParameterLayout, WeightZoo, ZooError, load_task, run_collect
+from pdiff_hf.collect import FAR, RETRIES
 from pdiff_hf.errors import ConfigError
 from pdiff_hf.networks.predictor import in_float32
 from pdiff_hf.networks.trainer import NetworkTrainer, StackedTrainer
@@ -143,6 +144,62 @@ def test_a_training_that_diverges_keeps_the_networks_before(tmp_path):
     with pytest.raises(ZooError, match=r"task\.py:Diverging: `1\.weight` holds NaN or infinite values"):
         run_collect(config(tmp_path / "zoo", task=f"{tmp_path}/task.py:Diverging"))
     assert len(WeightZoo(tmp_path / "zoo")) == 3
+
+
+def test_a_trajectory_whose_learning_rate_ends_at_zero_is_refused(tmp_path):
+    (tmp_path / "task.py").write_text(
+        textwrap.dedent("""
+            from pdiff_hf.tasks import half_cosine
+            from pdiff_hf.tasks.digits import DigitsMLP
+            class Ending(DigitsMLP):
+                def learning_rate_factor(self, progress):
+                    return half_cosine(progress)
+        """)
+    )
+    task = f"{tmp_path}/task.py:Ending"
+    with pytest.raises(ConfigError, match=r"Ending ends at 0, so that all checkpoints .* --protocol independent"):
+        run_collect(config(tmp_path / "zoo", task=task))
+    assert not (tmp_path / "zoo").exists()
+    assert len(run_collect(config(tmp_path / "zoo", task=task, protocol="independent"))) == 6
+
+
+class RandomFeatures(DigitsMLP):
+    """Each seed has a first layer of its own, which is not trained."""
+
+    def build_network(self):
+        network = super().build_network()
+        network[1].requires_grad_(False)
+        return network
+
+
+def test_frozen_layers_that_differ_between_seeds_are_refused_where_networks_are_trained_at_once(tmp_path):
+    layout = ParameterLayout.from_state_dict(RandomFeatures().build_network().state_dict(), ("3.*",))
+    layout.load_frozen(NetworkTrainer(RandomFeatures(), 0, 0).network.state_dict())
+    together = StackedTrainer([RandomFeatures()] * 2, [0, 1], 1)
+    with pytest.raises(ZooError, match=r"Seed 1: `1\.weight` is not generated, and differs"):
+        together.train(layout)
+    accepted = StackedTrainer([RandomFeatures()] * 2, [0, 1], 1).train(layout, ["1.*"])
+    assert len(accepted) == 2
+
+
+def test_the_last_replacement_of_a_network_that_diverges_counts(tmp_path):
+    (tmp_path / "task.py").write_text(
+        textwrap.dedent("""
+            import torch
+            from pdiff_hf.collect import FAR, RETRIES
+            from pdiff_hf.tasks.digits import DigitsMLP
+            class Unlucky(DigitsMLP):
+                def build_network(self):
+                    network = super().build_network()
+                    if torch.initial_seed() in [10 + attempt * FAR for attempt in range(RETRIES)]:
+                        torch.nn.init.constant_(network[1].weight, 1e38)  # which overflows
+                    return network
+        """)
+    )
+    settings = {"task": f"{tmp_path}/task.py:Unlucky", "num_networks": 1, "protocol": "independent"}
+    zoo = run_collect(config(tmp_path / "zoo", seed=10, **settings))
+    assert zoo.metadata[0]["seed"] == 10 + RETRIES * FAR
+    assert zoo[0].isfinite().all()
 
 
 def test_a_full_disk_ends_in_one_line_and_a_zoo_that_goes_on(tmp_path):

@@ -12,6 +12,7 @@ from pdiff_hf import (
     EvaluateConfig,
     GenerateConfig,
     NeuronTrainConfig,
+    ParameterLayout,
     TrainConfig,
     WeightZoo,
     evaluate,
@@ -26,8 +27,11 @@ from pdiff_hf.cli import main
 from pdiff_hf.configs import QuickstartConfig
 from pdiff_hf.errors import ConfigError, ZooError
 from pdiff_hf.evaluation import conditions, regression
+from pdiff_hf.evaluation.measures import interval, resampled_means
 from pdiff_hf.networks.trainer import NetworkTrainer
 from pdiff_hf.quickstart import run_quickstart
+from pdiff_hf.tasks import load_family
+from pdiff_hf.tasks.family import solved_alike
 from pdiff_hf.train.neuron_diffusion import initial_vectors
 
 from . import families
@@ -101,6 +105,14 @@ def test_tasks_with_inputs_of_their_own_are_trained_on_these(tmp_path):
     torch.testing.assert_close(
         zoo.vectors([7])[0], zoo.layout.flatten(alone.trained().state_dict()).cpu(), atol=2e-3, rtol=1e-2
     )
+
+
+def test_tasks_with_other_numbers_of_examples_are_trained_one_by_one(tmp_path):
+    name = f"{families.__name__}:Unequal"
+    zoo = run_collect(CollectConfig(name, str(tmp_path / "zoo"), networks_per_task=1))
+    row = zoo.metadata[1]
+    alone = NetworkTrainer(families.Unequal().task({"direction": row["direction"]}), row["seed"])
+    torch.testing.assert_close(zoo[1], zoo.layout.flatten(alone.trained().state_dict()).cpu())
 
 
 # ---- training and asking
@@ -194,6 +206,7 @@ def test_the_command_takes_conditions_and_rows_record_them(trained, tmp_path, ca
         ({"condition": '{"direction": [1]}'}, "'direction' cannot be"),
         ({"conditions": "nowhere.jsonl"}, "cannot be read"),
         ({"condition": "{}", "conditions": "nowhere.jsonl"}, "pass one of them"),
+        ({"guidance_scale": 2.0}, "nothing is asked for"),
     ],
 )
 def test_what_cannot_be_asked_for_is_said_before_anything_is_made(trained, tmp_path, settings, message):
@@ -285,6 +298,42 @@ def test_an_audit_needs_a_pipeline_that_can_be_asked(zoo, trained, tmp_path):
         evaluate(FAMILY, trained=some, generated=load_pipeline(trained))
     with pytest.raises(ZooError, match="come in a zoo, whose rows hold their conditions"):
         evaluate(FAMILY, trained=[{}], generated=pipe)
+    with pytest.raises(ZooError, match="what is audited is a pipeline, which is asked for some of them, and not list"):
+        evaluate(FAMILY, trained=zoo, generated=[zoo.state_dict(0)])
+
+
+def test_conditions_that_the_same_networks_solve_count_once(zoo):
+    groups = solved_alike(FAMILY, zoo.layout, FAMILY.conditions("test"))
+    assert groups.tolist() == [place // 2 for place in range(16)]
+    subsets = load_family("digits-subsets")
+    asked = subsets.conditions("test")
+    layout = ParameterLayout.from_state_dict(subsets.task(asked[0]).build_network().state_dict())
+    assert solved_alike(subsets, layout, asked).bincount().tolist() == [2] * 102
+
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    twice = resampled_means(values.repeat_interleave(2), 0, torch.arange(50).repeat_interleave(2))
+    torch.testing.assert_close(twice, resampled_means(values, 0))
+    low, high = interval(resampled_means(values.repeat_interleave(2), 0))
+    assert high - low < 0.8 * (interval(twice)[1] - interval(twice)[0])
+
+
+def test_the_constant_of_a_ridge_regression_is_free():
+    known = regression.Conditions([{"x": float(place)} for place in range(20)])
+    networks = 5 + 0.1 * known.rows @ torch.tensor([[1.0, -2.0]])
+    features = regression._interactions(known.rows, 1)
+    for answer in regression._ridge(known, features, networks, 1):
+        torch.testing.assert_close(answer([{"x": 9.5}]), torch.full((1, 2), 5.0))
+
+
+@pytest.mark.slow
+def test_tasks_whose_targets_are_no_classes_have_no_majority(tmp_path):
+    name = f"{families.__name__}:Lines"
+    zoo = run_collect(CollectConfig(name, str(tmp_path / "zoo"), networks_per_task=4))
+    places = {"zoo": str(zoo.folder), "output_dir": str(tmp_path / "pipeline"), "task": name}
+    pipe = run_train(NeuronTrainConfig(**places, **SMALL, condition=("slope",), transformer_steps=10))
+    groups = evaluate(families.Lines(), trained=zoo, generated=pipe)["groups"]
+    assert "mean network" in groups
+    assert "majority class" not in groups
 
 
 def scores(**means: float) -> dict:
@@ -313,7 +362,7 @@ def test_verdicts(generated, shuffled, retrieval, ridge, label):
         ridge_regression=ridge,
         hypernetwork=0.6,
     )
-    assert conditions._verdict(groups)["label"] == label
+    assert conditions._verdict(groups, [], torch.arange(200))["label"] == label
 
 
 @pytest.mark.slow
@@ -332,6 +381,10 @@ def test_a_quality_that_is_asked_for_is_measured(digits_zoo, tmp_path):
     assert min(accuracies) <= quality["asked"][0] < quality["asked"][-1] <= max(accuracies)
     assert len(quality["measured"]) == len(quality["asked"]) == conditions.LEVELS
     assert quality["interval"][0] <= quality["slope"] <= quality["interval"][1]
+    with WeightZoo.create(tmp_path / "equal", digits_zoo.layout, task=digits_zoo.task) as equal:
+        for index in range(len(digits_zoo)):
+            equal.append(digits_zoo[index], validation_accuracy=0.97)
+    assert evaluate(trained=equal, generated=str(tmp_path), num_networks=3, networks_per_point=3)["quality"] is None
 
 
 @pytest.mark.slow

@@ -58,6 +58,11 @@ def test_flow_matching_is_a_kind_of_its_own():
         replacement("DDIMScheduler", FlowMatchEulerDiscreteScheduler())
 
 
+def test_steps_that_lead_below_the_last_sigma_are_refused():
+    with pytest.raises(ConfigError, match=r"These do: FlowMatchEulerDiscreteScheduler\."):
+        replacement("FlowMatchHeunDiscreteScheduler", FlowMatchEulerDiscreteScheduler(shift_terminal=0.2))
+
+
 def test_generate_takes_one_and_says_so_of_each_network(digits_pipeline, tmp_path):
     settings = {"pipeline": str(digits_pipeline), "num_networks": 2, "num_inference_steps": 5}
     made = run_generate(GenerateConfig(**settings, output_dir=str(tmp_path / "zoo"), scheduler="DDIMScheduler"))

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..errors import ZooError
+from ..errors import PipelineError, ZooError
+from ..hub.pipelines import check_draws
 from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
 from ..networks.canonical import REFERENCE_NETWORKS
 from ..networks.gauge import Gauge
@@ -18,7 +19,7 @@ from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from ..runs import own_randomness
 from ..tasks import Task, TaskFamily
-from ..tasks.family import key_of, training_inputs, with_equivalents
+from ..tasks.family import key_of, solved_alike, training_inputs, with_equivalents
 from ..zoo import WeightZoo, evenly
 from .canonical import symmetry_that_holds
 from .equal_time import train_as_long
@@ -37,6 +38,8 @@ MOST_CHOSEN_ON, CHOSEN_BY = 64, 4
 GUIDANCES = (1.0, 1.5, 2.0)
 # A column that says how good a network is, and levels of it that are asked for.
 QUALITY, LEVELS = "validation_accuracy", 9
+# Below it, a zoo's accuracies are all the same.
+SMALLEST_RANGE = 1e-4
 # Which of the answers are no more than looking up.
 LOOKED_UP = (
     *("majority class", "one network for all tasks", "mean network", "nearest condition", "mean of the nearest"),
@@ -73,6 +76,7 @@ class ConditionAudit:
         every = family.conditions("test")
         self.asked = [every[place] for place in evenly(len(every), MOST_CONDITIONS)]
         names = list(self.asked[0])
+        check_draws(pipeline)
         if pipeline.condition_encoder is None:
             raise ZooError(f"The pipeline cannot be asked for {', '.join(names)}: it was trained without --condition.")
         try:
@@ -82,6 +86,7 @@ class ConditionAudit:
         self.rows = [{name: row.get(name) for name in names} for row in trained.rows()]
         if lacking := [name for name in names if any(row[name] is None for row in self.rows)]:
             raise ZooError(f"Rows of {trained.folder} lack the condition {lacking[0]!r}.")
+        self.alike = solved_alike(family, trained.layout, self.asked)
         self.tasks = [family.task(condition) for condition in self.asked]
         self.predict = Predictor(self.tasks[0], trained.layout, processes().device)
 
@@ -94,8 +99,9 @@ class ConditionAudit:
         groups = {
             "generated": self._score(generated),
             "shuffled condition": self._score(self._generate(others, NETWORKS, scale)),
-            "majority class": {"single": self._majority(), "least": None},
         }
+        if (majority := self._majority()) is not None:
+            groups["majority class"] = {"single": majority, "least": None}
         rivals = self._rivals()
         groups |= rivals
         groups["one network for all tasks"] = self._score(self._together().expand(len(self.asked), 1, -1))
@@ -109,8 +115,8 @@ class ConditionAudit:
             "conditions": len(self.asked),
             "networks_per_condition": NETWORKS,
             "guidance_scale": scale,
-            "verdict": _verdict(groups, list(rivals)),
-            "groups": {name: _summary(group) for name, group in groups.items()},
+            "verdict": _verdict(groups, list(rivals), self.alike),
+            "groups": {name: _summary(group, self.alike) for name, group in groups.items()},
             "training": training,
         }
 
@@ -146,10 +152,13 @@ class ConditionAudit:
         """Accuracy `[C]` on the tasks of the asked conditions, of single networks `[C, K, P]` and of ensembles."""
         return _scored(self.tasks, vectors, self.predict, "test")
 
-    def _majority(self) -> torch.Tensor:
-        """Of always answering the class that is the most frequent in training, `[C]`."""
+    def _majority(self) -> torch.Tensor | None:
+        """Of always answering the class that is the most frequent in training, `[C]`; None where targets are not one
+        class an example."""
         found = []
         for (_, targets), (_, tested) in zip(data_of(self.tasks, "train"), data_of(self.tasks, "test"), strict=True):
+            if targets.ndim != 1 or targets.is_floating_point():
+                return None
             found.append((tested == targets.mode().values).float().mean())
         return torch.stack(found)
 
@@ -255,7 +264,8 @@ class ConditionAudit:
 def asked_quality(scorer: Scorer, trained: WeightZoo, pipeline: NeuralNetworkDiffusionPipeline) -> Any:
     r"""
     Whether a pipeline that can be asked for a validation accuracy delivers it: over the range of the zoo, the slope of
-    what is measured against what was asked for, and its 95 % interval over networks. None where it cannot be asked.
+    what is measured against what was asked for, and its 95 % interval over networks. None where it cannot be asked, or
+    not without an initialization, or where the zoo's networks are equally good.
 
     Args:
         scorer (`Scorer`): Of the task.
@@ -266,18 +276,24 @@ def asked_quality(scorer: Scorer, trained: WeightZoo, pipeline: NeuralNetworkDif
     if QUALITY not in {column["name"] for column in getattr(getattr(encoder, "config", None), "columns", ())}:
         return None
     found = torch.tensor([row[QUALITY] for row in trained.rows() if isinstance(row.get(QUALITY), float)])
-    low, high = torch.quantile(found, torch.tensor([0.05, 0.95])).tolist()
-    asked = torch.linspace(low, high, LEVELS).repeat_interleave(NETWORKS)
+    try:
+        check_draws(pipeline)
+    except PipelineError:
+        return None
+    low, high = torch.quantile(found.double(), torch.tensor([0.05, 0.95]).double()).tolist()
+    if not high - low > SMALLEST_RANGE:
+        return None
+    asked = torch.linspace(low, high, LEVELS, dtype=torch.float64).repeat_interleave(NETWORKS)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(asked))]
     rows = [{QUALITY: value} for value in asked.tolist()]
     vectors = pipeline(condition=rows, generator=generators, output_type="pt").state_dicts.cpu()
     scores = scorer(lambda some: vectors[some.start : some.stop], len(vectors), "asked", vectors)
     # Least squares of each bootstrap sample, whose weights sum to 1.
-    weights = torch.cat([torch.full((1, len(asked)), 1 / len(asked)), resample(len(asked), 0).float()])
-    x, y = asked.float(), scores.validation.float()
-    centred = weights @ (x * y) - (weights @ x) * (weights @ y)
-    slopes = centred / (weights @ x.square() - (weights @ x).square()).clamp_min(1e-12)
+    weights = resample(len(asked), 0)
+    weights = torch.cat([torch.full_like(weights[:1], 1 / len(asked)), weights])
+    x, y = asked - asked.mean(), scores.validation.double()
+    slopes = (weights @ (x * y) - (weights @ x) * (weights @ y)) / (weights @ x.square() - (weights @ x).square())
     return {
         "column": QUALITY,
         "asked": asked[::NETWORKS].tolist(),
@@ -316,18 +332,19 @@ def _scored(tasks: Sequence[Any], vectors: torch.Tensor, predict: Predictor, spl
     return {**{name: torch.stack(values) for name, values in accuracies.items()}, "least": torch.stack(least)}
 
 
-def _summary(group: dict[str, Any]) -> dict[str, Any]:
+def _summary(group: dict[str, Any], alike: torch.Tensor) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, values in group.items():
         if name == "least":
             found["min"] = None if values is None else values.min().item()
         else:
-            found[name] = {"mean": values.mean().item(), "interval": interval(resampled_means(values, 0))}
+            found[name] = {"mean": values.mean().item(), "interval": interval(resampled_means(values, 0, alike))}
     return found
 
 
-def _verdict(groups: dict[str, dict[str, Any]], rivals: Sequence[str] = ()) -> dict[str, Any]:
-    """The generator against each, over conditions; what the family knows without a network is looked up, too."""
+def _verdict(groups: dict[str, dict[str, Any]], rivals: Sequence[str], alike: torch.Tensor) -> dict[str, Any]:
+    """The generator against each, over conditions, those that are solved alike together; what the family knows without
+    a network is looked up, too."""
     ours = groups["generated"]["single"]
 
     def gain(names: Sequence[str]) -> dict[str, Any]:
@@ -336,7 +353,7 @@ def _verdict(groups: dict[str, dict[str, Any]], rivals: Sequence[str] = ()) -> d
         return {
             "over": best,
             "mean": difference.mean().item(),
-            "interval": interval(resampled_means(difference, 0), CONFIDENCE),
+            "interval": interval(resampled_means(difference, 0, alike), CONFIDENCE),
         }
 
     regressions = [name for name in groups if name.startswith(("ridge", "hypernetwork"))]

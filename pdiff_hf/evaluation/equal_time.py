@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..networks.stacked import NotStackableError
 from ..networks.trainer import StackedTrainer, is_stackable
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout
 from ..tasks import Task
@@ -38,7 +39,10 @@ def train_as_long(
     """
     if not is_stackable([tasks[0], tasks[-1]], layout):
         return None
-    timed = StackedTrainer(tasks, list(range(len(tasks))))
+    try:
+        timed = StackedTrainer(tasks, list(range(len(tasks))))
+    except NotStackableError:
+        return None
     generate(2)  # whatever is done once
     taken = _seconds(generate, len(tasks))
     timed.train_steps(2, layout)

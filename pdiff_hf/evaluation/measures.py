@@ -78,14 +78,20 @@ def resample(count: int, seed: int) -> torch.Tensor:
     return weights.scatter_add_(1, drawn, torch.ones_like(weights)) / count
 
 
-def resampled_means(values: torch.Tensor, seed: int) -> torch.Tensor:
-    """Means of bootstrap samples of values `[n]`, `[RESAMPLES]`, with memory for a part of the samples at a time."""
+def resampled_means(values: torch.Tensor, seed: int, groups: torch.Tensor | None = None) -> torch.Tensor:
+    """Means of bootstrap samples of values `[n]`, `[RESAMPLES]`, with memory for a part of the samples at a time.
+    Values of the same group, of 0 to G - 1 `[n]`, are drawn together: they tell what one of them would."""
+    if groups is None:
+        groups = torch.arange(len(values))
+    members = groups.bincount()
+    sums = values.new_zeros(len(members)).index_add(0, groups, values)
     generator = torch.Generator().manual_seed(seed)
-    rows = max(1, BATCH_VALUES // len(values))
-    sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
-    return torch.cat(
-        [values[torch.randint(len(values), (size, len(values)), generator=generator)].mean(1) for size in sizes]
-    )
+    rows = max(1, BATCH_VALUES // len(sums))
+    means = []
+    for start in range(0, RESAMPLES, rows):
+        drawn = torch.randint(len(sums), (min(rows, RESAMPLES - start), len(sums)), generator=generator)
+        means.append(sums[drawn].sum(1) / members[drawn].sum(1))
+    return torch.cat(means)
 
 
 def interval(values: torch.Tensor, confidence: float = CONFIDENCE) -> list[float]:

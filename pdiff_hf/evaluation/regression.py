@@ -133,10 +133,9 @@ def _interactions(numbers: torch.Tensor, degree: int) -> torch.Tensor | None:
 def _ridge(conditions: Conditions, features: torch.Tensor, networks: torch.Tensor, degree: int) -> list[Answer]:
     inputs = features.double()
     gram, products = inputs.T @ inputs, inputs.T @ networks.double()
-    weights = [
-        torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), products).float()
-        for penalty in PENALTIES
-    ]
+    penalized = torch.eye(len(gram), dtype=gram.dtype)
+    penalized[0, 0] = 0  # the constant is free
+    weights = [torch.linalg.solve(gram + penalty * penalized, products).float() for penalty in PENALTIES]
 
     def answer(asked: Sequence[Row], solved: torch.Tensor) -> torch.Tensor:
         some = _interactions(conditions(asked), degree)

@@ -308,7 +308,12 @@ class Scorer:
             gaps = torch.zeros(len(correct), CALIBRATION_BINS, dtype=torch.float64)
             gaps[torch.arange(len(correct)), bins] = confidence - (answers == targets).double()
             values["ece_scaled"] = (by_example @ gaps).abs().sum(1)
-        return {name: interval(found) for name, found in values.items()}
+        found = {name: interval(resampled) for name, resampled in values.items()}
+        if temperature is not None:
+            # Resampling adds to an error as sampling did: what it added is taken off (the basic bootstrap interval).
+            error = gaps.mean(0).abs().sum().item()
+            found["ece_scaled"] = [max(0.0, 2 * error - end) for end in reversed(found["ece_scaled"])]
+        return found
 
     def _correct(self, predictions: torch.Tensor, split: str) -> torch.Tensor:
         targets = self.targets[split]

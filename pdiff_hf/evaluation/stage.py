@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from ..configs import EvaluateConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, ZooError
 from ..extras import require
 from ..files import locked
 from ..hub.cards import write_evaluation
@@ -153,6 +153,11 @@ def _audit(
                 "--generated PIPELINE."
             )
         generated = load(generated)
+    if not hasattr(generated, "condition_encoder"):
+        raise ZooError(
+            f"{name} is a family of tasks: what is audited is a pipeline, which is asked for some of them, and not "
+            f"{type(generated).__name__}."
+        )
     gold = fresh if isinstance(fresh, WeightZoo | None) else WeightZoo.from_pretrained(str(fresh))
     check_family(family, processes().device, training=False)
     figures = from_main(lambda: ConditionAudit(family, zoo, generated, gold, seed).figures())

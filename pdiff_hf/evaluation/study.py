@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import ZooError
+from ..errors import PipelineError, ZooError
 from ..files import UNFINISHED
+from ..hub.pipelines import check_draws
 from ..parallel import from_main, processes
 from ..zoo import WeightZoo
 from . import pictures
@@ -340,8 +341,13 @@ class Study:
         }
 
     def denoising(self) -> tuple[list[int], list[torch.Tensor]] | None:
-        """Accuracies of some networks, `[n]` each, if denoising ended after a step; nothing without a pipeline."""
+        """Accuracies of some networks, `[n]` each, if denoising ended after a step; nothing without a
+        pipeline that samples by itself."""
         if self.pipeline is None:
+            return None
+        try:
+            check_draws(self.pipeline)
+        except PipelineError:
             return None
         kept: list[tuple[int, torch.Tensor]] = []
 

@@ -13,7 +13,7 @@ import torch
 from ..errors import HubError, ZooError
 from ..files import is_pipeline
 from ..hub.client import is_repository
-from ..hub.pipelines import load_pipeline, pipeline_folder, weights_sha256
+from ..hub.pipelines import check_draws, load_pipeline, pipeline_folder, weights_sha256
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout
 from ..tasks import Task, TaskFamily, check_task, load_family, load_task
@@ -200,6 +200,7 @@ def _open(networks: NetworksLike, scratch: Path, like: WeightZoo | None = None) 
 def _sample(sampler: Sampler, trained: WeightZoo, scratch: Path, count: int, seed: int) -> WeightZoo:
     if hasattr(sampler, "set_progress_bar_config"):
         sampler.set_progress_bar_config(disable=True)
+    check_draws(sampler)
     seeds = range(seed, seed + count)
     check_room_for(scratch.parent, count, trained.layout, "float32")
     with WeightZoo.create(scratch, trained.layout) as zoo:

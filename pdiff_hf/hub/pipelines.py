@@ -73,6 +73,18 @@ def load_pipeline(
     return pipe
 
 
+def check_draws(pipeline: Any) -> None:
+    """Raises [`PipelineError`] where a pipeline is told initializations, and cannot draw them itself."""
+    if getattr(pipeline, "takes_initial", False):
+        try:
+            pipeline.layout.draw_initial([torch.Generator().manual_seed(0)])
+        except ValueError as error:
+            raise PipelineError(
+                f"This pipeline cannot sample by itself: {error} Call it from Python, `pipe(initial=state_dicts)`, "
+                "and evaluate what it makes."
+            ) from error
+
+
 def pipeline_folder(
     name_or_path: str | os.PathLike[str], revision: str | None = None, token: str | None = None
 ) -> Path:

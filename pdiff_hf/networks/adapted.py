@@ -125,8 +125,10 @@ class AdaptedNetwork(nn.Module):
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> "AdaptedNetwork":
-        """Of the base network too."""
-        self._base[0].train(mode)
+        """Of the base network too, but for the statistics of its batch norms: they stay, as no adapter holds them."""
+        for module in self._base[0].train(mode).modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         return super().train(mode)
 
 

@@ -251,13 +251,22 @@ def _as_activation(images: torch.Tensor, count: int) -> torch.Tensor:
 def _linear(module: nn.Linear, own: Weights, hidden: torch.Tensor) -> torch.Tensor:
     if hidden.ndim != 3:
         raise NotStackableError("A linear layer over more than one dimension of features.")
-    weight, bias = own["weight"], own.get("bias")
+    weight, bias = _as_many(own)
     if hidden.shape[1] == 1:
         # One product for all networks, since they see the same.
         return _product(hidden[:, 0], weight, bias)
     weight, hidden = weight.expand(hidden.shape[1], -1, -1).transpose(1, 2), hidden.transpose(0, 1)
     outputs = torch.bmm(hidden, weight) if bias is None else torch.baddbmm(bias[:, None], hidden, weight)
     return outputs.transpose(0, 1)
+
+
+def _as_many(own: Weights) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of as many networks, where one of them is the same in all."""
+    weight, bias = own["weight"], own.get("bias")
+    if bias is not None and len(bias) != len(weight):
+        count = max(len(bias), len(weight))
+        weight, bias = (values.expand(count, *values.shape[1:]) for values in (weight, bias))
+    return weight, bias
 
 
 def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -271,7 +280,7 @@ def _conv2d(module: nn.Conv2d, own: Weights, hidden: torch.Tensor, kept: dict[st
     """`kept` keeps the patches of the inputs for other networks."""
     if module.padding_mode != "zeros":
         raise NotStackableError("A convolution with an unusual padding.")
-    weight, bias = own["weight"], own.get("bias")
+    weight, bias = _as_many(own)
     count = max(len(weight), hidden.shape[-2]) if hidden.ndim == 5 else 0
     same_inputs = count > 1 and hidden.shape[-2] == 1 and module.groups == 1
     images = _as_images(hidden if same_inputs else hidden.expand(*hidden.shape[:3], max(count, 1), -1))

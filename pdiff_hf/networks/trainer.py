@@ -99,10 +99,7 @@ class NetworkTrainer:
         """Trains from the beginning; the parameter vector, of NaN where it diverged, and what is to be remembered."""
         initial_norm = layout.flatten(self.network.state_dict()).norm().item()
         state_dict = self.trained().state_dict()
-        try:
-            layout.check_frozen(state_dict, may_differ)
-        except ValueError as error:
-            raise ZooError(f"Seed {self.seed}: {error} Accept it by --may-differ, or generate it too.") from error
+        _check_frozen(layout, state_dict, may_differ, self.seed)
         row = self.metadata(self.task.data("validation")) | {"initial_norm": initial_norm}
         return [(flatten(layout, state_dict), row)]
 
@@ -181,10 +178,15 @@ class StackedTrainer:
         self.steps_per_epoch = -(-self.examples // self.task.batch_size)
         self.steps = (self.task.epochs if epochs is None else epochs) * self.steps_per_epoch
 
-    def train(self, layout: ParameterLayout) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    def train(
+        self, layout: ParameterLayout, may_differ: Sequence[str] = ()
+    ) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         """Trains from the beginning; the parameter vector of each network and what is to be remembered of it."""
         norms = self._vectors(layout).norm(dim=1).tolist()
         vectors = self.train_steps(self.steps, layout)
+        for index, seed in enumerate(self.seeds):
+            own = {name: values[index] for name, values in self.weights.items()}
+            _check_frozen(layout, own, may_differ, seed)
         correct = [
             right.float().mean().item()
             for right in correct_of(self.tasks, vectors, Predictor(self.task, layout, self.device), "validation")
@@ -258,6 +260,15 @@ def correct_of(tasks: Sequence[Task], vectors: torch.Tensor, predict: Predictor,
         predictions = [predict(vector[None], inputs)[0] for vector, (inputs, _) in zip(vectors, data, strict=True)]
     for task, prediction, (_, targets) in zip(tasks, predictions, data, strict=True):
         yield task.correct(prediction, targets.cpu())
+
+
+def _check_frozen(
+    layout: ParameterLayout, state_dict: dict[str, torch.Tensor], may_differ: Sequence[str], seed: int
+) -> None:
+    try:
+        layout.check_frozen(state_dict, may_differ)
+    except ValueError as error:
+        raise ZooError(f"Seed {seed}: {error} Accept it by --may-differ, or generate it too.") from error
 
 
 def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -21,6 +21,8 @@ COLUMNS = {"index", "source", "seed", "step", "validation_accuracy", "initial_no
 SPLITS = ("train", "validation", "test")
 # Tasks, evenly picked, whose inputs stand for those of all, where they are not the same.
 INPUTS_OF = 32
+# Conditions that are computed differ by rounding.
+DECIMALS = 6
 
 
 class TaskFamily:
@@ -133,9 +135,8 @@ def with_equivalents(
         [`TaskError`]: other forms that lack or repeat parameters, or that solve a task of another split; or an error
             of the family's own.
     """
-    names, every = list(family.conditions("train")[0]), torch.arange(layout.vector_size)
+    names, places = list(family.conditions("train")[0]), _places(layout)
     splits = {key_of(condition): split for split in SPLITS for condition in family.conditions(split)}
-    places = {t["name"]: every[layout.slices[t["name"]]].view(t["shape"]) for t in layout.tensors("generated")}
     of: dict[str, list[tuple[dict[str, Any], torch.Tensor]]] = {}
     known: dict[bytes, torch.Tensor] = {}
     found, orders = list(rows), []
@@ -158,6 +159,35 @@ def with_equivalents(
         return forms
 
     return found, in_all_forms
+
+
+def solved_alike(family: TaskFamily, layout: ParameterLayout, conditions: Sequence[dict[str, Any]]) -> torch.Tensor:
+    r"""
+    Which conditions the same networks solve, in other forms: figures on them tell what one of them would.
+
+    Args:
+        family (`TaskFamily`): Knows other forms of its networks.
+        layout (`ParameterLayout`): Theirs.
+        conditions (`Sequence[dict]`): C conditions.
+
+    Returns:
+        `torch.Tensor`: The group of each, `[C]`, from 0.
+    """
+    places = _places(layout)
+    groups: dict[str, int] = {}
+    for index, condition in enumerate(conditions):
+        forms = [condition, *(other for other, _ in _forms(family, condition, places, {}))]
+        keys = [key_of(form, DECIMALS) for form in forms]
+        joined = {groups[key] for key in keys if key in groups}
+        groups |= dict.fromkeys([*keys, *(key for key, group in groups.items() if group in joined)], index)
+    own = [groups[key_of(condition, DECIMALS)] for condition in conditions]
+    return torch.tensor(own).unique(return_inverse=True)[1]
+
+
+def _places(layout: ParameterLayout) -> StateDict:
+    """Where each generated parameter is in a vector, in the shapes of the tensors."""
+    every = torch.arange(layout.vector_size)
+    return {t["name"]: every[layout.slices[t["name"]]].view(t["shape"]) for t in layout.tensors("generated")}
 
 
 def _forms(
@@ -187,13 +217,16 @@ def _forms(
     return found
 
 
-def key_of(condition: dict[str, Any]) -> str:
-    """The same for conditions that are the same in the rows of a zoo: of lists and tuples, in any order, 0 and -0."""
+def key_of(condition: dict[str, Any], decimals: int | None = None) -> str:
+    """The same for conditions that are the same in the rows of a zoo: of lists and tuples, in any order, 0 and -0; or
+    that are up to so many decimals."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [plain(one) for one in value]
-        return value + 0.0 if isinstance(value, float) else value
+        if isinstance(value, float):
+            return (value if decimals is None else round(value, decimals)) + 0.0
+        return value
 
     return json.dumps({name: plain(value) for name, value in condition.items()}, sort_keys=True, default=repr)
 

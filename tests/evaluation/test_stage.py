@@ -267,6 +267,27 @@ def test_bands_of_ensembles_are_bootstrapped_over_examples(report, slow):
             assert high - low == pytest.approx(3.92 * spread, rel=0.2)
 
 
+@pytest.mark.parametrize("sharpness", [1.3, 1.8])
+def test_bands_of_the_calibration_error_hold_the_true_one(sharpness):
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = 2.5 * torch.randn(count, 10, generator=generator).double()
+        answers = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+        return (sharpness * logits).softmax(1), answers
+
+    many, answers = drawn(100_000)
+    true = slow_calibration_error(many.numpy(), answers.numpy())
+    held = 0
+    for _ in range(100):
+        predictions, answers = drawn(597)
+        scorer = object.__new__(scoring.Scorer)
+        scorer.targets = {"test": answers}
+        low, high = scorer._bands(predictions, predictions.argmax(1) == answers, 1.0)["ece_scaled"]
+        held += low <= true <= high
+    assert held >= 85
+
+
 def test_without_resampling_bands_are_the_figures(monkeypatch):
     networks = [answering(slope, offset) for slope, offset in ((1, 0), (0.2, 1), (-0.1, 0.3), (2, -1))]
     monkeypatch.setattr(scoring, "resample", lambda count, seed: torch.full((3, count), 1 / count).double())

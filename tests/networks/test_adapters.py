@@ -135,6 +135,17 @@ def gpt2() -> GPT2LMHeadModel:
         return GPT2LMHeadModel(config).eval()
 
 
+def test_training_leaves_the_statistics_of_the_base_network():
+    base = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+    network = AdaptedNetwork(base, lora(base, ["3"], 2)).train()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    network(3 + torch.randn(10, 4)).sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert base[2].training
+    assert not network.eval().training
+    assert not base[2].training
+
+
 class Convolutions(nn.Module):
     def __init__(self):
         super().__init__()

@@ -271,6 +271,21 @@ def test_frozen_tensors_are_the_layouts():
     torch.testing.assert_close(predictions, expected.softmax(-1), **TOLERANCE)
 
 
+@pytest.mark.parametrize("pattern", ["*weight", "*bias"])
+def test_weights_may_be_generated_without_biases_and_biases_without_weights(pattern):
+    for build in (
+        lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)),
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten()),
+    ):
+        inputs = torch.randn(5, 8) if "Linear" in str(build()[0]) else torch.randn(5, 1, 6, 6)
+        states = random_states(build)
+        layout = ParameterLayout.from_state_dict(states[0], (pattern,))
+        vectors = torch.stack([layout.flatten(state) for state in states])
+        expected = in_a_loop(build, layout.unflatten(vectors), inputs)
+        outputs = StackedNetwork(build().eval())(stack(layout, vectors), inputs[None])
+        torch.testing.assert_close(outputs, expected, **TOLERANCE, check_stride=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parameters_of_half_precision_are_rounded_as_the_network_rounds_them(dtype):
     def build():

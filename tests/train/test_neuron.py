@@ -247,7 +247,14 @@ def test_what_cannot_be_drawn_is_said_in_training_and_has_to_be_passed(tmp_path,
     with pytest.raises(ValueError, match="pass `initial`"):
         sample(pipe)
     initial = initial_vectors(Orthogonal(), zoo)[:3]
-    assert sample(pipe, initial=initial).isfinite().all()
+    made = pipe(initial=initial, generator=torch.Generator().manual_seed(0)).state_dicts
+    report = evaluate(
+        Orthogonal(), trained=zoo, generated=made, pipeline=pipe, networks_per_point=2, output_dir=tmp_path
+    )
+    assert report["training"] is None
+    assert not (tmp_path / "denoising.png").exists()
+    with pytest.raises(PipelineError, match=r"cannot sample by itself: .*pass `initial`"):
+        evaluate(Orthogonal(), trained=zoo, generated=pipe)
 
 
 def test_aligned_networks_have_lost_their_initialization(zoo, tmp_path):
