@@ -103,6 +103,7 @@ def whole(file: Path, remedy: str = MAKE_ROOM) -> Iterator[Path]:
     try:
         with explained(file, remedy):
             file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)  # it may be a link, which writers would follow
             yield temporary
             sync(temporary)
             temporary.replace(file)
@@ -154,6 +155,17 @@ def check_opens(file: Path) -> None:
     except UnicodeError as error:
         raise OSError("its path is no UTF-8, in which readers of safetensors name files") from error
     file.open("rb").close()
+
+
+def stays_inside(file: Path, folder: Path) -> bool:
+    """Whether a file is in the folder, or in the blobs of the Hub's cache that it is in; links are followed."""
+    try:
+        home, target = folder.resolve(), file.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+    return target.is_relative_to(home) or (
+        home.parent.name == "snapshots" and target.is_relative_to(home.parents[1] / "blobs")
+    )
 
 
 def own_name(*parts: Any) -> str:

@@ -24,6 +24,17 @@ def test_what_is_written_becomes_the_file_and_its_folder_is_made(tmp_path):
     assert list(file.parent.iterdir()) == [file]
 
 
+def test_a_link_where_a_file_is_prepared_is_not_followed(tmp_path):
+    file, elsewhere = tmp_path / "folder" / "file.txt", tmp_path / "elsewhere"
+    file.parent.mkdir()
+    elsewhere.write_text("mine")
+    file.with_name("file.txt.part").symlink_to(elsewhere)
+    with whole(file) as temporary:
+        temporary.write_text("new")
+    assert (file.read_text(), file.is_symlink()) == ("new", False)
+    assert elsewhere.read_text() == "mine"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_a_write_that_is_interrupted_leaves_the_file_as_it_was(tmp_path, error):
     file = tmp_path / "file.txt"

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
 from ..errors import HubError, PipelineError
-from ..files import whole
+from ..files import stays_inside, whole
 from ..text import load_yaml, plain
 from .client import is_repository, license_of
 
@@ -196,7 +196,7 @@ def write_evaluation(folder: Path, section: str, results: list[EvalResult], pict
         pictures (`list[Path]`): Put beside it and shown.
 
     Raises:
-        [`PipelineError`]: the card has no place for it.
+        [`PipelineError`]: the card has no place for it, or the folder has pictures elsewhere, by links.
     """
     file = folder / "README.md"
     start, end = EVALUATION
@@ -204,11 +204,13 @@ def write_evaluation(folder: Path, section: str, results: list[EvalResult], pict
     before, marker, rest = card.text.partition(start)
     if not marker:
         raise PipelineError(f"{file} has no place for figures: it lacks the line {start!r}.")
-    lines = [section.strip()]
+    lines, beside = [section.strip()], folder / "evaluation"
+    for path in (beside, *beside.rglob("*")):
+        if not stays_inside(path, folder):
+            raise PipelineError(f"{path} is a link that leads out of {folder}: remove it.")
     for picture in pictures:
-        target = folder / "evaluation" / picture.name
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(picture, target)
+        with whole(beside / picture.name) as target:
+            shutil.copyfile(picture, target)
         lines += ["", f"![{picture.stem}](evaluation/{picture.name})"]
     text = before + "\n".join([start, "", *lines, "", end]) + rest.partition(end)[2]
     data = card.data.to_dict() | ModelCardData(model_name=PLACEHOLDER, eval_results=results).to_dict()

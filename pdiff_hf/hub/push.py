@@ -16,7 +16,7 @@ from huggingface_hub import (
 )
 
 from ..errors import HubError
-from ..files import UNFINISHED, is_pipeline, is_zoo, locked
+from ..files import UNFINISHED, is_pipeline, is_zoo, locked, stays_inside
 from .cards import PLACEHOLDER, card_text, merge_cards, write_evaluation
 from .client import check_card, explained
 
@@ -80,10 +80,11 @@ def _push(
     repo_type = _repo_type(folder)
     if any(folder.glob("*.part")) or any(folder.glob(f"{UNFINISHED}*")):
         raise HubError(f"{folder} is unfinished: complete it with the command that makes it, then push.")
+    files = _files(folder)
     api = HfApi(token=token)
     with explained(repo_id, None):
-        if (folder / "README.md").exists():
-            check_card(merge_cards(card_text(folder / "README.md"), None, license), repo_type)
+        if "README.md" in files:
+            check_card(merge_cards(card_text(files["README.md"]), None, license), repo_type)
         repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
         info = api.repo_info(repo_id, repo_type=repo_type)
         if private is not None and info.private != private:
@@ -93,25 +94,16 @@ def _push(
             )
         present = set(api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha))
         operations: list[CommitOperationAdd | CommitOperationDelete] = []
-        names = set()
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            name = path.relative_to(folder)
-            if any(part.match(pattern) for part in map(Path, name.parts) for pattern in LOCAL_FILES):
-                continue
-            if not _stays_inside(path, folder):
-                raise HubError(
-                    f"{path} is a link that leads out of {folder}: put the file itself there, or remove it."
-                )
-            names.add(name.as_posix())
-            content: bytes | Path = contents.get(name.as_posix(), path)
-            if name.as_posix() == "README.md":
+        for name, path in files.items():
+            content: bytes | Path = contents.get(name, path)
+            if name == "README.md":
                 old = _read_text(api, repo_id, repo_type, info.sha) if "README.md" in present else None
                 card = card_text(path).replace(PLACEHOLDER, repo_id)
                 content = merge_cards(card, old, license).encode()
-            operations.append(CommitOperationAdd(name.as_posix(), content))
+            operations.append(CommitOperationAdd(name, content))
         stale = sorted(
             name
-            for name in present - names
+            for name in present - files.keys()
             if name.endswith(".safetensors") or (name.startswith("evaluation/") and name.endswith(".png"))
         )
         operations += [CommitOperationDelete(name) for name in stale]
@@ -149,14 +141,19 @@ def _repo_type(folder: Path) -> str:
     raise HubError(f"{folder} holds neither a zoo (zoo.json) nor a pipeline (model_index.json).")
 
 
+def _files(folder: Path) -> dict[str, Path]:
+    """What of a folder goes into a repository, by its name there."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if any(part.match(pattern) for part in map(Path, name.parts) for pattern in LOCAL_FILES):
+            continue
+        if not stays_inside(path, folder):
+            raise HubError(f"{path} is a link that leads out of {folder}: put the file itself there, or remove it.")
+        found[name.as_posix()] = path
+    return found
+
+
 def _read_text(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> str:
     file = api.hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=revision)
     return card_text(Path(file))
-
-
-def _stays_inside(file: Path, folder: Path) -> bool:
-    """Whether a file is in the folder, or in the blobs of the Hub's cache that the folder is in."""
-    home, target = folder.resolve(), file.resolve()
-    return target.is_relative_to(home) or (
-        home.parent.name == "snapshots" and target.is_relative_to(home.parents[1] / "blobs")
-    )

@@ -326,6 +326,8 @@ def _checkpoint_to_resume(config: LoopConfig) -> Path | None:
 
 def _open_losses(file: Path, step: int) -> TextIO:
     """The log of losses, without the steps that will be trained again."""
+    if file.is_symlink():
+        raise TrainingError(f"{file} is a link, through which no losses are written: remove it.")
     with explained(file):
         lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
         file.parent.mkdir(parents=True, exist_ok=True)

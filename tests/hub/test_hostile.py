@@ -142,6 +142,21 @@ def test_results_that_others_measured_stay():
     assert [one["name"] for one in data["model-index"]] == ["somebody"]
 
 
+@pytest.mark.parametrize("link", ["evaluation", "evaluation/plane.png"])
+def test_pictures_stay_in_the_folder_of_their_pipeline(tmp_path, link):
+    folder, elsewhere, picture = tmp_path / "pipeline", tmp_path / "elsewhere", tmp_path / "plane.png"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "plane.png").write_bytes(b"mine")
+    picture.write_bytes(b"picture")
+    write_pipeline_card(folder, {}, None, 3, 9)
+    (folder / link).parent.mkdir(exist_ok=True)
+    (folder / link).symlink_to(elsewhere / link.removeprefix("evaluation").removeprefix("/"))
+    with pytest.raises(PdiffError, match=f"{link} is a link that leads out of .*pipeline: remove it"):
+        write_evaluation(folder, "section", [], [picture])
+    assert (elsewhere / "plane.png").read_bytes() == b"mine"
+
+
 # ---- what is pulled
 
 
@@ -260,6 +275,29 @@ def test_a_folder_of_two_kinds_is_not_pushed(zoo):
     (zoo.folder / "model_index.json").write_text("{}")
     with pytest.raises(HubError, match="holds both a zoo and a pipeline"):
         push(zoo.folder, "me/both")
+
+
+def push_and_note(folder: Path, repo: str) -> tuple[str, list[str]]:
+    """What a push says, and the cards that it sent to the Hub."""
+    from huggingface_hub import RepoCard
+
+    sent, validate = [], RepoCard.validate
+    RepoCard.validate = lambda card, *arguments: sent.append(card.content)
+    try:
+        return said("push", "--folder", str(folder), "--repo", repo), sent
+    finally:
+        RepoCard.validate = validate
+
+
+def test_a_card_that_is_a_link_out_of_the_folder_is_sent_nowhere(alice, tmp_path):
+    folder, secret = tmp_path / "pipeline", tmp_path / "secret"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    secret.write_text("my secret")
+    (folder / "README.md").symlink_to(secret)
+    line, sent = alice(push_and_note, folder, "alice/linked")
+    assert re.search(r"README\.md is a link that leads out of", line)
+    assert sent == []
 
 
 # ---- what lies there as if this machine had made it

@@ -215,6 +215,16 @@ def test_what_cannot_be_trained_is_said_before_anything_is_written(digits_zoo, t
     assert not (tmp_path / "pipeline").exists()
 
 
+def test_losses_are_not_written_through_a_link(digits_zoo, tmp_path):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.write_text("mine")
+    (folder / "train.losses.jsonl").symlink_to(elsewhere)
+    with pytest.raises(TrainingError, match=r"train\.losses\.jsonl is a link, through which no losses are written"):
+        run_train(small_config(digits_zoo, folder))
+    assert elsewhere.read_text() == "mine"
+
+
 def test_identical_networks_have_no_distribution(tmp_path):
     network = torch.nn.Linear(2, 2).state_dict()
     with WeightZoo.create(tmp_path / "zoo", ParameterLayout.from_state_dict(network)) as zoo:
