@@ -132,14 +132,10 @@ class WeightZoo:
             [`WriteError`]: it cannot be written.
         """
         folder = Path(folder)
-        check_kind(folder, "collect")
         if dtype not in STORED_AS:
             raise ZooError(f"A zoo stores {' or '.join(STORED_AS)}, and not {dtype}.")
-        if is_zoo(folder):
-            raise ZooError(f"{folder} holds a zoo already. Open it with WeightZoo({str(folder)!r}) to append to it.")
         with locked(folder):
-            if leftover := next(folder.glob("networks-*.safetensors"), None):
-                raise ZooError(f"{leftover} is there without a zoo.json. Choose another folder, or move it away.")
+            check_free(folder)
             cls._write(folder, layout, task, networks_per_shard, dtype, may_differ)
         return cls(folder)
 
@@ -591,14 +587,28 @@ class WeightZoo:
         self.flush()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Copies the zoo to another folder; what is still on the Hub is downloaded."""
+        r"""
+        Copies the zoo to another folder; what is still on the Hub is downloaded.
+
+        Args:
+            folder (`str` or `os.PathLike`): Where; it must not hold a zoo yet.
+
+        Raises:
+            [`ZooError`]: there is a zoo already.
+            [`ConfigError`]: the folder holds a pipeline or a report.
+            [`WriteError`]: it cannot be written.
+        """
+        folder = Path(folder)
         self.flush()
         for shard in range(len(self._shards)):
             self._shards.open(shard)
-        # Links of the cache become files.
-        shutil.copytree(
-            self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.part", f"{UNFINISHED}*", LOCK)
-        )
+        with locked(folder), explained(folder):
+            check_free(folder)
+            # Links of the cache become files.
+            left = shutil.ignore_patterns("zoo.json", "*.part", f"{UNFINISHED}*", LOCK)
+            shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=left)
+            with whole(folder / "zoo.json") as file:  # last, since it is what makes a folder a zoo
+                shutil.copyfile(self.folder / "zoo.json", file)
 
     def export(self, folder: str | os.PathLike[str]) -> None:
         r"""
@@ -626,6 +636,15 @@ class WeightZoo:
             file.unlink()
         if self.folder.is_dir() and {file.name for file in self.folder.iterdir()} <= {LOCK}:
             shutil.rmtree(self.folder)
+
+
+def check_free(folder: Path) -> None:
+    """Raises an error where a folder holds a zoo or a part of one, or what is none."""
+    check_kind(folder, "collect")
+    if is_zoo(folder):
+        raise ZooError(f"{folder} holds a zoo already. Open it with WeightZoo({str(folder)!r}) to append to it.")
+    if leftover := next(folder.glob("networks-*.safetensors"), None):
+        raise ZooError(f"{leftover} is there without a zoo.json. Choose another folder, or move it away.")
 
 
 def networks_per_batch(vector_size: int, most: int = 64, values: int = BATCH_VALUES) -> int:

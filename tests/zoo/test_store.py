@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pdiff_hf import ParameterLayout, WeightZoo, ZooError
-from pdiff_hf.errors import WriteError
+from pdiff_hf.errors import ConfigError, WriteError
 from pdiff_hf.files import whole
 from pdiff_hf.zoo import shards
 
@@ -75,6 +75,24 @@ def test_a_network_that_does_not_fit_leaves_the_zoo_as_it_was(zoo):
 def test_a_copy_holds_the_same(zoo, tmp_path):
     zoo.save_pretrained(tmp_path / "copy")
     assert torch.equal(WeightZoo.from_pretrained(tmp_path / "copy").vectors(), zoo.vectors())
+
+
+def test_a_copy_is_no_mixture_with_a_zoo_that_was_there(zoo, layout, tmp_path):
+    other = WeightZoo.create(tmp_path / "other", layout, networks_per_shard=4)
+    with other:
+        for _ in range(12):
+            other.append(torch.zeros(zoo.vector_size), source="other")
+    with pytest.raises(ZooError, match="holds a zoo already"):
+        zoo.save_pretrained(other.folder)
+    (other.folder / "zoo.json").rename(tmp_path / "zoo.json")
+    with pytest.raises(ZooError, match=r"networks-.* is there without a zoo\.json"):
+        zoo.save_pretrained(other.folder)
+    (tmp_path / "zoo.json").rename(other.folder / "zoo.json")
+    assert not WeightZoo(other.folder).vectors().any()
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").touch()
+    with pytest.raises(ConfigError, match="holds a pipeline"):
+        zoo.save_pretrained(tmp_path / "pipeline")
 
 
 def test_a_second_zoo_does_not_replace_the_first(zoo, layout):
