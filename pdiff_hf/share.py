@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.utils import filter_repo_objects
 
 from .config import read_objects
 from .configs import ImportConfig, PullConfig, PushConfig
@@ -68,17 +69,36 @@ def _pull(config: PullConfig, folder: Path) -> str:
         arguments: dict[str, Any] = {"repo_type": repo_type, "revision": commit}
         described = Path(hf_hub_download(config.repo, index, **arguments))
         patterns = [*ZOO_FILES] if kind == "zoo" else pipeline_files(_read_index(described))
+        names = set(HfApi().list_repo_files(config.repo, **arguments))
+        noted = {note.relative_to(notes).with_suffix("").as_posix(): note for note in notes.rglob("*.metadata")}
+        of_earlier = noted.keys() - names
+        replaced = {*filter_repo_objects(names, allow_patterns=patterns), *of_earlier}
+        if kind == "zoo":
+            replaced |= {shard.name for shard in folder.glob("networks-*.safetensors")}
+        for name in sorted(replaced):
+            _check_pulled(folder / name, noted.get(name))
         # First gone and last there: what an interrupted pull leaves is no mixture of two commits.
         (folder / index).unlink(missing_ok=True)
         snapshot_download(config.repo, local_dir=folder, allow_patterns=patterns, ignore_patterns=index, **arguments)
-        names = set(HfApi().list_repo_files(config.repo, **arguments))
-        for note in notes.rglob("*.metadata"):
-            name = note.relative_to(notes).with_suffix("").as_posix()
-            if name not in names:  # of an earlier pull
-                (folder / name).unlink(missing_ok=True)
-                note.unlink()
+        for name in of_earlier:
+            (folder / name).unlink(missing_ok=True)
+            noted[name].unlink()
         hf_hub_download(config.repo, index, local_dir=folder, **arguments)
     return str(folder)
+
+
+def _check_pulled(file: Path, note: Path | None) -> None:
+    """Raises [`HubError`] where a file is there that is not as it was pulled; the client's note has commit, hash and
+    time, a line each."""
+    if not file.exists():
+        return
+    try:
+        if note is not None and file.stat().st_mtime <= float(note.read_text(encoding="utf-8").splitlines()[2]) + 1:
+            return
+        happened = "was not pulled" if note is None else "was changed since it was pulled"
+    except (OSError, ValueError, IndexError):
+        happened = "was not pulled"
+    raise HubError(f"{file} {happened}, and a pull would replace it. Choose another --output-dir.")
 
 
 def _found(config: PullConfig) -> str:

@@ -857,6 +857,38 @@ def test_a_zoo_is_not_pulled_over_another_one(alice, zoo, big_zoo):
     assert torch.equal(WeightZoo(big_zoo.folder).vectors(), before)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def test_a_pull_replaces_nothing_that_was_changed_or_made_here(alice, zoo, tmp_path):
+    zoo.write_card("Networks.")
+    alice(push_folder, zoo.folder, "alice/worked-on")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "notes.txt").write_text("mine")
+    alice(pull, "alice/worked-on", tmp_path / "project")
+    alice(pull, "alice/worked-on", tmp_path / "project")
+    with WeightZoo(tmp_path / "project") as mine:
+        for seed in range(10, 17):
+            mine.append(random_network(seed).state_dict(), seed=seed)
+    before = contents(tmp_path / "project")
+    error = alice(error_of, pull, "alice/worked-on", tmp_path / "project")
+    assert "and a pull would replace it. Choose another --output-dir" in error
+    assert contents(tmp_path / "project") == before
+    alice(pull, "alice/worked-on", tmp_path / "edited")
+    later = time.time() + 10
+    os.utime(tmp_path / "edited" / "README.md", (later, later))
+    error = alice(error_of, pull, "alice/worked-on", tmp_path / "edited")
+    assert "README.md was changed since it was pulled, and a pull would replace it." in error
+    assert (tmp_path / "edited" / "zoo.json").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metadata.jsonl").write_text("mine")
+    error = alice(error_of, pull, "alice/worked-on", tmp_path / "mine")
+    assert "metadata.jsonl was not pulled" in error
+    assert (tmp_path / "mine" / "metadata.jsonl").read_text() == "mine"
+
+
 def test_what_is_not_of_a_zoo_is_not_pushed_with_it(alice, zoo, tmp_path):
     (tmp_path / "secret.txt").write_text("hf_alice")
     (tmp_path / "secrets").mkdir()
