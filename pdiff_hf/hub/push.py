@@ -60,7 +60,8 @@ def push(
         contents (`Mapping[str, bytes]`, *optional*): What goes up in the place of what files of these names hold.
 
     Raises:
-        [`HubError`]: there is neither in the folder, or the repository cannot be written, or it changed meanwhile.
+        [`HubError`]: there is neither in the folder, or the repository holds something else, cannot be written, or
+            changed meanwhile.
     """
     folder = Path(folder)
     with locked(folder) if os.access(folder, os.W_OK) else nullcontext():
@@ -93,6 +94,12 @@ def _push(
                 "Change it in the repository's settings, or leave `private` out."
             )
         present = set(api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha))
+        index = "zoo.json" if repo_type == "dataset" else "model_index.json"
+        if index not in present and any(name.endswith(".safetensors") for name in present):
+            raise HubError(
+                f"{repo_id} holds weights of something else, which a push would remove: safetensors files and no "
+                f"{index}. Choose another repository."
+            )
         operations: list[CommitOperationAdd | CommitOperationDelete] = []
         for name, path in files.items():
             content: bytes | Path = contents.get(name, path)

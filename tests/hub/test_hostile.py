@@ -271,6 +271,19 @@ def test_a_push_does_not_pretend_to_change_who_sees_a_repository(alice, zoo):
     assert "exists and is private" in line
 
 
+def weights_of_something_else(repo: str) -> None:
+    HfApi().create_repo(repo)
+    HfApi().upload_file(path_or_fileobj=b"theirs", path_in_repo="model.safetensors", repo_id=repo)
+
+
+def test_a_push_removes_no_weights_of_something_else(alice, digits_pipeline):
+    alice(weights_of_something_else, "alice/my-llm")
+    line = alice(said, "push", "--folder", str(digits_pipeline), "--repo", "alice/my-llm")
+    assert "alice/my-llm holds weights of something else, which a push would remove" in line
+    assert "model.safetensors" in alice(files_of, "alice/my-llm")
+    assert "model_index.json" not in alice(files_of, "alice/my-llm")
+
+
 def test_a_folder_of_two_kinds_is_not_pushed(zoo):
     (zoo.folder / "model_index.json").write_text("{}")
     with pytest.raises(HubError, match="holds both a zoo and a pipeline"):
