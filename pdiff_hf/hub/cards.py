@@ -27,15 +27,13 @@ GENERATED = ("<!-- pdiff-hf: what follows is rewritten by every push -->", "<!--
 
 def merge_cards(new: str, old: str | None, license: str | None = None) -> str:
     r"""
-    The card to push: the generated part of `new` in the place of that of `old`, and everything that a person wrote
-    around it. Metadata that only the old card has stays; tags are united; a licence is set where one is given.
+    The card to push: the generated part of `new`, which is between the marks, and around it what a person wrote there
+    in `new`, or else in `old`. A new card without marks is a person's own, and its text stays as it is. Metadata that
+    only the old card has stay; tags are united; a licence is set where one is given.
     """
     fresh = _parsed_card(new)
     present = fresh if old is None else _parsed_card(old)
-    start, end = GENERATED
-    section = start + fresh.text.partition(start)[2].partition(end)[0] + end
-    before, marker, rest = present.text.partition(start)
-    text = before + section + rest.partition(end)[2] if marker else f"{present.text.rstrip()}\n\n{section}\n"
+    text = _merged_texts(fresh.text, present.text)
     old_data, new_data = present.data.to_dict(), fresh.data.to_dict()
     _drop_evaluation(old_data)  # of what the repository or the folder held before
     data = old_data | new_data
@@ -43,6 +41,18 @@ def merge_cards(new: str, old: str | None, license: str | None = None) -> str:
     if license is not None:
         data["license"] = license
     return _card(data, text)
+
+
+def _merged_texts(new: str, old: str) -> str:
+    start, end = GENERATED
+    before, marker, rest = new.partition(start)
+    section, _, after = rest.partition(end)
+    if not marker or before.strip() or after.strip():
+        return new
+    before, marker, rest = old.partition(start)
+    if not marker:
+        before, rest = f"{old.rstrip()}\n\n", f"{end}\n"
+    return before + start + section + end + rest.partition(end)[2]
 
 
 def _drop_evaluation(data: dict[str, Any]) -> None:

@@ -46,7 +46,8 @@ def push(
     r"""
     Makes a repository hold what a folder with a zoo or a pipeline holds, in one commit: all of it or nothing, and no
     commit where nothing changed. Shards, weights and pictures that the folder does not have any more are removed;
-    files of other kinds in the repository stay, and so does what a person wrote into its card.
+    files of other kinds in the repository stay. What a person wrote around the marked part of the folder's card goes
+    up; where nobody did, what the repository's card has there stays. A card without marks goes up as it is.
 
     Args:
         folder (`str` or `os.PathLike`): A zoo (pushed as a data set) or a pipeline (pushed as a model).

@@ -467,6 +467,35 @@ def test_cards_are_merged_around_the_generated_part():
     assert foreign.index("# Somebody else's") < foreign.index("new")
 
 
+def test_what_a_person_writes_into_the_card_of_a_folder_arrives(alice, zoo):
+    zoo.write_card("Networks.")
+    alice(push_folder, zoo.folder, "alice/written")
+    file, start = zoo.folder / "README.md", GENERATED[0]
+    file.write_text(file.read_text().replace(start, f"My introduction, written later.\n\n{start}"))
+    alice(push_folder, zoo.folder, "alice/written")
+    assert "My introduction, written later." in alice(card_of, "alice/written", "dataset")
+    zoo.write_card("The same networks.")
+    assert "My introduction, written later." in file.read_text()
+    file.write_text("---\nlicense: mit\n---\n# My own card\n")
+    alice(push_folder, zoo.folder, "alice/written")
+    card = alice(card_of, "alice/written", "dataset")
+    assert card.endswith("---\n# My own card\n")
+    assert start not in card
+
+
+def test_text_around_the_generated_part_is_that_of_the_new_card_where_it_has_any():
+    start, end = GENERATED
+    section = f"{start}\nnew\n{end}"
+    old = f"before\n{start}\nold\n{end}\nafter\n"
+    for new, expected in (
+        (f"\n{section}\n\n", f"before\n{section}\nafter\n"),
+        (f"mine\n{section}\n", f"mine\n{section}\n"),
+        (f"{section}\nmine\n", f"{section}\nmine\n"),
+        ("mine alone\n", "mine alone\n"),
+    ):
+        assert merge_cards(f"---\nlicense: mit\n---\n{new}", old).endswith(f"---\n{expected}")
+
+
 def publish_networks() -> None:
     for seed in range(3):
         save_file(random_network(seed).state_dict(), "model.safetensors")
