@@ -928,9 +928,13 @@ def test_what_is_not_of_a_zoo_is_not_pushed_with_it(alice, zoo, tmp_path):
     (zoo.folder / "inner" / "linked.txt").symlink_to(tmp_path / "secret.txt")
     for name in (".env", ".netrc"):
         (zoo.folder / name).write_text("hf_alice")
-    # Refusing is as good.
-    alice(error_of, push, zoo.folder, "alice/tidy")
+    for link in ("inner/linked.txt", "linked.txt"):
+        assert f"{link} is a link that leads out of" in alice(error_of, push, zoo.folder, "alice/tidy")
+        assert "no error" not in alice(error_of, list_datasets_files, "alice/tidy")
+        (zoo.folder / link).unlink()
+    alice(push_folder, zoo.folder, "alice/tidy")
     files = set(alice(list_datasets_files, "alice/tidy"))
+    assert "zoo.json" in files
     assert not files & {"linked.txt", "linked/secret.txt", "inner/linked.txt", ".env", ".netrc"}
 
 
