@@ -35,8 +35,10 @@ def merge_cards(new: str, old: str | None, license: str | None = None) -> str:
     present = fresh if old is None else _parsed_card(old)
     text = _merged_texts(fresh.text, present.text)
     old_data, new_data = present.data.to_dict(), fresh.data.to_dict()
-    _drop_evaluation(old_data)  # of what the repository or the folder held before
     data = old_data | new_data
+    # Of what `pdiff-hf evaluate` measured, the old card has that of what was there before.
+    ours = [one for one in _results(new_data) if _is_ours(one)]
+    _set_results(data, [*_results(old_data), *_results(new_data)], ours)
     data["tags"] = sorted({*_tags(old_data), *_tags(new_data)})
     if license is not None:
         data["license"] = license
@@ -55,18 +57,29 @@ def _merged_texts(new: str, old: str) -> str:
     return before + start + section + end + rest.partition(end)[2]
 
 
-def _drop_evaluation(data: dict[str, Any]) -> None:
-    """Leaves the results that others measured."""
-    results = data.pop("model-index", None)
-    if others := [one for one in results or [] if not _is_ours(one)]:
-        data["model-index"] = others
+def _results(data: dict[str, Any]) -> list[Any]:
+    """The entries of the model index."""
+    return _list(data.get("model-index"))
+
+
+def _list(value: Any) -> list[Any]:
+    """A list that may be something else, of which nothing is taken."""
+    return value if isinstance(value, list) else []
+
+
+def _set_results(data: dict[str, Any], entries: list[Any], ours: list[Any]) -> None:
+    """Makes the model index those entries that others measured, each once, and these."""
+    data.pop("model-index", None)
+    others = [one for place, one in enumerate(entries) if not _is_ours(one) and one not in entries[:place]]
+    if others or ours:
+        data["model-index"] = [*others, *ours]
 
 
 def _is_ours(model: Any) -> bool:
     """Whether an entry of a model index holds what `pdiff-hf evaluate` measured."""
     results = model.get("results") if isinstance(model, dict) else None
-    types = [(one.get("task") or {}).get("type") for one in results or [] if isinstance(one, dict)]
-    return bool(types) and set(types) == {TASK_TYPE}
+    tasks = [one.get("task") if isinstance(one, dict) else None for one in _list(results)]
+    return bool(tasks) and all(isinstance(task, dict) and task.get("type") == TASK_TYPE for task in tasks)
 
 
 def _parsed_card(content: str) -> RepoCard:
@@ -223,7 +236,9 @@ def write_evaluation(folder: Path, section: str, results: list[EvalResult], pict
             shutil.copyfile(picture, target)
         lines += ["", f"![{picture.stem}](evaluation/{picture.name})"]
     text = before + "\n".join([start, "", *lines, "", end]) + rest.partition(end)[2]
-    data = card.data.to_dict() | ModelCardData(model_name=PLACEHOLDER, eval_results=results).to_dict()
+    data = card.data.to_dict()
+    ours = ModelCardData(model_name=PLACEHOLDER, eval_results=results).to_dict()["model-index"] if results else []
+    _set_results(data, _results(data), ours)
     with whole(file) as temporary:
         temporary.write_text(_card(data, text), encoding="utf-8")
 

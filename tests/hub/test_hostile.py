@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-from huggingface_hub import EvalResult, HfApi, ModelCard
+from huggingface_hub import EvalResult, HfApi, ModelCard, RepoCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -157,6 +157,31 @@ def test_pictures_stay_in_the_folder_of_their_pipeline(tmp_path, link):
     assert (elsewhere / "plane.png").read_bytes() == b"mine"
 
 
+def indexed(card: str) -> list[str]:
+    return [one["name"] for one in RepoCard(card).data.to_dict()["model-index"]]
+
+
+def test_an_evaluation_replaces_no_results_that_others_measured(tmp_path):
+    write_pipeline_card(tmp_path, {}, None, 3, 9)
+    card = tmp_path / "README.md"
+    theirs = card.read_text().replace("---\n", OTHERS.removesuffix("tags: [mine]\n---\n"), 1)
+    write_evaluation(tmp_path, "section", [RESULT], [])
+    ours = card.read_text()
+    card.write_text(theirs)
+    for _ in range(2):
+        write_evaluation(tmp_path, "section", [RESULT], [])
+        both = card.read_text()
+        assert len(indexed(both)) == 2
+        assert indexed(both)[0] == "somebody"
+    assert indexed(merge_cards(ours, theirs)) == indexed(merge_cards(both, theirs)) == indexed(both)
+
+
+@pytest.mark.parametrize("entries", ["abc", "5", "[5, {results: 5}, {results: [5]}, {results: [{task: x}]}]"])
+def test_a_strange_model_index_is_no_bug(entries):
+    card = f"---\nmodel-index: {entries}\n---\n"
+    assert "tags" in merge_cards("---\ntags: [a]\n---\n", card)
+
+
 # ---- what is pulled
 
 
@@ -292,8 +317,6 @@ def test_a_folder_of_two_kinds_is_not_pushed(zoo):
 
 def push_and_note(folder: Path, repo: str) -> tuple[str, list[str]]:
     """What a push says, and the cards that it sent to the Hub."""
-    from huggingface_hub import RepoCard
-
     sent, validate = [], RepoCard.validate
     RepoCard.validate = lambda card, *arguments: sent.append(card.content)
     try:
