@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, RepoCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..errors import HubError, PipelineError
 from ..files import stays_inside, whole
@@ -84,8 +85,8 @@ def _is_ours(model: Any) -> bool:
 
 def _parsed_card(content: str) -> RepoCard:
     try:
-        _, marker, rest = content.partition("---")
-        load_yaml(rest.partition("\n---")[0] if marker else "")
+        if block := REGEX_YAML_BLOCK.search(content):
+            load_yaml(block[2])
         return RepoCard(content, ignore_metadata_errors=True)
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise HubError(

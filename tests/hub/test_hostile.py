@@ -70,6 +70,26 @@ def test_metadata_that_would_take_minutes_are_refused_at_once(tmp_path, card, pl
     assert time.monotonic() - start < 3
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# Networks\n\n| split | accuracy |\n| --- | --- |\n| test | 0.9 |\n",
+        "# Networks\n\nIntroduction.\n\n---\n\n*Note*: see the paper.\n",
+    ],
+)
+def test_a_table_or_a_rule_is_no_metadata(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    for _ in range(2):
+        write_zoo_card(tmp_path, "Networks.", None, 3, 9)
+    assert f"---\n{text}\n{GENERATED[0]}" in (tmp_path / "README.md").read_text()
+
+
+def test_metadata_are_bounded_that_the_client_alone_takes_for_them():
+    card = bomb(4).replace("---\n", "---\nk:\n---x: 1\n", 1)
+    with pytest.raises(HubError, match="aliases"):
+        merge_cards("---\ntags: [a]\n---\n", card)
+
+
 HOSTILE = st.sampled_from([*GENERATED, "<script>alert(1)</script>", "\x1b[2J", "`", "\n\n# Title", "\ud800", "![](x)"])
 
 
