@@ -17,7 +17,7 @@ from .runs import save_run
 from .tasks import check_family, load_family
 from .tasks.family import training_inputs
 from .tasks.task import trusted_name
-from .zoo import WeightZoo, check_room_for, evenly, networks_per_batch
+from .zoo import WeightZoo, built, check_room_for, evenly, networks_per_batch
 
 
 EXAMPLES = 100
@@ -61,35 +61,35 @@ def _align(config: AlignConfig, folder: Path) -> str:
         mean += batch.sum(0) / len(zoo)
     largest = before = after = 0.0
     rows = zoo.rows()
-    aligned = WeightZoo.create(
+    making = built(
         folder,
         zoo.layout,
         task=name if config.task is not None else zoo.task,
         dtype=str(zoo.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         may_differ=zoo.may_differ,
     )
-    try:
-        with aligned, tqdm(total=len(zoo), desc="align", unit="network") as progress:
-            for batch in zoo.batches():
-                canonical = symmetry.canonical(batch, reference).to(zoo.dtype).float()  # as it is stored
-                difference = (predict(canonical, inputs) - predict(batch, inputs)).abs().max().item()
-                largest = max(largest, difference)
-                if not difference <= config.tolerance:
-                    raise ZooError(
-                        f"Predictions of {zoo.folder} changed by {difference:.2g}, more than the tolerance of "
-                        f"{config.tolerance:.2g}: these networks have other symmetries than their forward pass shows."
-                    )
-                before += (batch - mean).norm(dim=1).sum().item()
-                after += (canonical - reference).norm(dim=1).sum().item()
-                for vector in canonical:
-                    # Its initialization is as it was.
-                    aligned.append(vector, **{k: v for k, v in next(rows).items() if k != "initial_norm"})
-                progress.update(len(batch))
-    except BaseException:
-        aligned.delete()
-        raise
+    with making as aligned, tqdm(total=len(zoo), desc="align", unit="network") as progress:
+        for batch in zoo.batches():
+            canonical = symmetry.canonical(batch, reference)
+            expected = predict(batch, inputs)
+            difference = (predict(canonical, inputs) - expected).abs().max().item()
+            if zoo.dtype != torch.float32:  # what is stored is rounded, too
+                stored = predict(canonical.to(zoo.dtype).float(), inputs)
+                largest = max(largest, (stored - expected).abs().max().item())
+            largest = max(largest, difference)
+            if not difference <= config.tolerance:
+                raise ZooError(
+                    f"Predictions of {zoo.folder} changed by {difference:.2g}, more than the tolerance of "
+                    f"{config.tolerance:.2g}: these networks have other symmetries than their forward pass shows."
+                )
+            before += (batch - mean).norm(dim=1).sum().item()
+            after += (canonical - reference).norm(dim=1).sum().item()
+            for vector in canonical:
+                # Its initialization is as it was.
+                aligned.append(vector, **{k: v for k, v in next(rows).items() if k != "initial_norm"})
+            progress.update(len(batch))
     save_run(folder, "align", config)
-    aligned.write_card(f"The networks of `{zoo.folder.name}` in canonical form.")
+    WeightZoo(folder).write_card(f"The networks of `{zoo.folder.name}` in canonical form.")
     return (
         f"{len(zoo)} networks with {symmetry}: the mean distance to their mean was "
         f"{before / len(zoo):.4g} and is {after / len(zoo):.4g}. Predictions differ by {largest:.2g} at most."

@@ -8,6 +8,7 @@ from pdiff_hf.align import run_align
 from pdiff_hf.cli import main
 from pdiff_hf.configs import AlignConfig
 from pdiff_hf.errors import ConfigError, TaskError
+from pdiff_hf.files import UNFINISHED, is_zoo
 from pdiff_hf.networks.predictor import Predictor
 
 from .test_cli import line_of
@@ -55,6 +56,19 @@ def test_what_cannot_be_aligned_is_refused_and_leaves_nothing(independent, digit
     assert "holds a zoo already" in line_of(*arguments, str(tmp_path / "aligned"))
     with pytest.raises(ConfigError, match="tolerance"):
         AlignConfig(tolerance=float("nan"))
+
+
+def test_a_part_of_an_aligned_zoo_does_not_pass_for_the_whole(independent, tmp_path, monkeypatch):
+    append, seen = WeightZoo.append, set()
+
+    def appending(zoo: WeightZoo, *network, **row) -> None:
+        seen.add(is_zoo(tmp_path / "aligned"))
+        append(zoo, *network, **row)
+
+    monkeypatch.setattr(WeightZoo, "append", appending)
+    run_align(AlignConfig(zoo=str(independent.folder), output_dir=str(tmp_path / "aligned")))
+    assert seen == {False}
+    assert not list((tmp_path / "aligned").glob(f"{UNFINISHED}*"))
 
 
 def test_an_unknown_architecture_is_named(tmp_path):

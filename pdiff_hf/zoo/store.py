@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from .shards import STORED_AS, Shards
 SHARD_BYTES = 256 * 2**20
 # Parameters of all networks of a batch.
 BATCH_VALUES = 2**24
+# Holds, in its folder, a zoo that is not complete yet.
+BUILT = f"{UNFINISHED}zoo"
 REMEDY = " Generate it too, or accept by `may_differ` that all networks have that of the first."
 
 
@@ -333,16 +336,12 @@ class WeightZoo:
                 raise ZooError(f"{one.source}: {error}") from error
 
         with locked(folder):
-            zoo = cls.create(folder, layout, task, dtype=dtype)
-            try:
+            with built(folder, layout, task, dtype=dtype) as zoo:
                 some = evenly(len(found), networks_per_batch(layout.vector_size, REFERENCE_NETWORKS))
                 reference = gauge.reference(torch.stack([read(found[place]) for place in some]))
-                with zoo:
-                    for one in tqdm(found, desc="import", unit="adapter"):
-                        zoo.append(gauge.canonical(read(one)[None], reference)[0], **one.row)
-            except BaseException:
-                zoo.delete()
-                raise
+                for one in tqdm(found, desc="import", unit="adapter"):
+                    zoo.append(gauge.canonical(read(one)[None], reference)[0], **one.row)
+            zoo = cls(folder)
             zoo.write_card(f"{len(zoo)} LoRA adapters that were trained elsewhere, imported in canonical form.")
         return zoo
 
@@ -363,14 +362,11 @@ class WeightZoo:
             return state_dict | {name: state_dict[owner] for name, owner in tied.items() if owner in state_dict}
 
         with locked(folder):
-            zoo = cls.create(folder, make_layout(read(checkpoints[0]), patterns), task, may_differ=may_differ)
-            try:
-                with zoo:
-                    for checkpoint in tqdm(checkpoints, desc="import", unit="network"):
-                        zoo.append(read(checkpoint), **checkpoint.row)
-            except BaseException:
-                zoo.delete()
-                raise
+            layout = make_layout(read(checkpoints[0]), patterns)
+            with built(folder, layout, task, may_differ=may_differ) as zoo:
+                for checkpoint in tqdm(checkpoints, desc="import", unit="network"):
+                    zoo.append(read(checkpoint), **checkpoint.row)
+            zoo = cls(folder)
             zoo.write_card(f"{len(zoo)} networks that were trained elsewhere, imported.")
         return zoo
 
@@ -625,17 +621,39 @@ class WeightZoo:
         """
         export(self.layout, (self.state_dict(index) for index in range(len(self))), folder)
 
-    def delete(self) -> None:
-        """Removes the zoo's files, and its folder where nothing else is in it."""
-        for file in [
-            *self._shards.files,
-            *(self.folder / n for n in ("zoo.json", "frozen.safetensors", "metadata.jsonl")),
-        ]:
-            file.unlink(missing_ok=True)
-        for file in self.folder.glob("networks-*.part"):
-            file.unlink()
-        if self.folder.is_dir() and {file.name for file in self.folder.iterdir()} <= {LOCK}:
-            shutil.rmtree(self.folder)
+
+@contextmanager
+def built(
+    folder: str | os.PathLike[str],
+    layout: ParameterLayout,
+    task: str | None = None,
+    dtype: ZooDtype = "float32",
+    may_differ: Sequence[str] = (),
+) -> Iterator[WeightZoo]:
+    r"""
+    A new zoo to append to, whose files are moved into the folder in the end: a part of it does not pass for the whole.
+    What a killed process left of one is removed.
+
+    Args and raises: as those of [`WeightZoo.create`].
+    """
+    folder = Path(folder)
+    place = folder / BUILT
+    with locked(folder):
+        if (place / "zoo.json").exists() and not (place / "frozen.safetensors").exists():  # it was being moved
+            for moved in folder.glob("networks-*.safetensors"):
+                moved.unlink()
+        shutil.rmtree(place, ignore_errors=True)
+        check_free(folder)
+        try:
+            with WeightZoo.create(place, layout, task, dtype=dtype, may_differ=may_differ) as zoo:
+                yield zoo
+            with explained(folder):
+                shards = [file.name for file in place.glob("networks-*.safetensors")]
+                # The last is what makes a folder a zoo.
+                for name in ("frozen.safetensors", *shards, "metadata.jsonl", "zoo.json"):
+                    (place / name).replace(folder / name)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def check_free(folder: Path) -> None:

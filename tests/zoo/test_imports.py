@@ -13,7 +13,7 @@ from torch import nn
 from pdiff_hf import WeightZoo, ZooError
 from pdiff_hf.cli import main
 
-from ..conftest import random_network
+from ..conftest import random_network, run
 
 
 def linear(value: float) -> dict[str, torch.Tensor]:
@@ -151,6 +151,41 @@ def test_the_command_imports_checkpoints(tmp_path):
     shutil.rmtree(tmp_path / "zoo")
     main([*arguments, str(tmp_path / "b.pt"), str(tmp_path / "a.pt")])
     assert [row["source"] for row in WeightZoo(tmp_path / "zoo").metadata] == ["b.pt", "a.pt"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from pdiff_hf.cli import main
+from pdiff_hf.zoo import WeightZoo, store
+store.SHARD_BYTES = 4 * 12 * 4
+append, replace = WeightZoo.append, Path.replace
+def appending(zoo, *network, **row):
+    if len(zoo) == 6 and sys.argv[1] == "built": os._exit(9)
+    append(zoo, *network, **row)
+def moving(file, target):
+    if file.name == "zoo.json" and target.parent.name == "zoo": os._exit(9)
+    return replace(file, target)
+WeightZoo.append, Path.replace = appending, moving
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("while_it_is", ["built", "moved"])
+def test_a_killed_import_leaves_no_zoo_and_is_repeated(tmp_path, while_it_is):
+    (tmp_path / "checkpoints").mkdir()
+    for number in range(10):
+        torch.save({"w": torch.full((3, 4), float(number))}, tmp_path / "checkpoints" / f"{number}.pt")
+    arguments = ["import", "--checkpoints", str(tmp_path / "checkpoints"), "--output-dir", str(tmp_path / "zoo")]
+    assert run("-c", KILLED, while_it_is, *arguments).returncode == 9
+    assert [path.name for path in tmp_path.rglob("networks-*")]
+    with pytest.raises(ZooError, match=r"there is no zoo\.json"):
+        WeightZoo(tmp_path / "zoo")
+    main(arguments)
+    assert WeightZoo(tmp_path / "zoo").vectors()[:, 0].tolist() == list(range(10))
+    assert {path.name for path in (tmp_path / "zoo").iterdir()} == {
+        *("zoo.json", "metadata.jsonl", "frozen.safetensors", "README.md", "networks-00001-of-00001.safetensors")
+    }
 
 
 def test_one_pattern_is_not_read_letter_by_letter(tmp_path):
