@@ -16,6 +16,7 @@ from .parallel import processes, wait_for_everyone, written
 from .runs import check_not_fewer, check_same_facts, check_same_run, save_run
 from .schedulers import replacement
 from .zoo import WeightZoo, check_room_for, networks_per_batch
+from .zoo.export import check_export
 from .zoo.fill import fill
 
 
@@ -47,6 +48,8 @@ def _conditions(config: GenerateConfig) -> list[dict[str, Any]]:
 
 def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
     state = processes()
+    if config.export is not None:
+        check_export(config.export, config.num_networks)
     exists = is_zoo(folder)
     present = 0
     if exists:

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pdiff_hf import GenerateConfig, PdiffError, WeightZoo, load_pipeline, run_generate
 from pdiff_hf.errors import ConfigError
@@ -80,6 +81,26 @@ def test_networks_of_a_pipeline_that_was_replaced_are_not_mixed_in(digits_pipeli
     with pytest.raises(ConfigError, match=r"weights_sha256, not .*: it cannot be resumed"):
         run_generate(config(tmp_path / "pipeline", tmp_path / "zoo"))
     assert len(WeightZoo(tmp_path / "zoo")) == 2
+
+
+def test_an_interrupted_export_goes_on_and_exports_are_not_mixed(digits_pipeline, tmp_path):
+    exported = tmp_path / "networks"
+    run_generate(config(digits_pipeline, tmp_path / "zoo", export=str(exported)))
+    expected = load_file(exported / "00003" / "model.safetensors")
+    (exported / "00003" / "model.safetensors").unlink()
+    shutil.rmtree(exported / "00004")
+    run_generate(config(digits_pipeline, tmp_path / "zoo", export=str(exported)))
+    assert sorted(path.name for path in exported.iterdir()) == [f"{index:05d}" for index in range(5)]
+    again = load_file(exported / "00003" / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+    with pytest.raises(PdiffError, match=r"00000/model\.safetensors holds another network"):
+        run_generate(config(digits_pipeline, tmp_path / "other", seed=9, export=str(exported)))
+    with pytest.raises(PdiffError, match="is not empty: 00004 is none of these 4 networks"):
+        run_generate(config(digits_pipeline, tmp_path / "fewer", num_networks=4, export=str(exported)))
+    (exported / "notes.txt").touch()
+    with pytest.raises(PdiffError, match=r"is not empty: notes\.txt is none of these 5"):
+        run_generate(config(digits_pipeline, tmp_path / "new", export=str(exported)))
+    assert not (tmp_path / "new").exists()
 
 
 def test_zoos_of_different_runs_are_not_mixed(digits_pipeline, tmp_path):

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from ..errors import ZooError
 from ..files import whole
@@ -14,21 +17,47 @@ from .adapters import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS
 from .imports import StateDict
 
 
+def check_export(folder: str | os.PathLike[str], count: int) -> None:
+    """Raises [`ZooError`] where a folder holds something else than some of so many networks that were exported."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ZooError(f"{folder} is a file: networks are exported into a folder of their own.")
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        known = re.fullmatch("[0-9]{5,}", entry.name) and int(entry.name) < count
+        if not known or entry.is_symlink() or not entry.is_dir():
+            raise ZooError(
+                f"{folder} is not empty: {entry.name} is none of these {count} networks, which are exported into a "
+                "folder of their own."
+            )
+
+
 def export(layout: ParameterLayout, networks: Iterable[StateDict], folder: str | os.PathLike[str]) -> None:
     """Writes state dicts of a layout as [`WeightZoo.export`] says."""
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ZooError(f"{folder} is not empty: networks are exported into a folder of their own.")
     adapter = layout.config.adapter
     name = "model.safetensors" if adapter is None else WEIGHTS if adapter else DIFFUSERS_WEIGHTS
     for index, network in enumerate(networks):
-        target = folder / f"{index:05d}"
-        target.mkdir(parents=True, exist_ok=True)
-        with whole(target / name) as file:
-            # Tied tensors too are written under each of their names.
-            save_file({key: value.contiguous().clone() for key, value in network.items()}, file, {"format": "pt"})
+        target = Path(folder, f"{index:05d}")
+        if (target / name).exists():
+            _check_same(target / name, network)
+        else:
+            with whole(target / name) as file:
+                # Tied tensors too are written under each of their names.
+                save_file({key: value.contiguous().clone() for key, value in network.items()}, file, {"format": "pt"})
         if adapter:
             with whole(target / CONFIG) as file:
                 # Where PEFT is told nothing, its defaults hold.
                 told = {key: value for key, value in adapter.items() if value is not None}
                 file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def _check_same(file: Path, network: StateDict) -> None:
+    """Raises [`ZooError`] where a file holds another network."""
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ZooError(f"{file} cannot be read: {error}. Remove it, and export again.") from error
+    same = found.keys() == network.keys() and all(
+        found[key].dtype == value.dtype and torch.equal(found[key], value) for key, value in network.items()
+    )
+    if not same:
+        raise ZooError(f"{file} holds another network. Choose another folder, or remove it.")

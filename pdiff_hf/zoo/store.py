@@ -27,7 +27,7 @@ from ..networks.gauge import Gauge
 from ..pipelines.neural_network_diffusion import ParameterLayout
 from .adapters import Adapter, check_same, config_of_zoo, find_adapters, with_metadata
 from .description import Description, read_description
-from .export import export
+from .export import check_export, export
 from .imports import Checkpoint, Names, checkpoints_of_files, checkpoints_of_repositories, twins
 from .rows import Rows, column_types
 from .shards import STORED_AS, Shards
@@ -613,12 +613,14 @@ class WeightZoo:
         their complete state dict.
 
         Args:
-            folder (`str` or `os.PathLike`): Where the folders go; it must not hold anything yet.
+            folder (`str` or `os.PathLike`):
+                Where the folders go. Of what is there already, such as after an interruption, all has to be the same.
 
         Raises:
-            [`ZooError`]: the folder is not empty.
+            [`ZooError`]: the folder holds something else, or another network.
             [`WriteError`]: it cannot be written.
         """
+        check_export(folder, len(self))
         export(self.layout, (self.state_dict(index) for index in range(len(self))), folder)
 
 

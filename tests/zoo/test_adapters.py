@@ -97,6 +97,8 @@ def test_what_is_exported_is_loaded_by_peft(tmp_path):
     torch.testing.assert_close(model(INPUTS), expected[1], atol=1e-5, rtol=1e-5)
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(INPUTS), expected[1], atol=1e-5, rtol=1e-5)
+    zoo.export(tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").touch()
     with pytest.raises(ZooError, match="is not empty"):
         zoo.export(tmp_path / "out")
 
