@@ -117,6 +117,13 @@ def test_a_column_that_holds_what_cannot_be_asked_for_is_refused(values, message
         ([{"name": "a", "kind": "picture"}], "of the kind 'picture'"),
         ([{"name": "a", "kind": "word", "words": []}], "0 values"),
         ([{"name": "a", "kind": "number", "mean": [0.0], "std": []}], "do not fit"),
+        *(
+            ([{"name": "a", "kind": "number", "mean": [mean], "std": [std]}], "has to have finite means, and finite")
+            for mean, std in ((math.nan, 1.0), ("x", 1.0), (10**400, 1.0), (0.0, 0.0), (0.0, -1.0), (0.0, math.inf))
+        ),
+        ([{"name": "a", "kind": "word", "words": ["x", 5]}], "words that are no texts, or stand twice"),
+        ([{"name": "a", "kind": "word", "words": "xyz"}], "words that are no texts, or stand twice"),
+        ([{"name": "a", "kind": "word", "words": ["x", "x"]}], "words that are no texts, or stand twice"),
         ([{"name": "a", "kind": "numbers", "mean": [0.0] * 2_000_000, "std": []}], "do not fit"),
     ],
 )
