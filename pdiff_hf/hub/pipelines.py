@@ -58,6 +58,8 @@ def load_pipeline(
         )
     try:
         index = NeuralNetworkDiffusionPipeline.load_config(str(folder))
+        if "scheduler" not in kwargs:
+            _check_scheduler(index.get("scheduler"))
         _check_schedule(folder / "scheduler")
         for component in COMPONENTS:
             class_name = (index.get(component) or [None, None])[1]
@@ -117,6 +119,14 @@ def pipeline_files(index: Mapping[str, Any]) -> list[str]:
             if folder:
                 found += [f"{folder}*{end}" for end in ("config.json", ".safetensors", ".safetensors.index.json")]
     return found
+
+
+def _check_scheduler(entry: Any) -> None:
+    """The loader takes any class of diffusers for a scheduler, models of any size too."""
+    library, name = entry
+    known = getattr(diffusers, name, None) if library == "diffusers" else None
+    if not isinstance(known, type) or not issubclass(known, diffusers.SchedulerMixin):
+        raise ValueError(f"the scheduler is of the class {name!r:.100}, which is no scheduler of diffusers")
 
 
 def _check_schedule(folder: Path) -> None:

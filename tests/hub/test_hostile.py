@@ -406,6 +406,8 @@ def test_planted_scores_are_not_believed(digits_zoo, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
+        ("model_index.json", {"scheduler": ["diffusers", "UNet1DModel"]}, "which is no scheduler of diffusers"),
+        ("model_index.json", {"scheduler": ["diffusers", 5]}, "cannot be loaded"),
         ("scheduler/scheduler_config.json", {"solver_order": 10**9}, "solver_order is 1e"),
         ("scheduler/scheduler_config.json", {"some": {"nested": [1, 10**15]}}, "nested is 1e"),
         ("unet/config.json", {"layers_per_block": 10**6}, "layers_per_block"),
