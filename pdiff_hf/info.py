@@ -48,15 +48,14 @@ def _said(place: str) -> str:
 
 
 def _of_zoo(zoo: WeightZoo) -> str:
+    zoo.check()
     lines = [
         f"A zoo of {len(zoo)} networks of {zoo.vector_size:,} generated parameters, {zoo.dtype}.".replace("torch.", "")
     ]
-    adapter = zoo.layout.config.adapter
-    if adapter is not None:
-        lines.append(f"They are LoRA adapters of {adapter.get('base_model_name_or_path') or 'a diffusion model'}.")
-    frozen = sum(value.numel() for value in zoo.layout.frozen_state_dict().values())
-    if frozen:
-        lines.append(f"{frozen:,} numbers more are the same in all of them.")
+    if zoo.adapter is not None:
+        lines.append(f"They are LoRA adapters of {zoo.adapter.get('base_model_name_or_path') or 'a diffusion model'}.")
+    if zoo.frozen_size:
+        lines.append(f"{zoo.frozen_size:,} numbers more are the same in all of them.")
     if zoo.task is not None:
         lines.append(f"Task: {zoo.task}.")
     rows = zoo.metadata

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from pdiff_hf import EvaluateConfig, run_evaluate
+from pdiff_hf import EvaluateConfig, ParameterLayout, WeightZoo, ZooError, run_evaluate
 from pdiff_hf.cli import main
 from pdiff_hf.configs import InfoConfig
 from pdiff_hf.errors import ConfigError
@@ -21,6 +21,20 @@ def test_a_zoo_says_how_large_and_how_good_it_is(digits_zoo, capsys):
     assert f"validation_accuracy: mean {100 * accuracies.mean():.2f} %" in said
     assert "Task: digits-convnet." in said
     assert "Made by `pdiff-hf collect` with task=digits-convnet" in said
+
+
+def test_a_zoo_that_claims_more_than_memory_holds_costs_none(tmp_path):
+    layout = ParameterLayout.from_state_dict({"w": torch.zeros(3), "n": torch.zeros(2, dtype=torch.long)}, "w")
+    WeightZoo.create(tmp_path, layout)
+    content = json.loads((tmp_path / "zoo.json").read_text())
+    content["layout"]["tensors"][0]["shape"] = [10**11 - 2]
+    (tmp_path / "zoo.json").write_text(json.dumps(content))
+    said = run_info(InfoConfig(str(tmp_path)))
+    assert "A zoo of 0 networks of 99,999,999,998 generated parameters" in said
+    assert "2 numbers more are the same" in said
+    zoo = WeightZoo(tmp_path)
+    with pytest.raises(ZooError, match=r"claims 99,999,999,998 parameters a network, whose layout takes 900\.0 GB"):
+        _ = zoo.layout
 
 
 def test_a_pipeline_and_its_report_say_the_verdict(digits_zoo, digits_pipeline, tmp_path):

@@ -1,6 +1,7 @@
 """What a zoo says of itself, in `zoo.json`, and what is believed of it: a zoo may come from anywhere."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ class Description:
         """The tensors of the layout."""
         tensors: list[dict[str, Any]] = self.layout["tensors"]
         return tensors
+
+    def size(self, role: str) -> int:
+        """Numbers in all tensors of a role."""
+        return sum(math.prod(tensor["shape"]) for tensor in self.tensors if tensor["role"] == role)
 
     @property
     def adapter(self) -> dict[str, Any] | None:

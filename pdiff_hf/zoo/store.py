@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError, safe_open
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..config import ZooDtype
 from ..errors import ZooError
-from ..files import LOCK, UNFINISHED, check_kind, check_opens, check_room, explained, is_zoo, locked, whole
+from ..files import LOCK, UNFINISHED, check_kind, check_opens, check_room, explained, human_size, is_zoo, locked, whole
 from ..hub.cards import write_zoo_card
 from ..hub.client import download, download_file, is_repository
 from ..hub.push import push
@@ -38,6 +39,8 @@ SHARD_BYTES = 256 * 2**20
 BATCH_VALUES = 2**24
 # Holds, in its folder, a zoo that is not complete yet.
 BUILT = f"{UNFINISHED}zoo"
+# Of a layout, a parameter: its mean and deviation, and whether its logarithm is taken.
+LAYOUT_BYTES = 9
 REMEDY = " Generate it too, or accept by `may_differ` that all networks have that of the first."
 
 
@@ -62,7 +65,9 @@ class WeightZoo:
         may_differ (`tuple[str, ...]`):
             Patterns of tensors that are not generated and all the same differed between the networks: they have those
             of the first.
+        adapter (`dict`, *optional*): Where the networks are LoRA adapters: PEFT's configuration, empty for diffusers.
         vector_size (`int`): Parameters P that are generated.
+        frozen_size (`int`): Numbers that are the same in all networks.
         dtype (`torch.dtype`): How they are stored; what is read is float32.
 
     Args:
@@ -91,11 +96,8 @@ class WeightZoo:
         self.task, self.dtype = self._description.task, self._description.torch_dtype
         self.networks_per_shard = self._description.networks_per_shard
         self.may_differ = tuple(self._description.may_differ)
-        self.vector_size = sum(
-            torch.Size(tensor["shape"]).numel()
-            for tensor in self._description.tensors
-            if tensor["role"] == "generated"
-        )
+        self.adapter = self._description.adapter
+        self.vector_size, self.frozen_size = (self._description.size(role) for role in ("generated", "frozen"))
         self._rows_read: list[dict[str, Any]] | None = None
         self._pending: list[torch.Tensor] = []
         self._pending_rows: list[dict[str, Any]] = []
@@ -219,8 +221,7 @@ class WeightZoo:
     def write_card(self, description: str) -> None:
         """Writes the dataset card, keeping what a person wrote into it."""
         features = column_types(self.rows())
-        adapter = self._description.adapter
-        write_zoo_card(self.folder, description, self.task, len(self), self.vector_size, features, adapter)
+        write_zoo_card(self.folder, description, self.task, len(self), self.vector_size, features, self.adapter)
 
     @classmethod
     def from_checkpoints(
@@ -379,6 +380,24 @@ class WeightZoo:
     @cached_property
     def layout(self) -> ParameterLayout:
         """The layout of the networks, with their frozen tensors; its statistics are not fitted."""
+        self.check()
+        size, memory = LAYOUT_BYTES * self.vector_size, psutil.virtual_memory().total
+        if size > memory:
+            raise ZooError(
+                f"{self.folder} claims {self.vector_size:,} parameters a network, whose layout takes "
+                f"{human_size(size)}; this machine has {human_size(memory)}."
+            )
+        file = self.folder / "frozen.safetensors"
+        try:
+            layout = ParameterLayout(tensors=self._description.tensors, adapter=self.adapter)
+            layout.load_frozen(load_file(file))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ZooError(f"{file} does not fit zoo.json: {error}") from error
+        return layout
+
+    def check(self) -> None:
+        """Raises [`ZooError`] where zoo.json claims other shapes than the frozen tensors or a shard have; reads their
+        headers alone."""
         file = self.folder / "frozen.safetensors"
         try:
             check_opens(file)
@@ -396,13 +415,9 @@ class WeightZoo:
                 )
                 raise ValueError(f"the shapes of {', '.join(wrong):.500} differ")
             if len(self._shards):
-                # Compares what zoo.json claims with a shard, before it is allocated.
                 self._shards.open(0)
-            layout = ParameterLayout(tensors=self._description.tensors, adapter=self._description.adapter)
-            layout.load_frozen(load_file(file))
         except (OSError, SafetensorError, ValueError) as error:
             raise ZooError(f"{file} does not fit zoo.json: {error}") from error
-        return layout
 
     @property
     def metadata(self) -> list[dict[str, Any]]:

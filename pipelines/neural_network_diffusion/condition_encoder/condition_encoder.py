@@ -169,10 +169,26 @@ def _described(column: dict[str, Any]) -> str:
     return f"{column['name']} ({'a number' if column['kind'] == 'number' else f'a list of {count} numbers'})"
 
 
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # of whole numbers that no float holds
+        return False
+
+
 def _embedding(column: dict[str, Any], size: int) -> nn.Module:
     if column["kind"] not in KINDS:
         raise ValueError(f"The column {column['name']!r:.100} is of the kind {column['kind']!r:.100}.")
     width = len(column["words"]) if column["kind"] == "word" else len(column["mean"])
     if not 1 <= width <= MOST_VALUES or (column["kind"] != "word" and len(column["std"]) != width):
         raise ValueError(f"The column {column['name']!r:.100} has {width} values, which do not fit.")
+    if column["kind"] == "word":
+        words = column["words"]
+        texts = isinstance(words, (list, tuple)) and all(isinstance(word, str) for word in words)
+        if not texts or len(set(words)) < width:
+            raise ValueError(f"The column {column['name']!r:.100} has words that are no texts, or stand twice.")
+    elif not all(map(_is_finite, (*column["mean"], *column["std"]))) or min(column["std"]) <= 0:
+        raise ValueError(
+            f"The column {column['name']!r:.100} has to have finite means, and finite standard deviations above 0."
+        )
     return nn.Embedding(width, size) if column["kind"] == "word" else nn.Linear(width, size)
