@@ -1,5 +1,6 @@
 """`pdiff-hf play`: a page where networks of a pipeline are asked for, tried out and looked at."""
 
+import html
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,8 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
         try:
             yield
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
-            raise gr.Error(printable(str(error))) from error
+            # It may quote what a pipeline calls its columns, and is shown as HTML.
+            raise gr.Error(html.escape(printable(str(error)))) from error
 
     def ask(count: float, seed: float, guidance: float, *values: Any) -> Iterator[Any]:
         with in_words():
