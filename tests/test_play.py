@@ -125,7 +125,7 @@ def test_a_list_that_is_none_is_said_in_every_tab(tmp_path):
     for name, numbers in {"ask": (2, 0, 1.0), "walk": (0, 1), "denoise": (0,)}.items():
         with pytest.raises(gradio.Error, match=r"direction has to be a list like \[.*Expecting value"):
             list(answers[name](*numbers, "north"))
-        with pytest.raises(gradio.Error, match="cannot be .*&lt;img src=x&gt;"):
+        with pytest.raises(gradio.Error, match=r"cannot be .*&lt;img src=x&gt;"):
             list(answers[name](*numbers, '["<img src=x>"]'))
 
 
