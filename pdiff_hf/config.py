@@ -175,7 +175,8 @@ def load_config(config_class: type[Config], file: str | Path) -> Config:
     hints = typing.get_type_hints(config_class)
     for name, value in content.items():
         allowed = typing.get_args(hints[name]) if _is_union(hints[name]) else (hints[name],)
-        if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in allowed):
+        elements = [typing.get_args(option)[0] for option in allowed if typing.get_origin(option) is tuple]
+        if isinstance(value, list) and any(all(_matches(one, element) for one in value) for element in elements):
             content[name] = tuple(value)
         elif isinstance(value, int | str) and not isinstance(value, bool) and allowed == (float,):
             # YAML takes 1e-3, without a dot, for text.
@@ -191,7 +192,7 @@ def load_config(config_class: type[Config], file: str | Path) -> Config:
 def read_objects(file: str | Path, what: str) -> list[dict[str, Any]]:
     """The JSON objects in a file, one a line."""
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").split("\n")  # JSON may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{what}: {file} cannot be read: {error}.") from error
     found = [json_object(line, f"line {number} of {file}") for number, line in enumerate(lines, 1) if line.strip()]

@@ -33,4 +33,7 @@ def load_yaml(text: str) -> Any:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, loader)):
         raise yaml.YAMLError("aliases (*name) are not read; write out what they stand for")
-    return yaml.load(text, loader)
+    try:
+        return yaml.load(text, loader)
+    except (ValueError, RecursionError) as error:  # dates that do not exist; many levels, without libyaml
+        raise yaml.YAMLError(str(error)) from error

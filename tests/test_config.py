@@ -51,6 +51,9 @@ def test_arguments_override_the_file(tmp_path):
         ("folder: x\ncount: many", "count is 'many', and should be <class 'int'>"),
         ("folder: x\ncount: true", "count is True"),
         ("folder: x\nkind: c", "kind is 'c'"),
+        ("folder: x\nnames: [a, 5]", r"names is \['a', 5\], and should be tuple\[str, \.\.\.\]"),
+        ("folder: x\nnames: [[a]]", r"names is \[\['a'\]\], and should be"),
+        ("folder: 2024-02-31", "is no YAML file: day is out of range"),
         ("- folder", "holds a list"),
     ],
 )
