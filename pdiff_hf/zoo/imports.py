@@ -182,12 +182,21 @@ def read_state_dict(file: Path, key: str | None = None) -> StateDict:
     if key is not None:
         if key not in found:
             raise ZooError(f"{file} has no state dict {key!r}: {', '.join(found) or 'it holds none'}.")
-        return found[key]
+        return _dense(file, found[key])
     if len(found) > 1:
         raise ZooError(f"{file} holds several state dicts. Choose one by its key: {', '.join(found)}.")
     if not found:
         raise ZooError(f"{file} holds no state dict: expected a mapping from names to tensors.")
-    return next(iter(found.values()))
+    return _dense(file, next(iter(found.values())))
+
+
+def _dense(file: Path, state_dict: StateDict) -> StateDict:
+    """A state dict, or a [`ZooError`] where a tensor in it has no values, or not in the usual order."""
+    for name, value in state_dict.items():
+        if value.is_meta or value.is_nested or value.layout != torch.strided:
+            kind = "without values" if value.is_meta else "sparse or nested"
+            raise ZooError(f"{file}: `{name}` is {kind}; dense tensors are read.")
+    return state_dict
 
 
 def _is_safetensors(file: Path) -> bool:

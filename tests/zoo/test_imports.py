@@ -75,6 +75,8 @@ class Arguments:
         ({"epoch": 3}, "holds no state dict"),
         ({**linear(1.0), "epoch": 3}, "holds no state dict"),
         (torch.ones(3), "holds no state dict"),
+        ({"w": torch.eye(3).to_sparse()}, "`w` is sparse or nested; dense tensors are read"),
+        ({"w": torch.empty(3, device="meta")}, "`w` is without values; dense"),
         (b"no checkpoint at all", "cannot be read as a state dict: it is damaged"),
         (b"", "cannot be read as a state dict"),
         (b"\xff\xff\xff\xff\xff\xff\xff\x7f{", "cannot be read as a state dict"),
