@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -153,7 +154,7 @@ def checked_config(content: dict[str, Any]) -> dict[str, Any]:
         return value
 
     def is_number(value: Any) -> bool:
-        return type(value) in (int, float) and math.isfinite(value) and value > 0
+        return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
     def is_text(value: Any) -> bool:
         return isinstance(value, str) and len(value) < 500 and value.isprintable()
@@ -308,7 +309,10 @@ def find_adapters(names: Names, token: str | None) -> list[Adapter]:
 
 def with_metadata(adapters: list[Adapter], metadata: Iterable[Mapping[str, Any]]) -> list[Adapter]:
     """The adapters with further columns in their rows, by their source."""
-    by_source = {row.get("source"): dict(row) for row in metadata}
+    rows = [dict(row) for row in metadata]
+    if strange := [row["source"] for row in rows if not isinstance(row.get("source"), str | None)]:
+        raise ZooError(f"The metadata have the source {strange[0]!r:.200}, which is no name.")
+    by_source = {row.get("source"): row for row in rows}
     if not by_source:
         return adapters
     names = Counter(one.row["source"] for one in adapters)

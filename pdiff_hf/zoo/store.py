@@ -511,7 +511,7 @@ class WeightZoo:
         """The complete state dict of one network."""
         return self.layout.unflatten(self.vectors([index]))[0]
 
-    def append(self, network: Mapping[str, torch.Tensor] | torch.Tensor, **row: Any) -> None:
+    def append(self, network: Mapping[str, torch.Tensor] | torch.Tensor, /, **row: Any) -> None:
         r"""
         Adds a network. It is on disk after [`~WeightZoo.flush`], which comes by itself when a shard is full.
 

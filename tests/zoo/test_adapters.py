@@ -144,6 +144,17 @@ def test_a_pattern_from_the_start_is_of_the_whole_name():
     assert adapters._of_pattern({"fc": 32}, "base_model.model.block.fc", 8) == 32
 
 
+def test_columns_of_rows_may_have_any_name_and_text(tmp_path):
+    save_adapter(tmp_path / "in" / "0")
+    row = {"source": "0", "network": "unet", "self": 1, "prompt": "one\u2028two\x85three"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    arguments = ["--adapters", str(tmp_path / "in"), "--metadata", str(tmp_path / "rows.jsonl")]
+    main(["import", *arguments, "--output-dir", str(tmp_path / "zoo")])
+    assert WeightZoo(tmp_path / "zoo").metadata == [{"index": 0, **row}]
+    with pytest.raises(ZooError, match=r"metadata have the source \['0'\], which is no name"):
+        WeightZoo.from_adapters(tmp_path / "other", tmp_path / "in", metadata=[{"source": ["0"]}])
+
+
 # ---- what does not belong together
 
 
@@ -187,6 +198,7 @@ REFUSED = {
     "groups": (lambda f: change_values(f, lambda v: v[:, :1] if len(v) == 8 else v), "is no factor of a LoRA"),
     "nonsense": (lambda f: change_config(f, lora_alpha="8"), "has lora_alpha = '8'"),
     "infinite": (lambda f: change_config(f, lora_alpha=float("inf")), "has lora_alpha = inf"),
+    "huge": (lambda f: change_config(f, lora_alpha=10**400), "has lora_alpha = 1000"),
     "pattern": (lambda f: change_config(f, alpha_pattern={"(a+)+$": 3}), "has alpha_pattern = "),
     "text": (lambda f: change_config(f, base_model_name_or_path="\x1b[31m"), "has base_model_name_or_path = "),
 }
