@@ -72,7 +72,7 @@ def check_same_facts(folder: str | Path, stage: str, facts: dict[str, Any]) -> N
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
         before = {name: read[name] for name in facts}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file} is damaged ({error!r}): the run cannot be resumed.") from error
     for name, value in facts.items():
         if before[name] != value:

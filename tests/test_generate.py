@@ -103,6 +103,13 @@ def test_an_interrupted_export_goes_on_and_exports_are_not_mixed(digits_pipeline
     assert not (tmp_path / "new").exists()
 
 
+def test_facts_of_a_thousand_levels_are_damaged(digits_pipeline, tmp_path):
+    run_generate(config(digits_pipeline, tmp_path, num_networks=2))
+    (tmp_path / "generate.facts.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"generate\.facts\.json is damaged"):
+        run_generate(config(digits_pipeline, tmp_path))
+
+
 def test_zoos_of_different_runs_are_not_mixed(digits_pipeline, tmp_path):
     run_generate(config(digits_pipeline, tmp_path))
     with pytest.raises(ConfigError, match="holds a run with num_inference_steps 3, not 4"):

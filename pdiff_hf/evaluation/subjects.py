@@ -156,7 +156,7 @@ def _check_origin(generated: WeightZoo, pipeline: Path) -> None:
     try:
         facts = json.loads((generated.folder / "generate.facts.json").read_text(encoding="utf-8"))
         weights = facts.get("weights_sha256")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return  # of a zoo that came without them
     if weights is not None and weights != weights_sha256(pipeline):
         raise ZooError(
