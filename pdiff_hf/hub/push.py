@@ -158,7 +158,10 @@ def _files(folder: Path) -> dict[str, Path]:
             continue
         if not stays_inside(path, folder):
             raise HubError(f"{path} is a link that leads out of {folder}: put the file itself there, or remove it.")
-        found[name.as_posix()] = path
+        try:
+            found[name.as_posix().encode().decode()] = path
+        except UnicodeEncodeError as error:
+            raise HubError(f"{path} has a name that is no UTF-8, as the Hub needs it: rename it.") from error
     return found
 
 

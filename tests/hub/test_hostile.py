@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -354,6 +355,13 @@ def test_a_card_that_is_a_link_out_of_the_folder_is_sent_nowhere(alice, tmp_path
     line, sent = alice(push_and_note, folder, "alice/linked")
     assert re.search(r"README\.md is a link that leads out of", line)
     assert sent == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_file_whose_name_is_no_text_is_named(zoo):
+    Path(zoo.folder, os.fsdecode(b"notes-\xff.txt")).touch()
+    with pytest.raises(HubError, match=r"notes-.*\.txt has a name that is no UTF-8, as the Hub needs it: rename it"):
+        push(zoo.folder, "me/odd")
 
 
 # ---- what lies there as if this machine had made it
