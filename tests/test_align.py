@@ -41,6 +41,17 @@ def test_an_aligned_zoo_predicts_the_same_and_lies_nearer_together(independent, 
     assert f"was {spread[0]:.4g} and is" in said
 
 
+def test_what_is_said_of_predictions_is_true_of_what_is_stored(tmp_path):
+    settings = {"task": "digits-mlp", "protocol": "independent", "num_networks": 5, "epochs": 2}
+    zoo = run_collect(CollectConfig(**settings, output_dir=str(tmp_path / "zoo"), dtype="bfloat16"))
+    said = run_align(AlignConfig(zoo=str(zoo.folder), output_dir=str(tmp_path / "aligned")))
+    task = load_task("digits-mlp")
+    predict, inputs = Predictor(task, zoo.layout, torch.device("cpu")), task.data("train")[0][:100]
+    stored = (predict(zoo.vectors(), inputs) - predict(WeightZoo(tmp_path / "aligned").vectors(), inputs)).abs().max()
+    assert stored > 1e-4
+    assert f"differ by {stored:.2g} at most" in said
+
+
 def test_aligning_again_changes_nothing_much(independent, tmp_path):
     for number, source in enumerate((independent.folder, tmp_path / "0")):
         run_align(AlignConfig(zoo=str(source), output_dir=str(tmp_path / str(number))))
