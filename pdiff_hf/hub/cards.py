@@ -223,6 +223,7 @@ def write_evaluation(folder: Path, section: str, results: list[EvalResult], pict
         [`PipelineError`]: the card has no place for it, or the folder has pictures elsewhere, by links.
     """
     file = folder / "README.md"
+    _check_inside(file, folder)
     start, end = EVALUATION
     card = _parsed_card(card_text(file))
     before, marker, rest = card.text.partition(start)
@@ -230,8 +231,7 @@ def write_evaluation(folder: Path, section: str, results: list[EvalResult], pict
         raise PipelineError(f"{file} has no place for figures: it lacks the line {start!r}.")
     lines, beside = [section.strip()], folder / "evaluation"
     for path in (beside, *beside.rglob("*")):
-        if not stays_inside(path, folder):
-            raise PipelineError(f"{path} is a link that leads out of {folder}: remove it.")
+        _check_inside(path, folder)
     for picture in pictures:
         with whole(beside / picture.name) as target:
             shutil.copyfile(picture, target)
@@ -250,9 +250,15 @@ def _card(data: dict[str, Any], text: str) -> str:
 
 def _write_card(folder: Path, card: str) -> None:
     file = folder / "README.md"
+    _check_inside(file, folder)
     old = card_text(file) if file.exists() else None
     with whole(file) as temporary:
         temporary.write_text(merge_cards(card, old), encoding="utf-8")
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    if not stays_inside(path, folder):
+        raise PipelineError(f"{path} is a link that leads out of {folder}: remove it.")
 
 
 def card_text(file: Path) -> str:

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,18 @@ def test_pictures_stay_in_the_folder_of_their_pipeline(tmp_path, link):
     with pytest.raises(PdiffError, match=f"{link} is a link that leads out of .*pipeline: remove it"):
         write_evaluation(folder, "section", [], [picture])
     assert (elsewhere / "plane.png").read_bytes() == b"mine"
+
+
+def test_a_card_that_is_a_link_is_not_read(tmp_path):
+    """What it leads to would go up with the next push."""
+    (tmp_path / "secret").write_text("secret")
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    (folder / "README.md").symlink_to(tmp_path / "secret")
+    for write in (partial(write_pipeline_card, folder, {}, None, 3, 9), partial(write_evaluation, folder, "", [], [])):
+        with pytest.raises(PdiffError, match=r"README\.md is a link that leads out of .*pipeline: remove it"):
+            write()
+    assert (folder / "README.md").is_symlink()
 
 
 def indexed(card: str) -> list[str]:
