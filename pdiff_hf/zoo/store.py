@@ -140,6 +140,7 @@ class WeightZoo:
         if dtype not in STORED_AS:
             raise ZooError(f"A zoo stores {' or '.join(STORED_AS)}, and not {dtype}.")
         with locked(folder):
+            _remove_part(folder)
             check_free(folder)
             cls._write(folder, layout, task, networks_per_shard, dtype, may_differ)
         return cls(folder)
@@ -656,10 +657,7 @@ def built(
     folder = Path(folder)
     place = folder / BUILT
     with locked(folder):
-        if (place / "zoo.json").exists() and not (place / "frozen.safetensors").exists():  # it was being moved
-            for moved in folder.glob("networks-*.safetensors"):
-                moved.unlink()
-        shutil.rmtree(place, ignore_errors=True)
+        _remove_part(folder)
         check_free(folder)
         try:
             with WeightZoo.create(place, layout, task, dtype=dtype, may_differ=may_differ) as zoo:
@@ -671,6 +669,15 @@ def built(
                     (place / name).replace(folder / name)
         finally:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def _remove_part(folder: Path) -> None:
+    """Removes what a killed process left of a zoo that was built."""
+    place = folder / BUILT
+    if (place / "zoo.json").exists() and not (place / "frozen.safetensors").exists():  # it was being moved
+        for moved in folder.glob("networks-*.safetensors"):
+            moved.unlink()
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def check_free(folder: Path) -> None:

@@ -183,8 +183,14 @@ def test_a_killed_import_leaves_no_zoo_and_is_repeated(tmp_path, while_it_is):
     assert [path.name for path in tmp_path.rglob("networks-*")]
     with pytest.raises(ZooError, match=r"there is no zoo\.json"):
         WeightZoo(tmp_path / "zoo")
+    shutil.copytree(tmp_path / "zoo", tmp_path / "other")
     main(arguments)
     assert WeightZoo(tmp_path / "zoo").vectors()[:, 0].tolist() == list(range(10))
+    with WeightZoo.create(tmp_path / "other", WeightZoo(tmp_path / "zoo").layout) as other:
+        other.append(torch.zeros(12))
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {
+        *("zoo.json", "metadata.jsonl", "frozen.safetensors", "networks-00001-of-00001.safetensors")
+    }
     assert {path.name for path in (tmp_path / "zoo").iterdir()} == {
         *("zoo.json", "metadata.jsonl", "frozen.safetensors", "README.md", "networks-00001-of-00001.safetensors")
     }
