@@ -202,6 +202,7 @@ def test_the_last_replacement_of_a_network_that_diverges_counts(tmp_path):
     assert zoo[0].isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_a_zoo_that_goes_on(tmp_path):
     script = textwrap.dedent("""
         import resource, sys

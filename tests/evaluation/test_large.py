@@ -180,6 +180,7 @@ def test_networks_that_are_nearly_one_are_called_collapsed():
     assert label(0.1, accuracy=0.2) == "not-working"
 
 
+@pytest.mark.slow
 def test_one_network_many_times_is_collapsed():
     zoo = independent_zoo(1)
     other = independent_zoo(2)[0]

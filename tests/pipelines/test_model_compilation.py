@@ -62,6 +62,7 @@ def test_the_repeated_blocks_compile_once_for_each_of_their_shapes(trainable):
 
 @torch.no_grad()
 @pytest.mark.usefixtures("clean_compiler")
+@pytest.mark.slow
 def test_a_group_offloaded_model_compiles(case):
     model = case.model().eval()
     expected = case.run(model)

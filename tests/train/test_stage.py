@@ -107,6 +107,7 @@ def test_an_interrupted_training_resumes_with_the_losses_of_an_uninterrupted_one
     assert load_pipeline(folder)(num_inference_steps=2).state_dicts[0]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_leaves_whole_checkpoints(digits_zoo, tmp_path):
     script = textwrap.dedent("""
         import resource, sys
