@@ -303,13 +303,12 @@ def test_an_audit_needs_a_pipeline_that_can_be_asked(zoo, trained, tmp_path):
 
 
 def test_conditions_that_the_same_networks_solve_count_once(zoo):
-    groups = solved_alike(FAMILY, zoo.layout, FAMILY.conditions("test"))
-    assert groups.tolist() == [place // 2 for place in range(16)]
+    alike = solved_alike(FAMILY, zoo.layout, FAMILY.conditions("test"))
+    assert alike.tolist() == [place // 2 for place in range(16)]
     subsets = load_family("digits-subsets")
     asked = subsets.conditions("test")
     layout = ParameterLayout.from_state_dict(subsets.task(asked[0]).build_network().state_dict())
     assert solved_alike(subsets, layout, asked).bincount().tolist() == [2] * 102
-
     values = torch.randn(50, generator=torch.Generator().manual_seed(0))
     twice = resampled_means(values.repeat_interleave(2), 0, torch.arange(50).repeat_interleave(2))
     torch.testing.assert_close(twice, resampled_means(values, 0))
@@ -326,11 +325,12 @@ def test_the_constant_of_a_ridge_regression_is_free():
 
 
 @pytest.mark.slow
-def test_tasks_whose_targets_are_no_classes_have_no_majority(tmp_path):
+def test_tasks_whose_targets_are_no_classes_have_no_majority(tmp_path, monkeypatch):
+    monkeypatch.setattr(regression, "STEPS", 20)
     name = f"{families.__name__}:Lines"
     zoo = run_collect(CollectConfig(name, str(tmp_path / "zoo"), networks_per_task=4))
-    places = {"zoo": str(zoo.folder), "output_dir": str(tmp_path / "pipeline"), "task": name}
-    pipe = run_train(NeuronTrainConfig(**places, **SMALL, condition=("slope",), transformer_steps=10))
+    settings = {"task": name, "condition": ("slope",), "transformer_steps": 10, **SMALL}
+    pipe = run_train(NeuronTrainConfig(str(zoo.folder), str(tmp_path / "pipeline"), **settings))
     groups = evaluate(families.Lines(), trained=zoo, generated=pipe)["groups"]
     assert "mean network" in groups
     assert "majority class" not in groups

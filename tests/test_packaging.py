@@ -68,7 +68,9 @@ def test_links_and_pictures_of_the_description_lead_to_the_repository(installed)
     targets = re.findall(r"\]\(([^)]+)\)", description)
     assert f"{address}/raw/main/docs/quickstart.png" in targets
     files = [
-        target.removeprefix(address).split("/", 3)[3].partition("#")[0] for target in targets if address in target
+        target.removeprefix(address).split("/", 3)[3].partition("#")[0]
+        for target in targets
+        if f"{address}/" in target
     ]
     assert len(files) > 10
     assert [name for name in files if not (ROOT / name).exists()] == []
