@@ -11,7 +11,7 @@ from .config import json_object, read_objects
 from .configs import GenerateConfig
 from .errors import ConfigError, PipelineError
 from .files import is_zoo
-from .hub.pipelines import load_pipeline, pipeline_folder, weights_sha256
+from .hub.pipelines import check_draws, load_pipeline, pipeline_folder, weights_sha256
 from .parallel import processes, wait_for_everyone, written
 from .runs import check_not_fewer, check_same_facts, check_same_run, save_run
 from .schedulers import replacement
@@ -78,11 +78,7 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
     num_steps = config.num_inference_steps or pipe.default_inference_steps
     if num_steps > most:
         raise ConfigError(f"num_inference_steps is {num_steps}; the scheduler has {most} timesteps.")
-    if pipe.takes_initial:
-        try:
-            pipe.layout.draw_initial([torch.Generator().manual_seed(config.seed)])
-        except ValueError as error:
-            raise PipelineError(f"{source}: {error} The command cannot: call the pipeline from Python.") from error
+    check_draws(pipe)
     check_room_for(folder, config.num_networks - present, pipe.layout, config.dtype)
     wait_for_everyone()
     if state.is_main_process:

@@ -82,8 +82,8 @@ def check_draws(pipeline: Any) -> None:
             pipeline.layout.draw_initial([torch.Generator().manual_seed(0)])
         except ValueError as error:
             raise PipelineError(
-                f"This pipeline cannot sample by itself: {error} Call it from Python, `pipe(initial=state_dicts)`, "
-                "and evaluate what it makes."
+                f"This pipeline cannot sample by itself: {error} No command can: call the pipeline from Python, "
+                "`pipe(initial=state_dicts)`, and evaluate what it makes."
             ) from error
 
 

@@ -140,8 +140,7 @@ class WeightZoo:
         if dtype not in STORED_AS:
             raise ZooError(f"A zoo stores {' or '.join(STORED_AS)}, and not {dtype}.")
         with locked(folder):
-            _remove_part(folder)
-            check_free(folder)
+            _make_free(folder)
             cls._write(folder, layout, task, networks_per_shard, dtype, may_differ)
         return cls(folder)
 
@@ -615,7 +614,7 @@ class WeightZoo:
         for shard in range(len(self._shards)):
             self._shards.open(shard)
         with locked(folder), explained(folder):
-            check_free(folder)
+            _make_free(folder)
             # Links of the cache become files.
             left = shutil.ignore_patterns("zoo.json", "*.part", f"{UNFINISHED}*", LOCK)
             shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=left)
@@ -657,8 +656,7 @@ def built(
     folder = Path(folder)
     place = folder / BUILT
     with locked(folder):
-        _remove_part(folder)
-        check_free(folder)
+        _make_free(folder)
         try:
             with WeightZoo.create(place, layout, task, dtype=dtype, may_differ=may_differ) as zoo:
                 yield zoo
@@ -671,17 +669,14 @@ def built(
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _remove_part(folder: Path) -> None:
-    """Removes what a killed process left of a zoo that was built."""
+def _make_free(folder: Path) -> None:
+    """Removes what a killed process left of a zoo that was built, and raises an error where a folder holds a zoo or a
+    part of one, or what is none."""
     place = folder / BUILT
     if (place / "zoo.json").exists() and not (place / "frozen.safetensors").exists():  # it was being moved
         for moved in folder.glob("networks-*.safetensors"):
             moved.unlink()
     shutil.rmtree(place, ignore_errors=True)
-
-
-def check_free(folder: Path) -> None:
-    """Raises an error where a folder holds a zoo or a part of one, or what is none."""
     check_kind(folder, "collect")
     if is_zoo(folder):
         raise ZooError(f"{folder} holds a zoo already. Open it with WeightZoo({str(folder)!r}) to append to it.")

@@ -124,7 +124,7 @@ class ConditionEncoder(ModelMixin, ConfigMixin):
         values = value if column["kind"] == "numbers" else [value]
         if not isinstance(values, (list, tuple)) or len(values) != len(column["mean"]):
             raise ValueError(f"{column['name']!r} cannot be {value!r:.100}. {self.known()}")
-        if not all(isinstance(one, Real) and math.isfinite(one) for one in values):
+        if not all(map(_is_finite, values)):
             raise ValueError(f"{column['name']!r} takes finite numbers, and {value!r:.100} holds others.")
         return [(one - mean) / std for one, mean, std in zip(values, column["mean"], column["std"], strict=True)]
 
@@ -136,7 +136,7 @@ def _fitted(name: str, values: list[Any]) -> dict[str, Any]:
     if all(isinstance(value, str) for value in values):
         return {"name": name, "kind": "word", "words": sorted(set(values))}
     lists = [value if isinstance(value, list) else [value] for value in values]
-    numbers = all(isinstance(one, Real) and math.isfinite(one) for value in lists for one in value)
+    numbers = all(_is_finite(one) for value in lists for one in value)
     same = len({(type(value) is list, len(one)) for value, one in zip(values, lists, strict=True)}) == 1
     if not numbers or not same or not lists[0]:
         raise ValueError(
