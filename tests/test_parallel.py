@@ -127,14 +127,21 @@ def assert_close(found, expected) -> None:
         assert found == expected
 
 
+@pytest.fixture(scope="module")
+def report(digits_zoo, digits_pipeline, generated, tmp_path_factory) -> dict:
+    """What one process finds."""
+    folder = tmp_path_factory.mktemp("evaluated") / "one"
+    launch(1, *evaluate_arguments(digits_zoo, digits_pipeline, generated, folder))
+    return report_of(folder)
+
+
 @pytest.mark.slow
-def test_processes_share_an_evaluation(digits_zoo, digits_pipeline, generated, tmp_path):
-    for processes in (1, 3):
-        folder = tmp_path / f"{processes}"
-        launch(processes, *evaluate_arguments(digits_zoo, digits_pipeline, generated, folder))
-        assert_close(report_of(folder), report_of(tmp_path / "1"))
-        assert not (folder / SCORES).exists()
-        assert (folder / "report.html").exists()
+def test_processes_share_an_evaluation(digits_zoo, digits_pipeline, generated, report, tmp_path):
+    folder = tmp_path / "report"
+    launch(3, *evaluate_arguments(digits_zoo, digits_pipeline, generated, folder))
+    assert_close(report_of(folder), report)
+    assert not (folder / SCORES).exists()
+    assert (folder / "report.html").exists()
 
 
 @pytest.mark.slow
@@ -187,7 +194,7 @@ def test_a_part_that_never_shows_is_an_error_and_no_short_zoo(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_an_evaluation_goes_on_where_it_was_killed(digits_zoo, digits_pipeline, generated, tmp_path):
+def test_an_evaluation_goes_on_where_it_was_killed(digits_zoo, digits_pipeline, generated, report, tmp_path):
     folder = tmp_path / "report"
     arguments = evaluate_arguments(digits_zoo, digits_pipeline, generated, folder)
     kill_one_process(arguments, lambda: len(list((folder / SCORES).glob("*.pt"))) > 20)
@@ -200,8 +207,7 @@ def test_an_evaluation_goes_on_where_it_was_killed(digits_zoo, digits_pipeline, 
     kill_one_process(arguments, lambda: len(list((folder / SCORES).glob("*.pt"))) > len(parts) + 10)
     assert all((folder / SCORES / name).stat().st_mtime_ns == time for name, time in written.items())
     launch(2, *arguments)
-    launch(1, *evaluate_arguments(digits_zoo, digits_pipeline, generated, tmp_path / "one"))
-    assert_close(report_of(folder), report_of(tmp_path / "one"))
+    assert_close(report_of(folder), report)
 
 
 @pytest.mark.slow
