@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from .configs import AlignConfig
 from .errors import ConfigError, TaskError, ZooError
 from .extras import require
-from .networks.canonical import REFERENCE_NETWORKS
+from .networks.canonical import REFERENCE_NETWORKS, relative_change
 from .networks.gauge import symmetry_of
 from .networks.predictor import Predictor
 from .networks.symmetry import UnknownSymmetryError
@@ -72,15 +72,15 @@ def _align(config: AlignConfig, folder: Path) -> str:
         for batch in zoo.batches():
             canonical = symmetry.canonical(batch, reference)
             expected = predict(batch, inputs)
-            difference = (predict(canonical, inputs) - expected).abs().max().item()
+            difference = relative_change(expected, predict(canonical, inputs))
             if zoo.dtype != torch.float32:  # what is stored is rounded, too
                 stored = predict(canonical.to(zoo.dtype).float(), inputs)
-                largest = max(largest, (stored - expected).abs().max().item())
+                largest = max(largest, relative_change(expected, stored))
             largest = max(largest, difference)
             if not difference <= config.tolerance:
                 raise ZooError(
-                    f"Predictions of {zoo.folder} changed by {difference:.2g}, more than the tolerance of "
-                    f"{config.tolerance:.2g}: these networks have other symmetries than their forward pass shows."
+                    f"Predictions of {zoo.folder} changed by {difference:.2g} of the largest, more than the tolerance "
+                    f"of {config.tolerance:.2g}: these networks have other symmetries than their forward pass shows."
                 )
             before += (batch - mean).norm(dim=1).sum().item()
             after += (canonical - reference).norm(dim=1).sum().item()
@@ -92,5 +92,6 @@ def _align(config: AlignConfig, folder: Path) -> str:
     WeightZoo(folder).write_card(f"The networks of `{zoo.folder.name}` in canonical form.")
     return (
         f"{len(zoo)} networks with {symmetry}: the mean distance to their mean was "
-        f"{before / len(zoo):.4g} and is {after / len(zoo):.4g}. Predictions differ by {largest:.2g} at most."
+        f"{before / len(zoo):.4g} and is {after / len(zoo):.4g}. Predictions differ by {largest:.2g} of the "
+        "largest at most."
     )

@@ -66,7 +66,7 @@ class AlignConfig:
     task: str | None = None
     """What the networks do: a built-in task, or path/to/file.py:MyTask. The zoo's own by default."""
     tolerance: float = 1e-3
-    """Largest difference of a prediction before and after that rounding may explain; more is an error."""
+    """Largest difference of a prediction that rounding may explain, in parts of the largest; more is an error."""
 
     def __post_init__(self) -> None:
         check_above_zero(self, "tolerance")

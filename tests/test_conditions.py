@@ -1,3 +1,4 @@
+# Over 400 lines: one family of tasks, from collecting to the audit, shares its zoos and its pipeline.
 """From a family of tasks to networks for tasks that nobody trained, and what they are worth."""
 
 import json
@@ -279,7 +280,7 @@ def test_the_card_carries_the_verdict_on_conditions(report, trained):
     assert "conditions that no training network had" in card
 
 
-def test_an_audit_needs_a_pipeline_that_can_be_asked(zoo, trained, tmp_path):
+def test_an_audit_needs_a_pipeline_that_can_be_asked(zoo, trained, fresh, tmp_path):
     with pytest.raises(ConfigError, match="holds no pipeline to ask for"):
         run_evaluate(EvaluateConfig(NAME, str(zoo.folder), str(zoo.folder), output_dir=str(tmp_path / "a")))
     pipe = load_pipeline(trained)
@@ -296,6 +297,12 @@ def test_an_audit_needs_a_pipeline_that_can_be_asked(zoo, trained, tmp_path):
             some.append(zoo.state_dict(index), direction=None if index == 3 else row["direction"])
     with pytest.raises(ZooError, match="lack the condition 'direction'"):
         evaluate(FAMILY, trained=some, generated=load_pipeline(trained))
+    with pytest.raises(ZooError, match="which is held out: nothing can be said"):
+        evaluate(FAMILY, trained=fresh, generated=load_pipeline(trained))
+    few = families.Sides()
+    few.conditions = lambda split: FAMILY.conditions(split)[: 2 if split == "test" else None]
+    with pytest.raises(ZooError, match="needs two held-out conditions, which other networks solve"):
+        evaluate(few, trained=zoo, generated=load_pipeline(trained))
     with pytest.raises(ZooError, match="come in a zoo, whose rows hold their conditions"):
         evaluate(FAMILY, trained=[{}], generated=pipe)
     with pytest.raises(ZooError, match="what is audited is a pipeline, which is asked for some of them, and not list"):
@@ -384,7 +391,10 @@ def test_a_quality_that_is_asked_for_is_measured(digits_zoo, tmp_path):
     with WeightZoo.create(tmp_path / "equal", digits_zoo.layout, task=digits_zoo.task) as equal:
         for index in range(len(digits_zoo)):
             equal.append(digits_zoo[index], validation_accuracy=0.97)
-    assert evaluate(trained=equal, generated=str(tmp_path), num_networks=3, networks_per_point=3)["quality"] is None
+    unknown = [digits_zoo.state_dict(index) for index in range(4)]
+    for trained in (equal, unknown):
+        report = evaluate(digits_zoo.task, trained=trained, generated=str(tmp_path), num_networks=3)
+        assert report["quality"] is None
 
 
 @pytest.mark.slow

@@ -35,9 +35,14 @@ def canonical_zoo(zoo: WeightZoo, symmetry: CanonicalForm | None, folder: Path) 
     some = zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS))
     balanced = symmetry.balance(some)
     reference = symmetry.reference(some)
-    before = (balanced - balanced.mean(0)).norm(dim=1).mean()
-    after = (symmetry.align(balanced, reference) - reference).norm(dim=1).mean()
-    if after > NEARER * before:
+    before = balanced - balanced.mean(0)
+    after = symmetry.align(balanced, reference) - reference
+    # Each tensor in units of its own spread: the bias of a regression has the unit of its targets.
+    for place in zoo.layout.slices.values():
+        spread = before[:, place].square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        before[:, place] /= spread
+        after[:, place] /= spread
+    if after.norm(dim=1).mean() > NEARER * before.norm(dim=1).mean():
         return None
     canonical = WeightZoo.create(folder, zoo.layout, may_differ=zoo.may_differ)
     with canonical:

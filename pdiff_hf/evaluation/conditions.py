@@ -9,17 +9,17 @@ import torch
 
 from ..errors import PipelineError, ZooError
 from ..hub.pipelines import check_draws
-from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
+from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour, run_at_once
 from ..networks.canonical import REFERENCE_NETWORKS
 from ..networks.gauge import Gauge
 from ..networks.predictor import Predictor
-from ..networks.stacked import NotStackableError, side_by_side
+from ..networks.stacked import NotStackableError
 from ..networks.trainer import NetworkTrainer, data_of, flatten
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from ..runs import own_randomness
 from ..tasks import Task, TaskFamily
-from ..tasks.family import key_of, solved_alike, training_inputs, with_equivalents
+from ..tasks.family import DECIMALS, key_of, solved_alike, training_inputs, with_equivalents
 from ..zoo import WeightZoo, evenly
 from .canonical import symmetry_that_holds
 from .equal_time import train_as_long
@@ -86,7 +86,16 @@ class ConditionAudit:
         self.rows = [{name: row.get(name) for name in names} for row in trained.rows()]
         if lacking := [name for name in names if any(row[name] is None for row in self.rows)]:
             raise ZooError(f"Rows of {trained.folder} lack the condition {lacking[0]!r}.")
+        had = {key_of(row, DECIMALS) for row in self.rows}
+        for condition in (*self.asked, *family.conditions("validation")):
+            if key_of(condition, DECIMALS) in had:
+                raise ZooError(
+                    f"{trained.folder} has networks of {condition!r:.200}, which is held out: nothing can be said of "
+                    'conditions that no training network had. Collect them with split "train".'
+                )
         self.alike = solved_alike(family, trained.layout, self.asked)
+        if len(self.alike.unique()) < 2:
+            raise ZooError("The audit of a condition needs two held-out conditions, which other networks solve.")
         self.tasks = [family.task(condition) for condition in self.asked]
         self.predict = Predictor(self.tasks[0], trained.layout, processes().device)
 
@@ -204,7 +213,7 @@ class ConditionAudit:
         networks = layout.normalize(vectors)
         behaviour = None
         try:
-            stacked = side_by_side(copy.deepcopy(self.predict.network))
+            stacked = run_at_once(self.predict.network, layout, training_inputs(self.family))
             some = networks[list(evenly(len(networks), VARIANCE_NETWORKS))]
             behaviour = Behaviour(stacked, layout, training_inputs(self.family), some)
         except NotStackableError:
@@ -280,6 +289,8 @@ def asked_quality(scorer: Scorer, trained: WeightZoo, pipeline: NeuralNetworkDif
         check_draws(pipeline)
     except PipelineError:
         return None
+    if not len(found):
+        return None
     low, high = torch.quantile(found.double(), torch.tensor([0.05, 0.95]).double()).tolist()
     if not high - low > SMALLEST_RANGE:
         return None
@@ -314,7 +325,7 @@ def _scored(tasks: Sequence[Any], vectors: torch.Tensor, predict: Predictor, spl
     accuracies: dict[str, list[torch.Tensor]] = {}
     least = []
     for task, networks, (inputs, targets) in zip(tasks, vectors, data_of(tasks, split), strict=True):
-        predictions = predict(networks.float(), inputs)
+        predictions = predict.of(task)(networks.float(), inputs)
 
         def accuracy(probabilities: torch.Tensor, task: Any = task, targets: Any = targets) -> torch.Tensor:
             return task.correct(probabilities, targets.cpu()).float().mean()

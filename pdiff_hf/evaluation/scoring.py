@@ -300,7 +300,7 @@ class Scorer:
         values = {"accuracy": by_example @ correct.double()}
         if temperature is not None:
             logs = predictions.double().clamp_min(1e-12).log()
-            targets = self.targets["test"]
+            targets = self.targets["test"].long()
             values["nll"] = -by_example @ logs.gather(1, targets[:, None])[:, 0]
             confidence, answers = (logs / temperature).softmax(1).max(1)
             # The error is the sum over bins of how far the confident are from being right there.
@@ -336,11 +336,12 @@ class Scorer:
             return {}
         if int(targets.max()) >= test.shape[1] or int(targets.min()) < 0:
             return {}
+        targets = targets.long()  # smaller integers are no indices
         if not all(torch.isfinite(p).all() for p in predictions.values()):
             return dict.fromkeys(("nll", "brier", "ece", "ece_scaled", "temperature"), float("nan"))
         logs = {split: p.clamp_min(1e-12).log() for split, p in predictions.items()}
         of_target = test.gather(1, targets[:, None])[:, 0]
-        temperature = self._temperature(logs["validation"], self.targets["validation"])
+        temperature = self._temperature(logs["validation"], self.targets["validation"].long())
         return {
             "nll": -logs["test"].gather(1, targets[:, None]).mean().item(),
             "brier": (test.square().sum(1) - 2 * of_target + 1).mean().item(),

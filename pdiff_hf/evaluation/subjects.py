@@ -105,7 +105,7 @@ def opened(
             name = trusted_name(task, zoo.task)
             loaded = load_task(name)
         else:
-            name, loaded = type(task).__name__, task
+            name, loaded = type(task).__name__, load_task(task)
         check_task(loaded, processes().device, training=False)
         origin = str(pipeline) if isinstance(pipeline, str | Path) else None
         used: Any = load(pipeline) if isinstance(pipeline, str | Path) else pipeline

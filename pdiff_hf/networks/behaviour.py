@@ -1,15 +1,48 @@
 """How differently networks behave, as a loss."""
 
+import copy
+
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ..pipelines.neural_network_diffusion import ParameterLayout
 from ..zoo import evenly
-from .stacked import StackedNetwork, VmappedNetwork, stack
+from .stacked import NotStackableError, StackedNetwork, VmappedNetwork, side_by_side, stack
 
 
 # Inputs, evenly picked, and networks that tell the variance of outputs.
 VARIANCE_INPUTS, VARIANCE_NETWORKS = 256, 64
+
+
+def run_at_once(network: nn.Module, layout: ParameterLayout, inputs: torch.Tensor) -> StackedNetwork | VmappedNetwork:
+    r"""
+    What runs many networks at once, tried on two of them: by rules, or by `torch.vmap` where these have a gap.
+
+    Args:
+        network (`nn.Module`): The architecture, which is copied.
+        layout (`ParameterLayout`): Of its parameters.
+        inputs (`torch.Tensor`): Examples, `[E, ...]`.
+
+    Raises:
+        [`NotStackableError`]: neither gives what the network does.
+    """
+    network = copy.deepcopy(network).eval().cpu()
+    layout, inputs = copy.deepcopy(layout).cpu(), inputs[:2].cpu()
+    weights = stack(layout, layout.flatten(network.state_dict()).float().expand(2, -1))
+    reason: Exception | None = None
+    with torch.no_grad():
+        expected = network(inputs)
+        for kind in (side_by_side, VmappedNetwork):
+            try:
+                found = kind(copy.deepcopy(network))
+                outputs = found(weights, inputs[None])
+            except Exception as error:  # whatever a forward of the user's own makes of either
+                reason = reason or error
+                continue
+            if outputs.shape == (2, *expected.shape) and torch.allclose(outputs[1], expected, rtol=1e-3, atol=1e-4):
+                return found
+    raise NotStackableError(str(reason or "Many at once predict something else."))
 
 
 class Behaviour:

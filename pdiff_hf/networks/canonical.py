@@ -9,6 +9,8 @@ from .predictor import Predictor
 
 
 REFERENCE_ROUNDS, REFERENCE_NETWORKS = 3, 1024
+# What rounding may change of predictions, in parts of the largest; in low precision, so many units in the last place.
+ROUNDING, LAST_PLACES = 1e-3, 8
 
 
 class CanonicalForm:
@@ -44,7 +46,16 @@ class CanonicalForm:
         """Whether such changes leave a network's predictions as they are."""
         changed = self.balance(self.shuffled(vector, torch.Generator().manual_seed(0))[None])
         before, after = predict(torch.cat([vector[None], changed]).float(), inputs)
-        return torch.allclose(before, after, atol=1e-4)
+        kinds = {weight.dtype for weight in predict.network.parameters() if weight.is_floating_point()}
+        coarsest = max((torch.finfo(kind).eps for kind in kinds), default=0.0)
+        return relative_change(before, after) <= max(ROUNDING, LAST_PLACES * coarsest)
+
+
+def relative_change(before: torch.Tensor, after: torch.Tensor) -> float:
+    """The largest difference of predictions, in parts of the largest of them, whatever unit they have; NaN where one
+    of them is."""
+    difference = (after.double() - before.double()).abs().max()
+    return 0.0 if difference == 0 else (difference / before.double().abs().max()).item()
 
 
 def units_of(layout: ParameterLayout, units: list[int], axes: dict[int, list[list[int]]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What many networks predict."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,17 @@ class Predictor:
                 self._stacked = side_by_side(self.network, layout.frozen_state_dict())
             except NotStackableError:
                 self._stacked = None
+
+    def of(self, task: Task) -> "Predictor":
+        """The same for another task of the architecture: itself, but where tasks say themselves what outputs mean."""
+        kinds = (type(self.task), type(task))
+        if all(kind.predict is Task.predict and kind.probabilities is Task.probabilities for kind in kinds):
+            return self
+        other = copy.copy(self)
+        other.task = task
+        if type(task).predict is not Task.predict:
+            other._stacked = None
+        return other
 
     @in_float32()
     @torch.inference_mode()

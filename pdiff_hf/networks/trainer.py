@@ -156,6 +156,8 @@ class StackedTrainer:
         for kind in {type(task) for task in tasks}:
             if any(getattr(kind, name) is not getattr(Task, name) for name in ("loss", "optimizer", "augment")):
                 raise NotStackableError(f"{kind.__name__} trains in a way of its own.")
+        if len({_schedule(task) for task in tasks}) > 1:
+            raise NotStackableError("Tasks that train for other times or at other rates.")
         self.device = PartialState().device
         networks = []
         with own_randomness():
@@ -254,12 +256,19 @@ def data_of(tasks: Sequence[Task], split: str) -> list[tuple[torch.Tensor, torch
 def correct_of(tasks: Sequence[Task], vectors: torch.Tensor, predict: Predictor, split: str) -> Iterator[torch.Tensor]:
     """Which examples of its own task each network `[N, P]` gets right, boolean `[E]`."""
     data = data_of(tasks, split)
-    if is_shared([inputs for inputs, _ in data]):
+    own = [predict.of(task) for task in tasks]
+    if is_shared([inputs for inputs, _ in data]) and all(one is predict for one in own):
         predictions = list(predict(vectors, data[0][0]))
     else:
-        predictions = [predict(vector[None], inputs)[0] for vector, (inputs, _) in zip(vectors, data, strict=True)]
+        predictions = [one(v[None], inputs)[0] for one, v, (inputs, _) in zip(own, vectors, data, strict=True)]
     for task, prediction, (_, targets) in zip(tasks, predictions, data, strict=True):
         yield task.correct(prediction, targets.cpu())
+
+
+def _schedule(task: Task) -> tuple[float, ...]:
+    """What trainings that are done at once have in common."""
+    factors = [task.learning_rate_factor(progress / 8) for progress in range(9)]
+    return (task.epochs, task.batch_size, task.learning_rate, *factors)
 
 
 def _check_frozen(

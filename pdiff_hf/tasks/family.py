@@ -1,5 +1,6 @@
 """A family of tasks: they differ by a condition, and their networks are of one architecture."""
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -77,14 +78,12 @@ class OneTask(TaskFamily):
 
 def load_family(name_or_path: str | Task | TaskFamily) -> TaskFamily:
     """A family, or a task as a family of one, by name or from a file, as [`load_task`] takes them."""
-    found = load(name_or_path) if isinstance(name_or_path, str) else name_or_path
+    found = load(name_or_path)
     if isinstance(found, Task):
         return OneTask(found)
-    own = completed(found, TaskFamily)
-    if isinstance(name_or_path, str):
-        # Its tasks may lack what a task has, too.
-        task = own.task
-        own.task = lambda condition: completed(task(condition), Task)
+    own = completed(copy.copy(found), TaskFamily)
+    # Its tasks may lack what a task has, too.
+    object.__setattr__(own, "task", lambda condition: completed(found.task(condition), Task))
     return own
 
 

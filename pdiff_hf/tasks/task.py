@@ -1,5 +1,6 @@
 """What a task is, and how one is found by its name or its file."""
 
+import copy
 import importlib
 import importlib.util
 import math
@@ -128,14 +129,29 @@ def load_task(name_or_path: str | Task) -> Task:
     Raises:
         [`TaskError`]: there is no such task, it lacks one of the two methods, or it is a family of tasks.
     """
-    found = load(name_or_path) if isinstance(name_or_path, str) else name_or_path
+    found = load(name_or_path)
     if not isinstance(found, Task):
         raise TaskError(f"{name_or_path} is a family of tasks, and one task is needed here.")
     return found
 
 
-def load(name_or_path: str) -> Any:
-    """A task, or a family of tasks, by name or from a file, as [`load_task`] describes it."""
+def load(name_or_path: Any) -> Any:
+    """A task, or a family of tasks, by name or from a file, as [`load_task`] describes it, or itself."""
+    thing = _built(name_or_path) if isinstance(name_or_path, str) else name_or_path
+    return thing if _is_family(thing, type(thing).__name__) else completed(thing, Task)
+
+
+def _is_family(thing: Any, name: str) -> bool:
+    """Whether an object, or those of a class, is a family; raises [`TaskError`] where it is no task either."""
+    lacking = [method for method in ("build_network", "data") if not hasattr(thing, method)]
+    found = all(hasattr(thing, method) for method in ("conditions", "task"))
+    if lacking and not found:
+        raise TaskError(f"{name} is no task: it lacks {' and '.join(lacking)}.")
+    return found
+
+
+def _built(name_or_path: str) -> Any:
+    """What the class of that name makes."""
     place, _, class_name = BUILT_IN.get(name_or_path, name_or_path).rpartition(":")
     if not place:
         raise TaskError(
@@ -170,19 +186,17 @@ def load(name_or_path: str) -> Any:
     task_class = getattr(module, class_name, None)
     if not isinstance(task_class, type):
         raise TaskError(f"{place} has no class {class_name!r}.")
-    lacking = [name for name in ("build_network", "data") if not hasattr(task_class, name)]
-    is_family = all(hasattr(task_class, name) for name in ("conditions", "task"))
-    if lacking and not is_family:
-        raise TaskError(f"{class_name} in {place} is no task: it lacks {' and '.join(lacking)}.")
+    _is_family(task_class, f"{class_name} in {place}")
     try:
-        task = task_class()
+        return task_class()
     except TypeError as error:
         raise TaskError(f"{class_name} in {place} has to be built without arguments: {error}.") from error
-    return task if is_family else completed(task, Task)
 
 
 def completed(thing: Any, base: type) -> Any:
     """The thing, of a class that has what a base class defines where its own lacks it."""
-    if not isinstance(thing, base):
-        thing.__class__ = type(type(thing).__name__, (type(thing), base), {})
-    return thing
+    if isinstance(thing, base):
+        return thing
+    own = copy.copy(thing)  # the caller's own stays what it is
+    object.__setattr__(own, "__class__", type(type(thing).__name__, (type(thing), base), {}))
+    return own

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..configs import TrainConfig
 from ..errors import ConfigError
-from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
-from ..networks.stacked import NotStackableError, side_by_side
+from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour, run_at_once
+from ..networks.stacked import NotStackableError
 from ..parallel import from_main, processes
 from ..pipelines.neural_network_diffusion import (
     LinearParameterAutoencoder,
@@ -197,7 +197,7 @@ def _train_kl(
     if config.behaviour_weight:
         task = load_task(trusted_name(config.task, zoo.task))
         try:
-            network = side_by_side(task.build_network().eval())
+            network = run_at_once(task.build_network(), layout, task.data("train")[0])
         except NotStackableError as error:
             raise ConfigError(f"behaviour_weight needs networks that run side by side. {error}") from error
         some = networks(torch.tensor(evenly(len(networks), VARIANCE_NETWORKS)))

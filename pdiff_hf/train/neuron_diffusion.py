@@ -9,9 +9,9 @@ from torch import nn
 
 from ..configs import NeuronTrainConfig
 from ..errors import ConfigError, TaskError, ZooError
-from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour
+from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour, run_at_once
 from ..networks.gauge import symmetry_of
-from ..networks.stacked import NotStackableError, StackedNetwork, VmappedNetwork, side_by_side
+from ..networks.stacked import NotStackableError, StackedNetwork, VmappedNetwork
 from ..networks.symmetry import Symmetry, UnknownSymmetryError
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuronTransformerModel, ParameterLayout
@@ -67,7 +67,7 @@ class NeuronDiffusion:
         self.network: StackedNetwork | VmappedNetwork | None = None
         if config.behaviour_weight:
             try:
-                self.network = side_by_side(network)
+                self.network = run_at_once(network, zoo.layout, self.inputs)
             except NotStackableError as error:
                 raise ConfigError(f"The behaviour loss needs networks that run side by side. {error}") from error
         self.rows, self.in_all_forms = with_equivalents(family, zoo.layout, zoo.metadata)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
 import pdiff_hf
-from pdiff_hf import CollectConfig, WeightZoo, load_task, run_collect
+from pdiff_hf import CollectConfig, Task, WeightZoo, load_task, run_collect
 from pdiff_hf.evaluation.canonical import canonical_zoo, symmetry_that_holds
 from pdiff_hf.networks.predictor import Predictor
+from pdiff_hf.zoo import make_layout
 
 
 def collected(folder, protocol: str, count: int, seed: int = 0) -> WeightZoo:
@@ -71,3 +73,56 @@ def test_a_trajectory_is_compared_with_its_networks_as_they_are(trajectory):
     assert {row["kind"] for row in report["baselines"]} == {
         *("noise", "soup", "interpolation", "gaussian", "low-rank-gaussian"),
     }
+
+
+class Rulers(Task):
+    """A regression, whose targets have a unit, in a precision."""
+
+    unit, dtype = 1.0, torch.float32
+
+    def build_network(self):
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)).to(self.dtype)
+
+    def data(self, split):
+        inputs = torch.randn(60, 8, generator=torch.Generator().manual_seed(len(split)))
+        return inputs.to(self.dtype), (self.unit * inputs[:, :1]).to(self.dtype)
+
+    def probabilities(self, outputs):
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("unit", "dtype"), [(1e-5, torch.float32), (1e5, torch.float32), (1.0, torch.bfloat16), (1.0, torch.float16)]
+)
+def test_neither_the_unit_of_targets_nor_precision_hides_the_canonical_form(unit, dtype, tmp_path):
+    task = Rulers()
+    task.unit, task.dtype = unit, dtype
+    torch.manual_seed(0)
+    states = []
+    for _ in range(12):
+        network = task.build_network()
+        with torch.no_grad():
+            network[2].weight *= unit
+            network[2].bias *= unit
+        states.append(network.state_dict())
+    # All but their order is nearly the same.
+    order = [torch.randperm(16) for _ in states]
+    first = states[0]
+    states = [
+        {"0.weight": first["0.weight"][o], "0.bias": first["0.bias"][o], "2.weight": first["2.weight"][:, o]}
+        | {"2.bias": state["2.bias"]}
+        for state, o in zip(states, order, strict=True)
+    ]
+    layout = make_layout(states[0], ("*",))
+    with WeightZoo.create(tmp_path / "zoo", layout) as zoo:
+        for state in states:
+            zoo.append(state)
+    inputs = task.data("test")[0]
+    symmetry = symmetry_that_holds(zoo, Predictor(task, zoo.layout, torch.device("cpu")), inputs)
+    assert symmetry is not None
+    canonical = canonical_zoo(zoo, symmetry, tmp_path / "canonical")
+    assert canonical is not None
+    hidden = [layout.slices[name] for name in ("0.weight", "2.weight")]
+    for place in hidden:
+        vectors = canonical.vectors()[:, place]
+        assert (vectors - vectors[0]).norm() < 1e-2 * vectors.norm()

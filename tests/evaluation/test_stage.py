@@ -555,6 +555,19 @@ class BlobTask(Task):
         return inputs + 3 * targets[:, None] - 1.5, targets
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bool])
+def test_classes_of_any_integers_are_classes(dtype):
+    class Small(BlobTask):
+        def data(self, split):
+            inputs, targets = super().data(split)
+            return inputs, targets.to(dtype)
+
+    networks = [answering(slope, offset) for slope, offset in ((1, 0), (0.2, 1), (-0.1, 0.3), (2, -1))]
+    found, expected = (pdiff_hf.evaluate(task, trained=networks, generated=networks) for task in (Small(), BlobTask()))
+    assert found["groups"] == expected["groups"]
+    assert found["ensembles"] == expected["ensembles"]
+
+
 def answering(sign: float, offset: float = 0.0) -> dict:
     """Answers by the side of a line, right or, of the other sign, wrong."""
     weight = torch.tensor([[1.0, 1], [-1, -1], [0, 0], [0, 0]])

@@ -60,6 +60,27 @@ def test_what_differs_from_place_to_place_is_no_distribution():
     }
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda weight: torch.nn.init.sparse_(weight, 0.9),
+        torch.nn.init.trunc_normal_,
+        lambda weight: weight.copy_((torch.rand_like(weight) < 0.5) * 0.2 - 0.1),
+    ],
+    ids=["sparse", "truncated", "signs"],
+)
+def test_what_is_neither_uniform_nor_normal_is_not_called_so(draw):
+    torch.manual_seed(0)
+    states = [{"weight": torch.empty(16, 64)} for _ in range(64)]
+    for state in states:
+        draw(state["weight"])
+    layout = ParameterLayout.from_state_dict(states[0])
+    layout.fit_initial(torch.stack([layout.flatten(state) for state in states]))
+    assert layout.tensors("generated")[0]["initial"]["distribution"] == "other"
+    with pytest.raises(ValueError, match="in a way of its own"):
+        layout.draw_initial([torch.Generator()])
+
+
 def test_drawn_networks_are_as_those_that_were_recorded(fitted):
     layout = ParameterLayout(tensors=[t for t in fitted.config.tensors if not t["name"].startswith("3.")])
     drawn = layout.draw_initial([seeded(seed) for seed in range(500)])

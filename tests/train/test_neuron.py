@@ -69,6 +69,15 @@ class Normed(DigitsMLP):
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 10))
 
 
+class Watched(DigitsMLP):
+    """With a hook that reads numbers, which many networks at once do not have."""
+
+    def build_network(self):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 10))
+        network[1].register_forward_hook(lambda module, inputs, outputs: outputs if outputs.sum().item() else None)
+        return network
+
+
 def name_of(task: type) -> str:
     return f"{__name__}:{task.__name__}"
 
@@ -296,7 +305,7 @@ def test_an_evaluation_trains_as_long_from_the_same_initializations(trained, zoo
     ("task", "changes", "message"),
     [
         (Branching, {}, "cannot be tokens: Softmax"),
-        (Normed, {}, "behaviour loss needs networks that run side by side"),
+        (Watched, {}, "behaviour loss needs networks that run side by side"),
         (TwoHidden, {"hidden_size": 2**20}, "memory|take .* GB"),
         (TwoHidden, {"task": "digits-mlp"}, "are no networks of digits-mlp"),
         (TwoHidden, {}, "does not record how its networks were initialized"),
@@ -313,8 +322,14 @@ def test_what_cannot_be_learned_is_said_before_anything_is_written(task, changes
 
 
 def test_without_a_behaviour_loss_networks_need_no_stacked_form(tmp_path):
-    zoo = collected(tmp_path / "zoo", name_of(Normed), 8)
+    zoo = collected(tmp_path / "zoo", name_of(Watched), 8)
     run_train(config(zoo, tmp_path / "pipeline", behaviour_weight=0.0, transformer_steps=5, batch_size=4))
+    assert sample(load_pipeline(tmp_path / "pipeline"), 2).isfinite().all()
+
+
+def test_layers_without_a_stacked_form_have_a_behaviour_loss(tmp_path):
+    zoo = collected(tmp_path / "zoo", name_of(Normed), 8)
+    run_train(config(zoo, tmp_path / "pipeline", transformer_steps=5, batch_size=4))
     assert sample(load_pipeline(tmp_path / "pipeline"), 2).isfinite().all()
 
 

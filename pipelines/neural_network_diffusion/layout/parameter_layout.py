@@ -574,7 +574,10 @@ def _distribution(values: torch.Tensor) -> dict[str, Any]:
     independent = count < FEW or size == 1 or 0.25 < squares / max(kurtosis - 1, 1e-12) < 4
     if not alike or not independent:
         return {**found, "distribution": OTHER}
-    return {**found, "distribution": min(KURTOSIS, key=lambda name: abs(KURTOSIS[name] - kurtosis))}
+    nearest = min(KURTOSIS, key=lambda name: abs(KURTOSIS[name] - kurtosis))
+    # The error of a kurtosis is that of normal values, 24 / n of them squared (Fisher 1930), or less.
+    explained = abs(KURTOSIS[nearest] - kurtosis) < 0.15 + 5 * (24 / values.numel()) ** 0.5
+    return {**found, "distribution": nearest if explained else OTHER}
 
 
 def _is_initial(initial: Any) -> bool:
