@@ -17,9 +17,10 @@ from .networks.stacked import NotStackableError
 from .networks.trainer import NetworkTrainer, StackedTrainer, is_stackable
 from .parallel import Saving, from_main, processes, wait_for_everyone, written
 from .pipelines.neural_network_diffusion import ParameterLayout
-from .runs import check_not_fewer, check_same_run, own_randomness, save_run
+from .runs import check_not_fewer, check_same_facts, check_same_run, own_randomness, save_run
 from .tasks import Task, TaskFamily, check_family, load_family
 from .tasks.family import OneTask
+from .tasks.task import source_sha256
 from .zoo import WeightZoo, check_room_for, make_layout, networks_per_batch
 from .zoo.fill import fill
 
@@ -49,9 +50,12 @@ def run_collect(config: CollectConfig) -> WeightZoo:
 def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
     state = processes()
     family = load_family(config.task)
+    source = source_sha256(family.only if isinstance(family, OneTask) else family)
+    facts = {} if source is None else {"task_sha256": source}
     if is_zoo(folder) or (folder / STATE_FILE).exists():
         more = ("output_dir", "num_networks", "networks_per_task", "push_to_hub")
         check_same_run(folder, "collect", config, but_for=more)
+        check_same_facts(folder, "collect", facts)
     check_family(family, state.device)
     conditions = family.conditions(config.split)
     task = family.task(conditions[0])
@@ -79,7 +83,7 @@ def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
         )
     wait_for_everyone()
     if state.is_main_process:
-        save_run(folder, "collect", asked)
+        save_run(folder, "collect", asked, **facts)
     if config.protocol == "independent":
         zoo = _collect_independent(config, family, conditions, folder, layout)
     else:

@@ -1,6 +1,5 @@
 """One frozen dataclass a stage is its command line, its YAML file and its Python face."""
 
-import importlib.util
 import io
 import json
 import math
@@ -53,9 +52,13 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str]) -> Config
     if families:
         config_class = _chosen(families, args, file)
     if file is not None:
-        defaults["default"] = load_config(config_class, file)
-        if not any(arg.partition("=")[0] == "--task" for arg in args):
-            _check_origin(getattr(defaults["default"], "task", None), Path(file))
+        default: Any = load_config(config_class, file)
+        named = {arg.partition("=")[0] for arg in args}
+        if "--task" not in named:
+            _check_origin(getattr(default, "task", None), file)
+        if "--condition" in named and hasattr(default, "condition"):  # which would be added to those of the file
+            default = replace(default, condition=())
+        defaults["default"] = default
     described = f"{config_class.__doc__}\n\n{CONFIG_HELP}"
     config = tyro.cli(config_class, prog=f"pdiff-hf {stage}", description=described, args=args, **defaults)
     given = {field.name: getattr(config, field.name) for field in fields(config)}
@@ -98,19 +101,10 @@ def _chosen(families: dict[str, Any], args: Sequence[str], file: str | None) -> 
     return families[name]
 
 
-def _check_origin(task: str | None, file: Path) -> None:
-    """Raises [`ConfigError`] where the code of a task came with the file that names it, from wherever that came."""
-    place = (task or "").rpartition(":")[0]
-    code = Path(place)
-    if not place.endswith(".py"):
-        try:
-            found = importlib.util.find_spec(place.partition(".")[0]) if place else None
-        except (ImportError, ValueError):
-            found = None
-        code = Path(found.origin if found and found.origin else os.devnull)
-    folder = Path(os.path.abspath(file)).parent
-    if Path(os.path.abspath(code)).is_relative_to(folder) or code.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"{file} names the task {task!r}, code that lies beside it: pass --task {task} to run it.")
+def _check_origin(task: str | None, file: str) -> None:
+    """Raises [`ConfigError`] where a file, which may come from anywhere, names code that is not built in."""
+    if task is not None and ":" in task:
+        raise ConfigError(f"{file} names the task {task!r}, which is code of its own: pass --task {task} to run it.")
 
 
 def check_positive(config: Any, *names: str) -> None:

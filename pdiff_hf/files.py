@@ -5,6 +5,7 @@ import hmac
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -28,6 +29,10 @@ KINDS = {
     "a pipeline": (("model_index.json", "train.yaml"), ("train",)),
     "a report": (("report.json", "evaluate.yaml"), ("evaluate",)),
 }
+# What a training replaces where there is one already.
+PIPELINE_PARTS = (
+    *("layout", "scheduler", "vae", "unet", "transformer", "condition_encoder", "pipeline.py", "evaluation"),
+)
 
 
 def is_zoo(folder: str | os.PathLike[str]) -> bool:
@@ -45,6 +50,15 @@ def check_kind(folder: str | os.PathLike[str], stage: str) -> None:
     for kind, (names, stages) in KINDS.items():
         if stage not in stages and any(Path(folder, name).is_file() for name in names):
             raise ConfigError(f"{folder} holds {kind}. Choose another --output-dir.")
+
+
+def check_pipeline_parts(folder: str | os.PathLike[str]) -> None:
+    """Raises [`ConfigError`] where a folder without a training of ours holds what one would replace."""
+    if any(Path(folder, name).is_file() for name in KINDS["a pipeline"][0]):
+        return
+    for place in (Path(folder, part) for part in PIPELINE_PARTS):
+        if any(place.iterdir()) if place.is_dir() else place.exists():
+            raise ConfigError(f"{folder} holds {place.name}, which no training made. Choose another --output-dir.")
 
 
 @contextmanager
@@ -175,14 +189,23 @@ def own_name(*parts: Any) -> str:
 
 @cache
 def _secret() -> bytes:
-    file = Path(HF_HOME, "pdiff-hf", "secret")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_name("secret.lock")):
-            if not file.exists():
-                with whole(file) as temporary:
-                    temporary.touch(mode=0o600)
-                    temporary.write_bytes(secrets.token_bytes(32))
-            return file.read_bytes()
-    except (OSError, NotImplementedError):  # what is made will be known to this process alone
-        return secrets.token_bytes(32)
+    """In the folder of the user's settings, or else in the cache, which may be a job's own or shared by many."""
+    settings = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    for folder in (settings, HF_HOME):
+        file = Path(folder, "pdiff-hf", "secret")
+        if not file.is_absolute():  # nobody's home
+            continue
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(file.with_name("secret.lock")):
+                if not file.exists():
+                    with whole(file) as temporary:
+                        temporary.touch(mode=0o600)
+                        temporary.write_bytes(secrets.token_bytes(32))
+                return file.read_bytes()
+        except (OSError, NotImplementedError):
+            continue
+    warnings.warn(
+        f"Neither {settings} nor HF_HOME can be written: what is interrupted now cannot be gone on with.", stacklevel=2
+    )
+    return secrets.token_bytes(32)

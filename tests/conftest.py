@@ -5,7 +5,7 @@ import tempfile
 
 
 # The clients read these when they are imported.
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="pdiff-hf-test-")
+os.environ["HF_HOME"] = os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="pdiff-hf-test-")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -108,6 +108,19 @@ def test_another_run_does_not_go_into_the_same_folder(tmp_path):
     assert len(WeightZoo(tmp_path / "zoo")) == 6
 
 
+def test_networks_of_a_task_that_was_changed_meanwhile_do_not_go_into_the_same_folder(tmp_path):
+    file = tmp_path / "task.py"
+    file.write_text("from pdiff_hf.tasks.digits import DigitsMLP\nclass T(DigitsMLP):\n    learning_rate = 1e-3\n")
+    task = f"{file}:T"
+    run_collect(config(tmp_path / "zoo", task=task, num_networks=3))
+    file.write_text(f"# a note\n{file.read_text()}\nOTHER = 1\n")
+    run_collect(config(tmp_path / "zoo", task=task, num_networks=4))
+    file.write_text(file.read_text().replace("1e-3", "1e-2"))
+    with pytest.raises(ConfigError, match=r"The task of the run in .* changed meanwhile"):
+        run_collect(config(tmp_path / "zoo", task=task, num_networks=6))
+    assert len(WeightZoo(tmp_path / "zoo")) == 4
+
+
 def test_what_the_task_froze_stays_frozen(tmp_path):
     (tmp_path / "task.py").write_text(
         textwrap.dedent("""

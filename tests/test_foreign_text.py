@@ -1,10 +1,11 @@
 """Configurations and names that came from somebody else."""
 
+import os
 import time
 
 import pytest
 
-from pdiff_hf import CollectConfig
+from pdiff_hf import CollectConfig, TrainConfig
 from pdiff_hf.config import parse
 from pdiff_hf.text import MOST_YAML, plain, printable
 
@@ -14,27 +15,42 @@ from .test_cli import line_of
 CANARY = "open('CANARY', 'w')\nclass T: pass\n"
 
 
-@pytest.mark.parametrize("task", ["{folder}/task.py:T", "{folder}/../{name}/task.py:T", "pulled_task:T"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        *("{folder}/task.py:T", "{folder}/../{name}/task.py:T", "pulled_task:T"),
+        *("~/{name}/task.py:T", "{name}.task:T", "{folder}/../elsewhere.py:T"),
+    ],
+)
 def test_code_that_came_with_a_configuration_runs_only_by_name(tmp_path, monkeypatch, task):
     folder = tmp_path / "pulled"
     folder.mkdir()
     (folder / "task.py").write_text(CANARY)
     (folder / "pulled_task.py").write_text(CANARY)
+    (tmp_path / "elsewhere.py").write_text(CANARY)
+    monkeypatch.setenv("HOME", str(tmp_path))
     task = task.format(folder=folder, name=folder.name)
     (folder / "collect.yaml").write_text(f"task: {task}\n")
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.chdir(tmp_path)
     line = line_of("collect", "--config", str(folder / "collect.yaml"))
-    assert f"names the task {task!r}, code that lies beside it: pass --task {task} to run it." in line
+    assert f"names the task {task!r}, which is code of its own: pass --task {task} to run it." in line
     assert not (tmp_path / "CANARY").exists()
     config = parse(CollectConfig, "collect", ["--config", str(folder / "collect.yaml"), "--task", task])
-    assert config.task == task
+    assert config.task == os.path.expanduser(task)
 
 
-def test_a_configuration_may_name_a_task_that_lies_elsewhere(tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "collect.yaml").write_text(f"task: {tmp_path}/task.py:T\n")
-    assert parse(CollectConfig, "collect", ["--config", str(tmp_path / "runs" / "collect.yaml")]).task.endswith(":T")
+def test_a_configuration_may_name_a_built_in_task(tmp_path):
+    (tmp_path / "collect.yaml").write_text("task: digits-mlp\n")
+    assert parse(CollectConfig, "collect", ["--config", str(tmp_path / "collect.yaml")]).task == "digits-mlp"
+
+
+def test_conditions_that_are_asked_for_take_the_place_of_those_of_the_file(tmp_path):
+    (tmp_path / "train.yaml").write_text("condition: [classes]\n")
+    file = ["--config", str(tmp_path / "train.yaml")]
+    assert parse(TrainConfig, "train", file).condition == ("classes",)
+    assert parse(TrainConfig, "train", [*file, "--condition", "topic"]).condition == ("topic",)
+    assert parse(TrainConfig, "train", [*file, "--condition=a", "--condition=b"]).condition == ("a", "b")
 
 
 def bomb(depth: int, width: int = 10) -> str:

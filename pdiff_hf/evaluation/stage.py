@@ -12,6 +12,7 @@ from ..errors import ConfigError, ZooError
 from ..extras import require
 from ..files import locked
 from ..hub.cards import write_evaluation
+from ..hub.pipelines import pipeline_folder, weights_sha256
 from ..hub.push import push_evaluation
 from ..parallel import from_main, processes, wait_for_everyone, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
@@ -97,6 +98,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     origin: str | None
+    weights = None if config.push_to_hub is None else _weights_on_the_hub(config.generated, config.pipeline)
     if found := family_of(config.task, config.trained):
         origin = config.generated
         report, files = _audit(found, config.generated, config.fresh, config.seed, config.output_dir)
@@ -125,8 +127,16 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
             with locked(origin):
                 write_evaluation(Path(origin), *evaluation)
         if config.push_to_hub is not None:
-            push_evaluation(origin, config.push_to_hub, *evaluation)
+            push_evaluation(origin, config.push_to_hub, *evaluation, weights=weights)
     return report
+
+
+def _weights_on_the_hub(*names: str | None) -> str | None:
+    """The weights of the first of these that is a pipeline on the Hub, as they are now."""
+    for name in names:
+        if name is not None and not Path(name).is_dir() and holds_pipeline(name):
+            return weights_sha256(pipeline_folder(name))
+    return None
 
 
 def require_extras(output_dir: str | Path | None) -> None:

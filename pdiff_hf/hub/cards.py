@@ -36,11 +36,19 @@ def merge_cards(new: str, old: str | None, license: str | None = None) -> str:
     present = fresh if old is None else _parsed_card(old)
     text = _merged_texts(fresh.text, present.text)
     old_data, new_data = present.data.to_dict(), fresh.data.to_dict()
+    # What was made of the content that was there before.
+    tags = {*_tags(old_data), *_tags(new_data)}
+    if GENERATED[0] in present.text:
+        old_data.pop("dataset_info", None)
+        if not set(ADAPTER_TAGS) & {*_tags(new_data)}:
+            if set(ADAPTER_TAGS) <= tags:
+                old_data.pop("base_model", None)
+            tags -= set(ADAPTER_TAGS)
     data = old_data | new_data
     # Of what `pdiff-hf evaluate` measured, the old card has that of what was there before.
     ours = [one for one in _results(new_data) if _is_ours(one)]
     _set_results(data, [*_results(old_data), *_results(new_data)], ours)
-    data["tags"] = sorted({*_tags(old_data), *_tags(new_data)})
+    data["tags"] = sorted(tags)
     if license is not None:
         data["license"] = license
     return _card(data, text)

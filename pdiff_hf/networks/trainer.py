@@ -130,7 +130,7 @@ class NetworkTrainer:
         if not known:
             raise ZooError(
                 f"{file} was not made here, by this user: nothing is believed of the states of others. Choose another "
-                "--output-dir."
+                "--output-dir, or set XDG_CONFIG_HOME and HF_HOME as they were."
             )
 
 

@@ -1,10 +1,13 @@
 """What a task is, and how one is found by its name or its file."""
 
 import copy
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,17 @@ def shown_name(name: str) -> str:
     """The name of a task without the path of its file, which says nothing to anyone else."""
     place, _, class_name = name.rpartition(":")
     return f"{Path(place).name}:{class_name}" if place.endswith(".py") else name
+
+
+def source_sha256(thing: Any) -> str | None:
+    """Of the source of the classes of a task or a family, as far as they are the user's own, with which networks
+    change; None where they are built in or have no source."""
+    sources = []
+    for kind in type(thing).__mro__:
+        if kind is not object and not kind.__module__.startswith(f"{__package__.partition('.')[0]}."):
+            with suppress(OSError, TypeError):
+                sources.append(inspect.getsource(kind))
+    return hashlib.sha256("".join(sources).encode()).hexdigest() if sources else None
 
 
 def load_task(name_or_path: str | Task) -> Task:

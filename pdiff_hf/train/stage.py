@@ -9,7 +9,7 @@ import torch
 
 from ..configs import AnyTrainConfig, LoopConfig, NeuronTrainConfig, TrainConfig
 from ..errors import ZooError
-from ..files import explained
+from ..files import check_pipeline_parts, explained
 from ..hub.cards import write_pipeline_card
 from ..hub.pipelines import load_pipeline
 from ..hub.push import push
@@ -37,6 +37,7 @@ def run_train(config: AnyTrainConfig) -> NeuralNetworkDiffusionPipeline:
         [`TaskError`]: networks of this task cannot be learned in this way.
     """
     with written(config.output_dir, "train"):
+        check_pipeline_parts(config.output_dir)
         return _train(config, Path(config.output_dir))
 
 
@@ -49,7 +50,7 @@ def _train(config: AnyTrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeli
     config = with_environment(config)
     with TrainingLoop(config, config.steps) as loop:
         accelerator = loop.accelerator
-        facts = {"networks": len(zoo), **recipe.facts}
+        facts = {"networks": len(zoo), **recipe.facts, "zoo_sha256": zoo.sha256()}
         if loop.step > 0:
             check_same_facts(folder, "train", facts)
         wait_for_everyone()

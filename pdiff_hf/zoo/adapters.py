@@ -313,6 +313,9 @@ def with_metadata(adapters: list[Adapter], metadata: Iterable[Mapping[str, Any]]
     if strange := [row["source"] for row in rows if not isinstance(row.get("source"), str | None)]:
         raise ZooError(f"The metadata have the source {strange[0]!r:.200}, which is no name.")
     by_source = {row.get("source"): row for row in rows}
+    if len(by_source) < len(rows):
+        twice = Counter(row.get("source") for row in rows).most_common(1)[0][0]
+        raise ZooError(f"The metadata have several rows whose source is {twice!r:.200}.")
     if not by_source:
         return adapters
     names = Counter(one.row["source"] for one in adapters)

@@ -107,10 +107,15 @@ class Shards:
         return self.folder / f"networks-{number:05}-of-{total:05}.safetensors"
 
     def _find(self) -> list[Path]:
-        found = {}
+        found: dict[int, Path] = {}
         totals = set()
         for file in self.folder.iterdir():
             if match := NAME.fullmatch(file.name):
+                other = found.setdefault(int(match[1]), file)
+                if other is not file and other.exists() and file.exists():  # while it is renamed, only one of them is
+                    raise ZooError(
+                        f"{self.folder} holds {other.name} and {file.name}, of two zoos: remove those of one of them."
+                    )
                 found[int(match[1])] = file
                 totals.add(int(match[2]))
         missing = sorted(set(range(1, max(found, default=0) + 1)) - set(found))

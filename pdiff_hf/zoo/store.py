@@ -1,11 +1,12 @@
 # Over 400 lines: one class, whose documented methods are the face of a zoo.
 """A zoo: many networks of one architecture, read one by one and appended to."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -209,9 +210,18 @@ class WeightZoo:
         self.flush()
         if not (self.folder / "README.md").exists():
             self.write_card(f"{len(self)} networks of one architecture.")
-        # What a killed process left behind the rows of stored networks stays here.
-        rows = self._rows.file.read_bytes()[: self.rows_end]
-        return push(self.folder, repo_id, contents={self._rows.file.name: rows}, **kwargs)
+        with locked(self.folder) if os.access(self.folder, os.W_OK) else nullcontext():
+            self._shards.check_unchanged()
+            # What a killed process left behind the rows of stored networks stays here.
+            rows = self._rows.file.read_bytes()[: self.rows_end]
+            return push(self.folder, repo_id, contents={self._rows.file.name: rows}, **kwargs)
+
+    def sha256(self) -> str:
+        """Of its architecture and rows, and of its first and its last network: of another zoo it is another."""
+        rows = [json.dumps(row, sort_keys=True) for row in self.rows()]
+        ends = self.vectors([0, len(self) - 1]).numpy().tobytes() if len(self) else b""
+        parts = [json.dumps(self.layout.architecture), *rows]
+        return hashlib.sha256("\n".join(parts).encode() + ends).hexdigest()
 
     def repositories(self) -> set[str]:
         """The repositories on the Hub that the networks come from, as far as their rows name them."""
@@ -674,14 +684,17 @@ def _make_free(folder: Path) -> None:
     part of one, or what is none."""
     place = folder / BUILT
     if (place / "zoo.json").exists() and not (place / "frozen.safetensors").exists():  # it was being moved
-        for moved in folder.glob("networks-*.safetensors"):
-            moved.unlink()
+        for moved in (*folder.glob("networks-*.safetensors"), folder / "metadata.jsonl"):
+            moved.unlink(missing_ok=True)
     shutil.rmtree(place, ignore_errors=True)
     check_kind(folder, "collect")
     if is_zoo(folder):
         raise ZooError(f"{folder} holds a zoo already. Open it with WeightZoo({str(folder)!r}) to append to it.")
     if leftover := next(folder.glob("networks-*.safetensors"), None):
         raise ZooError(f"{leftover} is there without a zoo.json. Choose another folder, or move it away.")
+    rows = folder / "metadata.jsonl"
+    if rows.exists() and rows.stat().st_size:  # those of a zoo are empty until it is one
+        raise ZooError(f"{rows} is there without a zoo.json. Choose another folder, or move it away.")
 
 
 def networks_per_batch(vector_size: int, most: int = 64, values: int = BATCH_VALUES) -> int:

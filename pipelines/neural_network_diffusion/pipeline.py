@@ -592,9 +592,9 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             shutil.rmtree(folder / name, ignore_errors=True)
         for path in sorted(beside.iterdir(), key=lambda path: path.name == self.config_name):
             target = folder / path.name
-            if target.is_dir() and variant is None:
+            if target.is_dir() and variant is None and any(target.glob("*config.json")):
                 shutil.rmtree(target)
-            elif target.is_dir():  # beside other variants
+            elif target.is_dir():  # beside other variants, or what is no component
                 for stale in target.glob(f"*.{variant}*"):
                     stale.unlink()
                 for file in path.iterdir():

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 
 from pdiff_hf import ParameterLayout, PdiffError, WeightZoo, ZooError, load_pipeline
 from pdiff_hf.cli import main as cli
-from pdiff_hf.hub import HubError, merge_cards, push, write_pipeline_card
+from pdiff_hf.hub import HubError, merge_cards, push, push_evaluation, write_pipeline_card
 from pdiff_hf.hub.cards import GENERATED
+from pdiff_hf.hub.pipelines import weights_sha256
 
 from ..conftest import SMALL_TRAINING, random_network, site_without_this_package
 from ..documents import Document
@@ -467,6 +468,20 @@ def test_cards_are_merged_around_the_generated_part():
     assert foreign.index("# Somebody else's") < foreign.index("new")
 
 
+def test_what_was_made_of_earlier_content_leaves_a_card():
+    start, end = GENERATED
+    new = f"---\ntags: [diffusers]\n---\n{start}\nnew\n{end}\n"
+    data = (
+        "base_model: org/vit\ndataset_info: {features: []}\ntags: [diffusers, lora, peft, mine]\npretty_name: Mine\n"
+    )
+    merged = ModelCard(merge_cards(new, f"---\n{data}---\n{start}\nold\n{end}\n")).data.to_dict()
+    assert merged == {"tags": ["diffusers", "mine"], "pretty_name": "Mine"}
+    # Of a card that no push made, nothing is ours.
+    kept = ModelCard(merge_cards(new, f"---\n{data}---\n# Mine\n")).data.to_dict()
+    assert kept["base_model"] == "org/vit"
+    assert kept["tags"] == ["diffusers", "lora", "mine", "peft"]
+
+
 def test_what_a_person_writes_into_the_card_of_a_folder_arrives(alice, zoo):
     zoo.write_card("Networks.")
     alice(push_folder, zoo.folder, "alice/written")
@@ -635,6 +650,24 @@ def test_evaluation_pushes_figures_and_pictures_of_a_pipeline_on_the_hub(alice, 
     expected = report["groups"]["generated"]["accuracy"]["mean"]
     assert values["mean accuracy of 10 generated networks"] == pytest.approx(expected, abs=1e-6)
     assert len(alice(commits, "alice/judged")) == 3
+
+
+def push_figures(repo: str, figures: str, weights: str) -> str:
+    return message_of(lambda: push_evaluation(repo, repo, figures, [], [], weights=weights))
+
+
+def test_figures_do_not_go_into_the_card_of_other_weights(alice, digits_pipeline, tmp_path):
+    alice(push_folder, digits_pipeline, "alice/measured")
+    measured = weights_sha256(digits_pipeline)
+    assert alice(push_figures, "alice/measured", "FIRST", measured) == "no error"
+    pipe = load_pipeline(digits_pipeline)
+    with torch.no_grad():
+        next(pipe.unet.parameters()).add_(1)
+    pipe.save_pretrained(tmp_path / "other")
+    alice(push_folder, tmp_path / "other", "alice/measured")
+    said = alice(push_figures, "alice/measured", "SECOND", measured)
+    assert "weights of alice/measured changed since they were evaluated" in said
+    assert "SECOND" not in Path(alice(snapshot_download, "alice/measured"), "README.md").read_text()
 
 
 def push_licensed(folder: Path, repo: str) -> None:

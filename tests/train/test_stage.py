@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from pdiff_hf import (
 from pdiff_hf.errors import ConfigError
 from pdiff_hf.train import TrainingError
 
-from ..conftest import ROOT, SMALL_TRAINING, kill_one_process, launch, run
+from ..conftest import ROOT, SMALL_TRAINING, kill_one_process, launch, random_network, run
 
 
 ARGUMENTS = [
@@ -239,6 +240,37 @@ def test_processes_that_accelerate_does_not_see_are_refused(digits_zoo, tmp_path
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="2 processes were started, and accelerate sees 1"):
         run_train(small_config(digits_zoo, tmp_path / "pipeline"))
+
+
+def test_a_folder_with_something_else_is_no_place_for_a_pipeline(digits_zoo, tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.csv").write_text("mine")
+    with pytest.raises(ConfigError, match="holds evaluation, which no training made"):
+        run_train(small_config(digits_zoo, tmp_path))
+    assert [path.name for path in tmp_path.rglob("*")] == ["evaluation", "results.csv"]
+
+
+def test_a_component_is_not_saved_over_what_is_none(digits_pipeline, tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "net.py").write_text("mine")
+    load_pipeline(digits_pipeline).save_pretrained(tmp_path)
+    assert (tmp_path / "unet" / "net.py").read_text() == "mine"
+    load_pipeline(tmp_path)
+
+
+def test_another_zoo_of_as_many_networks_does_not_resume(layout, tmp_path):
+    def made(seeds: range) -> WeightZoo:
+        shutil.rmtree(tmp_path / "zoo", ignore_errors=True)
+        with WeightZoo.create(tmp_path / "zoo", layout) as zoo:
+            for seed in seeds:
+                zoo.append(random_network(seed).state_dict())
+        return zoo
+
+    run_train(small_config(made(range(6)), tmp_path / "pipeline", checkpointing_steps=60))
+    zoo = made(range(6, 12))
+    again = small_config(zoo, tmp_path / "pipeline", checkpointing_steps=60, resume_from_checkpoint="latest")
+    with pytest.raises(ConfigError, match=r"The zoo of the run in .* changed meanwhile: it cannot be resumed"):
+        run_train(again)
 
 
 def test_a_zoo_that_grew_does_not_resume(digits_zoo, tmp_path):

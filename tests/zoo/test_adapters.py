@@ -131,6 +131,8 @@ def test_rows_say_what_adapters_are_for(tmp_path):
     assert found == [(0, "0", "dogs"), (1, "1", "cats")]
     with pytest.raises(ZooError, match="no row whose source is '1'"):
         WeightZoo.from_adapters(tmp_path / "other", tmp_path / "in", metadata=rows[1:])
+    with pytest.raises(ZooError, match="metadata have several rows whose source is '1'"):
+        WeightZoo.from_adapters(tmp_path / "other", tmp_path / "in", metadata=[*rows, {"source": "1", "topic": "a"}])
     assert not (tmp_path / "other").exists()
     save_adapter(tmp_path / "elsewhere" / "0")
     both = [tmp_path / "in" / "0", tmp_path / "elsewhere" / "0"]

@@ -13,7 +13,8 @@ import torch
 
 from pdiff_hf import ParameterLayout, PdiffError, WeightZoo, ZooError
 from pdiff_hf.errors import ConfigError, WriteError
-from pdiff_hf.files import LOCK, check_kind, check_room, locked, own_name
+from pdiff_hf.files import LOCK, check_kind, check_pipeline_parts, check_room, locked, own_name
+from pdiff_hf.zoo import built
 
 from ..conftest import random_network
 
@@ -151,14 +152,85 @@ def test_more_than_a_disk_holds_is_said_before(tmp_path):
     check_room(tmp_path, 1)
 
 
-def test_names_of_ones_own_are_the_same_in_all_processes_and_of_no_other_user(tmp_path):
+def named(home: Path | str, cache: Path | str) -> tuple[str, str]:
+    """A name of the user of this home and this cache, and what is said."""
     script = "from pdiff_hf.files import own_name; print(own_name('a', 1))"
-    again = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip()
-    other = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env={"HF_HOME": str(tmp_path), "PATH": ""}
-    ).stdout.strip()
-    assert own_name("a", 1) == again != other != ""
-    assert own_name("a", 2) != again
+    environment = {"HOME": str(home), "HF_HOME": str(cache), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    return done.stdout.strip(), done.stderr
+
+
+def test_names_of_ones_own_are_the_same_in_all_processes_and_of_no_other_user(tmp_path):
+    (alice, said), (bob, _) = (
+        named(tmp_path / "alice", tmp_path / "cache"),
+        named(tmp_path / "bob", tmp_path / "cache"),
+    )
+    assert alice != bob != ""
+    assert said == ""
+    assert named(tmp_path / "alice", tmp_path / "of another job")[0] == alice
+    # Without a home that can be written it is the cache that knows.
+    first = named("/dev/null", tmp_path / "cache")[0]
+    assert first == named("/dev/null", tmp_path / "cache")[0] != alice
+    lost, said = named("/dev/null", "/dev/null")
+    assert lost not in (named("/dev/null", "/dev/null")[0], first)
+    assert "HF_HOME can be written: what is interrupted now cannot be gone on with" in said
+    assert own_name("a", 2) != own_name("a", 1) == own_name("a", 1)
+
+
+@pytest.mark.parametrize("make", [WeightZoo.create, lambda *arguments: built(*arguments).__enter__()])
+def test_rows_of_something_else_are_not_written_over(tmp_path, layout, make):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "cat.png"}\n')
+    with pytest.raises(ZooError, match=r"metadata\.jsonl is there without a zoo\.json"):
+        make(tmp_path, layout)
+    assert (tmp_path / "metadata.jsonl").read_text() == '{"file_name": "cat.png"}\n'
+
+
+@pytest.mark.parametrize("name", ["evaluation", "unet", "pipeline.py"])
+def test_what_no_training_made_is_not_replaced_by_one(tmp_path, name):
+    place = tmp_path / name
+    if place.suffix:
+        place.write_text("mine")
+    else:
+        place.mkdir()
+        check_pipeline_parts(tmp_path)  # nothing is lost
+        (place / "results.csv").write_text("mine")
+    with pytest.raises(ConfigError, match=f"holds {name}, which no training made"):
+        check_pipeline_parts(tmp_path)
+    (tmp_path / "train.yaml").write_text("")
+    check_pipeline_parts(tmp_path)
+
+
+def test_shards_of_two_zoos_are_told_apart(tmp_path, layout):
+    for name, count in (("old", 4), ("new", 6)):
+        with WeightZoo.create(tmp_path / name, layout, networks_per_shard=2) as zoo:
+            for seed in range(count):
+                zoo.append(random_network(seed + count).state_dict())
+    shutil.copytree(tmp_path / "new", tmp_path / "old", dirs_exist_ok=True)
+    with pytest.raises(
+        ZooError, match=r"networks-0000\d-of-0000\d\.safetensors and .* of two zoos: remove those of one"
+    ):
+        WeightZoo(tmp_path / "old")
+
+
+def test_a_zoo_that_grew_meanwhile_is_not_pushed_with_the_rows_it_had(tmp_path, layout):
+    with WeightZoo.create(tmp_path / "zoo", layout) as zoo:
+        zoo.append(random_network(0).state_dict())
+    with WeightZoo(tmp_path / "zoo") as other:
+        other.append(random_network(1).state_dict())
+    with pytest.raises(ZooError, match="was changed by somebody else meanwhile"):
+        zoo.push_to_hub("alice/zoo")
+
+
+def test_the_sum_of_a_zoo_tells_another_one(tmp_path, layout):
+    def made(name, *seeds, **row):
+        with WeightZoo.create(tmp_path / name, layout) as zoo:
+            for seed in seeds:
+                zoo.append(random_network(seed).state_dict(), **row)
+        return zoo.sha256()
+
+    sums = [made("a", 0, 1), made("b", 0, 2), made("c", 0, 1, seed=3), made("d")]
+    assert len(set(sums)) == len(sums)
+    assert made("e", 0, 1) == sums[0] == WeightZoo(tmp_path / "a").sha256()
 
 
 def test_a_path_that_readers_cannot_name_is_said_to_be_that(tmp_path, layout):
