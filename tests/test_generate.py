@@ -78,7 +78,7 @@ def test_networks_of_a_pipeline_that_was_replaced_are_not_mixed_in(digits_pipeli
     with torch.no_grad():
         pipe.unet.conv_out.bias.add_(1)
     pipe.save_pretrained(tmp_path / "pipeline")
-    with pytest.raises(ConfigError, match=r"weights_sha256, not .*: it cannot be resumed"):
+    with pytest.raises(ConfigError, match=r"The weights of the run in .* changed meanwhile: it cannot be resumed"):
         run_generate(config(tmp_path / "pipeline", tmp_path / "zoo"))
     assert len(WeightZoo(tmp_path / "zoo")) == 2
 
