@@ -12,8 +12,10 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
 
+# SLOW="slow and not long" leaves out what takes longest, as CI does.
+SLOW ?= slow
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow --dist=loadfile
+	$(BIN)/python -m pytest -m "$(SLOW)" --dist=loadfile
 
 # The lower bounds of pyproject.toml, on the oldest Python: downloads a torch of several gigabytes.
 test-lowest:

@@ -234,6 +234,7 @@ def test_a_full_disk_ends_in_one_line_and_a_zoo_that_goes_on(tmp_path):
 
 
 # Independent networks are made 64 at a time.
+@pytest.mark.slow
 @pytest.mark.parametrize(("protocol", "count"), [("trajectory", 600), ("independent", 150)])
 def test_a_killed_collection_leaves_a_zoo_and_goes_on_as_if_nothing_had_happened(tmp_path, protocol, count):
     script = textwrap.dedent("""

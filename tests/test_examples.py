@@ -22,6 +22,7 @@ def test_examples_are_short():
         assert len(code) <= 30, script
 
 
+@pytest.mark.slow
 def test_ensembles_know_more_than_one(digits_pipeline, tmp_path):
     said = run_here(tmp_path, sys.executable, str(EXAMPLES / "ensemble.py"), str(digits_pipeline), "digits-convnet")
     mean, least, _ = (float(number) for number in re.findall(r"([\d.]+) %", said.stdout))

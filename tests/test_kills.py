@@ -39,6 +39,7 @@ def meet(folder: Path, *arguments: str) -> tuple[list[int], str]:
         while not (folder / LOCK).exists():
             assert first.poll() is None, first.communicate()
             time.sleep(0.001)
+        time.sleep(0.1)  # from the lock's file to the lock
         first.send_signal(signal.SIGSTOP)  # it holds the folder for as long as the other one takes to start
         second = start(*arguments)
         said = second.communicate(timeout=300)[1]
@@ -124,6 +125,7 @@ def end_after(seconds: float, process: subprocess.Popen) -> int:
     return process.returncode
 
 
+@pytest.mark.long
 def test_a_push_that_is_killed_leaves_the_old_pipeline_or_the_new_one(digits_zoo, tmp_path):
     settings = {**SMALL_TRAINING, "unet_steps": 5}
     folders = []

@@ -135,6 +135,7 @@ def test_a_checkout_without_links_says_in_one_line_what_is_missing(checkout, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_users_type_checker_sees_our_types(tmp_path):
     (tmp_path / "mine.py").write_text(
         textwrap.dedent("""

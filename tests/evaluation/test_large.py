@@ -121,6 +121,7 @@ def test_networks_that_are_too_many_to_align_are_evaluated_without(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_memory_grows_with_the_number_of_networks_and_not_with_its_square(tmp_path):
     """Twice the square of 20,000 would be 3.2 GB in single precision."""
     program = textwrap.dedent("""

@@ -403,6 +403,7 @@ def test_planted_networks_are_not_taken_for_ours(digits_pipeline, tmp_path):
     assert (WeightZoo(tmp_path).vectors() != 0).any(1).all()
 
 
+@pytest.mark.slow
 def test_planted_scores_are_not_believed(digits_zoo, tmp_path, monkeypatch):
     arguments = {"trained": digits_zoo, "generated": digits_zoo, "networks_per_point": 2}
     expected = evaluate(**arguments)["groups"]["trained"]["accuracy"]

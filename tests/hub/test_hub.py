@@ -33,7 +33,7 @@ from ..hub_server import NOTHING_IS_LARGE, HubClient, HubClientError, HubServer,
 from ..pipelines.cases import build_layout, build_neuron, build_pipe
 
 
-@pytest.fixture(scope="module", params=["lfs", pytest.param("xet", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["lfs", pytest.param("xet", marks=[pytest.mark.slow, pytest.mark.long])])
 def server(request, tmp_path_factory):
     """A server, once with large files by LFS and once with Xet on and every file a regular one."""
     threshold = NOTHING_IS_LARGE if request.param == "xet" else 10_000

@@ -191,6 +191,7 @@ def test_two_processes_train_the_pipeline_of_one(digits_zoo, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_process_of_a_training_costs_the_steps_since_the_checkpoint(digits_zoo, tmp_path):
     arguments = ["-m", "pdiff_hf", "train", "--zoo", str(digits_zoo.folder), *ARGUMENTS, "--output-dir"]
     launch(2, *arguments, str(tmp_path / "whole"))
