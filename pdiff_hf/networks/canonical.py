@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..pipelines.neural_network_diffusion import ParameterLayout
 from .predictor import Predictor
 
 
 REFERENCE_ROUNDS, REFERENCE_NETWORKS = 3, 1024
-# What rounding may change of predictions, in parts of the largest; in low precision, so many units in the last place.
+# In parts of the largest output; in low precision, so many units in the last place.
 ROUNDING, LAST_PLACES = 1e-3, 8
 
 
@@ -46,9 +47,13 @@ class CanonicalForm:
         """Whether such changes leave a network's predictions as they are."""
         changed = self.balance(self.shuffled(vector, torch.Generator().manual_seed(0))[None])
         before, after = predict(torch.cat([vector[None], changed]).float(), inputs)
-        kinds = {weight.dtype for weight in predict.network.parameters() if weight.is_floating_point()}
-        coarsest = max((torch.finfo(kind).eps for kind in kinds), default=0.0)
-        return relative_change(before, after) <= max(ROUNDING, LAST_PLACES * coarsest)
+        return relative_change(before, after) <= rounding(predict.network)
+
+
+def rounding(network: nn.Module) -> float:
+    """What rounding may change of a network's outputs, in parts of the largest."""
+    kinds = {weight.dtype for weight in network.parameters() if weight.is_floating_point()}
+    return max(ROUNDING, *(LAST_PLACES * torch.finfo(kind).eps for kind in kinds))
 
 
 def relative_change(before: torch.Tensor, after: torch.Tensor) -> float:

@@ -83,7 +83,7 @@ class Shards:
     def check_unchanged(self) -> None:
         """Raises [`ZooError`] where somebody else added networks."""
         if self._state() != self._seen:
-            raise ZooError(f"{self.folder} was changed by somebody else meanwhile. Open it again, and append then.")
+            raise ZooError(f"{self.folder} was changed by somebody else meanwhile. Open it again.")
 
     def add(self, networks: torch.Tensor, remedy: str) -> None:
         """Puts networks `[n, P]`, no more than the last shard has room for, or where it is full a new one, behind the
