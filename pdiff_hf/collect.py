@@ -166,7 +166,7 @@ def _collect_independent(
         tasks = [family.task(condition) for condition in asked]
         try:
             together = StackedTrainer(tasks, seeds, config.epochs) if stackable else None
-        except NotStackableError:  # tasks between the first and the last may have other numbers of examples
+        except NotStackableError:  # tasks between the first and the last may have other examples or schedules
             together = None
         if together is not None:
             trained = together.train(layout, config.may_differ)

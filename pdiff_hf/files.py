@@ -7,7 +7,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,11 @@ def check_pipeline_parts(folder: str | os.PathLike[str]) -> None:
     for place in (Path(folder, part) for part in PIPELINE_PARTS):
         if any(place.iterdir()) if place.is_dir() else place.exists():
             raise ConfigError(f"{folder} holds {place.name}, which no training made. Choose another --output-dir.")
+
+
+def locked_if_writable(folder: str | os.PathLike[str]) -> AbstractContextManager[None]:
+    """[`locked`], but where nobody can write."""
+    return locked(folder) if os.access(folder, os.W_OK) else nullcontext()
 
 
 @contextmanager

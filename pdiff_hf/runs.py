@@ -75,13 +75,14 @@ def check_same_facts(folder: str | Path, stage: str, facts: dict[str, Any]) -> N
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file} is damaged ({error!r}): the run cannot be resumed.") from error
     for name, value in facts.items():
-        if before[name] != value and name.endswith("_sha256"):
+        if before[name] == value:
+            continue
+        if name.endswith("_sha256"):
             raise ConfigError(
                 f"The {name.removesuffix('_sha256')} of the run in {folder} changed meanwhile: it cannot be resumed. "
                 "Choose another --output-dir."
             )
-        if before[name] != value:
-            raise ConfigError(f"{folder} holds a run with {before[name]} {name}, not {value}: it cannot be resumed.")
+        raise ConfigError(f"{folder} holds a run with {before[name]} {name}, not {value}: it cannot be resumed.")
 
 
 def generator_at(seed: int, position: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -213,9 +213,10 @@ class ConditionAudit:
         networks = layout.normalize(vectors)
         behaviour = None
         try:
-            stacked = run_at_once(self.predict.network, layout, training_inputs(self.family))
+            seen = training_inputs(self.family)
+            stacked = run_at_once(self.predict.network, layout, seen)
             some = networks[list(evenly(len(networks), VARIANCE_NETWORKS))]
-            behaviour = Behaviour(stacked, layout, training_inputs(self.family), some)
+            behaviour = Behaviour(stacked, layout, seen, some)
         except NotStackableError:
             pass
 

@@ -3,7 +3,6 @@
 import os
 import tempfile
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 from huggingface_hub import (
@@ -16,7 +15,7 @@ from huggingface_hub import (
 )
 
 from ..errors import HubError
-from ..files import UNFINISHED, is_pipeline, is_zoo, locked, stays_inside
+from ..files import UNFINISHED, is_pipeline, is_zoo, locked_if_writable, stays_inside
 from .cards import PLACEHOLDER, card_text, merge_cards, write_evaluation
 from .client import check_card, explained
 from .pipelines import weights_sha256
@@ -66,7 +65,7 @@ def push(
             changed meanwhile.
     """
     folder = Path(folder)
-    with locked(folder) if os.access(folder, os.W_OK) else nullcontext():
+    with locked_if_writable(folder):
         return _push(folder, repo_id, private, token, commit_message, create_pr, license, contents or {})
 
 

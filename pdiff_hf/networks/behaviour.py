@@ -36,7 +36,7 @@ def run_at_once(network: nn.Module, layout: ParameterLayout, inputs: torch.Tenso
         expected = network(inputs)
         for kind in (side_by_side, VmappedNetwork):
             try:
-                found = kind(copy.deepcopy(network))
+                found = kind(network)
                 outputs = found(weights, inputs[None])
             except Exception as error:  # whatever a forward of the user's own makes of either
                 reason = reason or error

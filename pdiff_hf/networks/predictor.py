@@ -65,14 +65,16 @@ class Predictor:
                 self._stacked = None
 
     def of(self, task: Task) -> "Predictor":
-        """The same for another task of the architecture: itself, but where tasks say themselves what outputs mean."""
+        """The same for another task of the architecture: itself, but where tasks say themselves what outputs mean;
+        there, networks run one by one, since there are few of each task."""
         kinds = (type(self.task), type(task))
-        if all(kind.predict is Task.predict and kind.probabilities is Task.probabilities for kind in kinds):
+        if task is self.task or all(
+            kind.predict is Task.predict and kind.probabilities is Task.probabilities for kind in kinds
+        ):
             return self
         other = copy.copy(self)
         other.task = task
-        if type(task).predict is not Task.predict:
-            other._stacked = None
+        other.adopt(None)
         return other
 
     @in_float32()

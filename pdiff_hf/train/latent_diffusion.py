@@ -196,12 +196,13 @@ def _train_kl(
     behaviour = None
     if config.behaviour_weight:
         task = load_task(trusted_name(config.task, zoo.task))
+        inputs = task.data("train")[0]
         try:
-            network = run_at_once(task.build_network(), layout, task.data("train")[0])
+            network = run_at_once(task.build_network(), layout, inputs)
         except NotStackableError as error:
             raise ConfigError(f"behaviour_weight needs networks that run side by side. {error}") from error
         some = networks(torch.tensor(evenly(len(networks), VARIANCE_NETWORKS)))
-        behaviour = Behaviour(network, layout, task.data("train")[0].to(layout.device), some)
+        behaviour = Behaviour(network, layout, inputs.to(layout.device), some)
     trained = AutoencoderObjective(
         vae, config.input_noise, config.latent_noise, config.kl_weight, behaviour, config.behaviour_weight
     )

@@ -111,8 +111,8 @@ class Shards:
         totals = set()
         for file in self.folder.iterdir():
             if match := NAME.fullmatch(file.name):
-                other = found.setdefault(int(match[1]), file)
-                if other is not file and other.exists() and file.exists():  # while it is renamed, only one of them is
+                other = found.get(int(match[1]))
+                if other is not None and other.exists() and file.exists():  # while it is renamed, only one of them is
                     raise ZooError(
                         f"{self.folder} holds {other.name} and {file.name}, of two zoos: remove those of one of them."
                     )

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,19 @@ from tqdm.auto import tqdm
 
 from ..config import ZooDtype
 from ..errors import ZooError
-from ..files import LOCK, UNFINISHED, check_kind, check_opens, check_room, explained, human_size, is_zoo, locked, whole
+from ..files import (
+    LOCK,
+    UNFINISHED,
+    check_kind,
+    check_opens,
+    check_room,
+    explained,
+    human_size,
+    is_zoo,
+    locked,
+    locked_if_writable,
+    whole,
+)
 from ..hub.cards import write_zoo_card
 from ..hub.client import download, download_file, is_repository
 from ..hub.push import push
@@ -210,18 +222,18 @@ class WeightZoo:
         self.flush()
         if not (self.folder / "README.md").exists():
             self.write_card(f"{len(self)} networks of one architecture.")
-        with locked(self.folder) if os.access(self.folder, os.W_OK) else nullcontext():
+        with locked_if_writable(self.folder):
             self._shards.check_unchanged()
-            # What a killed process left behind the rows of stored networks stays here.
-            rows = self._rows.file.read_bytes()[: self.rows_end]
-            return push(self.folder, repo_id, contents={self._rows.file.name: rows}, **kwargs)
+            return push(self.folder, repo_id, contents={self._rows.file.name: self._row_bytes()}, **kwargs)
 
     def sha256(self) -> str:
         """Of its architecture and rows, and of its first and its last network: of another zoo it is another."""
-        rows = [json.dumps(row, sort_keys=True) for row in self.rows()]
         ends = self.vectors([0, len(self) - 1]).numpy().tobytes() if len(self) else b""
-        parts = [json.dumps(self.layout.architecture), *rows]
-        return hashlib.sha256("\n".join(parts).encode() + ends).hexdigest()
+        return hashlib.sha256(json.dumps(self.layout.architecture).encode() + self._row_bytes() + ends).hexdigest()
+
+    def _row_bytes(self) -> bytes:
+        """The rows of stored networks, without what a killed process left behind them."""
+        return self._rows.file.read_bytes()[: self.rows_end]
 
     def repositories(self) -> set[str]:
         """The repositories on the Hub that the networks come from, as far as their rows name them."""
@@ -690,11 +702,11 @@ def _make_free(folder: Path) -> None:
     check_kind(folder, "collect")
     if is_zoo(folder):
         raise ZooError(f"{folder} holds a zoo already. Open it with WeightZoo({str(folder)!r}) to append to it.")
-    if leftover := next(folder.glob("networks-*.safetensors"), None):
-        raise ZooError(f"{leftover} is there without a zoo.json. Choose another folder, or move it away.")
-    rows = folder / "metadata.jsonl"
+    leftovers, rows = list(folder.glob("networks-*.safetensors")), folder / "metadata.jsonl"
     if rows.exists() and rows.stat().st_size:  # those of a zoo are empty until it is one
-        raise ZooError(f"{rows} is there without a zoo.json. Choose another folder, or move it away.")
+        leftovers.append(rows)
+    if leftovers:
+        raise ZooError(f"{leftovers[0]} is there without a zoo.json. Choose another folder, or move it away.")
 
 
 def networks_per_batch(vector_size: int, most: int = 64, values: int = BATCH_VALUES) -> int:
