@@ -15,13 +15,9 @@ from .hub.pipelines import check_draws, load_pipeline, pipeline_folder, weights_
 from .parallel import processes, wait_for_everyone, written
 from .runs import check_not_fewer, check_same_facts, check_same_run, save_run
 from .schedulers import replacement
-from .zoo import WeightZoo, check_room_for, networks_per_batch
+from .zoo import WeightZoo, check_room_for
 from .zoo.export import check_export
 from .zoo.fill import fill
-
-
-# Parameters of all networks together that are in memory at a time, in each of a few forms.
-GENERATED_VALUES = 2**26
 
 
 def run_generate(config: GenerateConfig) -> WeightZoo:
@@ -125,7 +121,7 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
         folder,
         create=lambda: WeightZoo.create(folder, pipe.layout, task=config.task, dtype=config.dtype),
         num_networks=config.num_networks,
-        unit_size=config.batch_size or networks_per_batch(pipe.layout.vector_size, 100, GENERATED_VALUES),
+        unit_size=config.batch_size or pipe.default_chunk_size,
         make=sample,
         description="generate",
     )

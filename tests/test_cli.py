@@ -162,11 +162,11 @@ def test_a_tracker_that_is_not_installed_is_named():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latent_channels": 10**9}, "take .* GB, and this machine has|cannot be built"),
-        ({"latent_length": 2**31, "latent_channels": 2**31}, "cannot be built|take .* GB"),
-        ({"block_out_channels": (8 * 10**6,)}, "take .* GB, and this machine has"),
+        ({"latent_channels": 10**9}, "takes at least .* GB, and this machine has|cannot be built"),
+        ({"latent_length": 2**31, "latent_channels": 2**31}, "cannot be built|takes at least .* GB"),
+        ({"block_out_channels": (8 * 10**6,)}, "takes at least .* GB, and this machine has"),
         ({"layers_per_block": 10**6}, "cannot be built: `layers_per_block`"),
-        ({"latent_channels": 10**9, "autoencoder": "linear"}, "take .* GB, and this machine has"),
+        ({"latent_channels": 10**9, "autoencoder": "linear"}, "takes at least .* GB, and this machine has"),
     ],
 )
 def test_models_that_no_memory_holds_are_refused_before_anything_is_written(zoo, tmp_path, changes, message):

@@ -42,7 +42,7 @@ def selected(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> list[dict[
 
 def check_memory(build: Callable[[], list[nn.Module]], more: int, remedy: str) -> None:
     r"""
-    Raises [`ConfigError`] for models that no optimizer step fits this machine's memory of, before any is built.
+    Raises [`ConfigError`] for models whose training does not fit this machine's memory, before any is built.
 
     Args:
         build (`Callable[[], list[nn.Module]]`): Builds what is trained.
@@ -58,4 +58,5 @@ def check_memory(build: Callable[[], list[nn.Module]], more: int, remedy: str) -
     size = more + 5 * 4 * sum(weight.numel() for model in models for weight in model.parameters())
     memory = psutil.virtual_memory().total
     if size > memory:
-        raise ConfigError(f"These models take {human_size(size)}, and this machine has {human_size(memory)}. {remedy}")
+        needed, there = human_size(size), human_size(memory)
+        raise ConfigError(f"The training takes at least {needed}, and this machine has {there}. {remedy}")

@@ -28,6 +28,8 @@ from .objectives import Batch, FlowMatchingObjective
 
 # Of the initializations, evenly picked, so many tell what they are drawn from.
 INITIALS = 256
+# In about so many forms a block keeps the features of pairs of units for the gradients: 9 in bfloat16, 15 in float32.
+FORMS = 9
 # By how much the norm of an initialization may differ from that of its record.
 NORM_TOLERANCE = 1e-3
 
@@ -73,11 +75,10 @@ class NeuronDiffusion:
         self.rows, self.in_all_forms = with_equivalents(family, zoo.layout, zoo.metadata)
         self.facts = {"forms": len(self.rows)}
         self.encoder = condition_encoder(self.rows, config.condition, config.seed)
-        channels = 2 if config.initial else 1
         check_memory(
             lambda: [self._model()],
-            more=4 * channels * len(self.rows) * zoo.vector_size,
-            remedy="A smaller --hidden-size or fewer networks take less.",
+            more=4 * (self._stored_values() + self._kept_values()),
+            remedy="A smaller --batch-size, --hidden-size or --pair-channels, or fewer networks, take less.",
         )
         self.initial = initial_vectors(task, zoo) if config.initial else None
 
@@ -130,6 +131,17 @@ class NeuronDiffusion:
     def budget(self) -> tuple[int, float]:
         """Optimizer steps of the transformer, and their learning rate."""
         return self.config.transformer_steps, self.config.transformer_learning_rate
+
+    def _stored_values(self) -> int:
+        """Parameters of all networks in all forms, and of their initializations."""
+        return (2 if self.config.initial else 1) * len(self.rows) * self.zoo.vector_size
+
+    def _kept_values(self) -> int:
+        """Features of pairs of units in this machine's memory from a forward pass to its backward one."""
+        if processes().device.type != "cpu":
+            return 0
+        pairs = UnitIndex(**self.symmetry.described(self.zoo.layout)).num_pairs
+        return FORMS * self.config.batch_size * self.config.num_layers * self.config.pair_channels * pairs
 
     def _model(self) -> NeuronTransformerModel:
         config = self.config

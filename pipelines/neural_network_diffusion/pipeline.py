@@ -28,6 +28,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 # In the folder of a pipeline, while it is saved.
 UNFINISHED = ".unfinished-pipeline"
 FLOW_MATCHING = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+# Numbers of a chunk of networks that are in memory, in each of about a dozen forms: up to 3 GB.
+CHUNK_VALUES = 2**26
 StateDict = dict[str, torch.Tensor]
 Networks = TypeVar("Networks", list[StateDict], torch.Tensor, np.ndarray)
 Callback = Callable[["NeuralNetworkDiffusionPipeline", int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -126,6 +128,12 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     def default_inference_steps(self) -> int:
         """Denoising steps where their number is not passed."""
         return 20 if isinstance(self.scheduler, FLOW_MATCHING) else 50
+
+    @property
+    def default_chunk_size(self) -> int:
+        """Networks at a time where their number is not passed: 100, and fewer where they are large."""
+        of_one = max(self.layout.vector_size, getattr(self.denoiser, "pair_values", 0))
+        return max(1, min(100, CHUNK_VALUES // of_one))
 
     @property
     def takes_initial(self) -> bool:
@@ -335,7 +343,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         condition: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
         guidance_scale: float = 1.0,
         parameter_noise: float = 0.0,
-        chunk_size: int = 100,
+        chunk_size: int | None = None,
         output_type: str = "state_dict",
         return_dict: bool = True,
         callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
@@ -377,7 +385,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
                 Standard deviation of Gaussian noise on each decoded parameter, in units of the parameter's own over
                 the training zoo: what a sample of the autoencoder's likelihood has over its mean. Networks become
                 more novel and less accurate, as with noise on training networks; constants stay.
-            chunk_size (`int`, *optional*, defaults to 100): Networks denoised and decoded at a time.
+            chunk_size (`int`, *optional*):
+                Networks denoised and decoded at a time. Defaults to 100, and to fewer where networks are large.
             output_type (`str`, *optional*, defaults to `"state_dict"`):
                 `"state_dict"` (on the CPU, complete, in the base network's dtypes; frozen tensors are shared among
                 them), `"pt"` or `"np"` (parameter vectors, float32 `[N, P]`) or `"latent"` (float32 `[N, C, L]`).
@@ -420,6 +429,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             num_networks = len(several) if hasattr(several, "__len__") else 1
         if num_inference_steps is None:
             num_inference_steps = self.default_inference_steps
+        if chunk_size is None:
+            chunk_size = self.default_chunk_size
         self.check_inputs(
             num_networks,
             num_inference_steps,

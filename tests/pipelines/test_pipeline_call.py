@@ -9,9 +9,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from torch import nn
 
 from pdiff_hf import NeuralNetworkDiffusionPipeline
+from pdiff_hf.pipelines.neural_network_diffusion import pipeline as pipeline_module
 
 from ..conftest import small_network
-from .cases import assert_same, build_pipe, load, randn, run, seeded
+from .cases import assert_same, build_neuron, build_pipe, load, randn, run, seeded
 
 
 def test_every_argument_of_the_call_is_optional_and_named_as_in_diffusers():
@@ -72,6 +73,16 @@ def test_a_batch_equals_its_networks_one_by_one(pipe):
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 7])
 def test_the_chunk_size_does_not_change_the_networks(pipe, chunk_size):
     assert_same(run(pipe, num_networks=5, chunk_size=chunk_size), run(pipe, num_networks=5))
+
+
+def test_networks_with_many_pairs_of_units_are_made_fewer_at_a_time(monkeypatch):
+    pipe = build_pipe("neuron", transformer=build_neuron(pair_channels=64), condition_encoder=None)
+    assert (pipe.default_chunk_size, pipe.transformer.pair_values) == (100, 3 * 2 * 64)
+    monkeypatch.setattr(pipeline_module, "CHUNK_VALUES", 3 * pipe.transformer.pair_values)
+    batches = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: batches.append(len(args[0])), with_kwargs=True)
+    run(pipe, num_networks=7, num_inference_steps=1)
+    assert batches == [3, 3, 1]
 
 
 def test_the_first_networks_stay_the_same_when_more_are_asked_for(pipe):

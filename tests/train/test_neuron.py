@@ -306,7 +306,8 @@ def test_an_evaluation_trains_as_long_from_the_same_initializations(trained, zoo
     [
         (Branching, {}, "cannot be tokens: Softmax"),
         (Watched, {}, "behaviour loss needs networks that run side by side"),
-        (TwoHidden, {"hidden_size": 2**20}, "memory|take .* GB"),
+        (TwoHidden, {"hidden_size": 2**20}, "memory|takes at least .* GB"),
+        (TwoHidden, {"batch_size": 10**8}, "takes at least .* GB, .* smaller --batch-size"),
         (TwoHidden, {"task": "digits-mlp"}, "are no networks of digits-mlp"),
         (TwoHidden, {}, "does not record how its networks were initialized"),
     ],

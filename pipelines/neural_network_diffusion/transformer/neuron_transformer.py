@@ -120,6 +120,11 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
         self.pair_out = nn.ModuleList([_zero(nn.Linear(pair_channels, size)) for size in self.index.pair_sizes])
         self.gradient_checkpointing = False
 
+    @property
+    def pair_values(self) -> int:
+        """Features of all pairs of one network, which a block has in about a dozen forms: most of its memory."""
+        return self.config.pair_channels * self.index.num_pairs
+
     def predict_clean(
         self,
         sample: torch.Tensor,
@@ -295,6 +300,7 @@ class UnitIndex:
         places (`list[slice]`): Of the units of each group among the tokens; the token of no unit is the last.
         token_sizes (`list[int]`): Numbers of a token of each group, and of the last one.
         pair_sizes (`list[int]`): Numbers of a pair of units of each pair of groups.
+        num_pairs (`int`): Pairs of units of all of them.
         exchangeable (`list[torch.Tensor]`):
             Places of the numbers that exchanging units exchanges, `[n, numbers]`: one column each.
 
@@ -331,6 +337,7 @@ class UnitIndex:
         self._pairs = {key: torch.cat(found, 2) for key, found in pairs.items()}
         self.token_sizes = [where.shape[1] for where in self._tokens]
         self.pair_sizes = [where.shape[2] for where in self._pairs.values()]
+        self.num_pairs = sum(where[:, :, 0].numel() for where in self._pairs.values())
         self.exchangeable = [*self._tokens[:-1], *(where.flatten(0, 1) for where in self._pairs.values())]
         ends = [sum(units[: group + 1]) for group in range(len(units))]
         self.places = [slice(end - count, end) for end, count in zip(ends, units, strict=True)]
