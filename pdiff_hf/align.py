@@ -29,8 +29,9 @@ def run_align(config: AlignConfig) -> str:
 
     Raises:
         [`TaskError`]: an architecture whose hidden units are not recognized. The message names the part.
-        [`ZooError`]: predictions changed by more than the tolerance; there is no aligned zoo then.
-        [`ConfigError`]: there is a zoo already.
+        [`ZooError`]: predictions changed by more than the tolerance, and there is no aligned zoo then; or there is a
+            zoo already.
+        [`ConfigError`]: several processes were started, or the folder holds something else.
     """
     if processes().num_processes > 1:
         raise ConfigError("`pdiff-hf align` runs in one process.")

@@ -52,7 +52,8 @@ def main(args: Sequence[str] | None = None) -> None:
     lines += [
         "",
         "`pdiff-hf STAGE --help` lists a stage's arguments; --traceback shows where an error came from,",
-        "--quiet says only what went wrong, and --version which pdiff-hf this is. Completion of what you type:",
+        "--quiet leaves out the last line, on where the result is and what comes next, and --version says which",
+        "pdiff-hf this is. Completion of what you type:",
         '    eval "$(pdiff-hf --completion bash)"    (or zsh)',
     ]
     if stage == "--version":
@@ -158,7 +159,10 @@ def _outcome(stage: str, config: Any, result: Any, seconds: float) -> str | None
             return f"{what} Next: pdiff-hf evaluate --fresh {folder}"
         if stage == "collect":
             return f"{what} Next: pdiff-hf train{_family_of(result, config.task)} --zoo {folder}"
-        return f"{what} Next: pdiff-hf evaluate --trained ZOO --generated {folder}"
+        # What can be asked for networks is audited itself.
+        asked = config.condition or config.conditions
+        evaluated = shlex.quote(config.pipeline) if asked else folder
+        return f"{what} Next: pdiff-hf evaluate --trained ZOO --generated {evaluated}"
     if stage == "train":
         return f"The pipeline is in {folder} ({took}). Next: pdiff-hf generate --pipeline {folder}"
     return f"The report is in {folder} ({took}): report.html, report.md, and pictures."

@@ -76,11 +76,8 @@ def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
             f"An independent zoo generates whole networks, since each seed has its own {left_out[0]!r}. Pass "
             "--patterns '*', or collect a trajectory."
         )
-    if config.protocol == "trajectory" and task.learning_rate_factor(1.0) == 0:
-        raise ConfigError(
-            f"The learning rate of {config.task} ends at 0, so that all checkpoints after its epochs would be the "
-            "same. Pass --protocol independent."
-        )
+    if config.protocol == "trajectory":
+        check_goes_on(task, config.task)
     wait_for_everyone()
     if state.is_main_process:
         save_run(folder, "collect", asked, **facts)
@@ -97,6 +94,15 @@ def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
         if config.push_to_hub is not None:
             zoo.push_to_hub(config.push_to_hub)
     return zoo
+
+
+def check_goes_on(task: Task, name: str) -> None:
+    """Raises [`ConfigError`] for a task whose networks stay as they are after its epochs."""
+    if task.learning_rate_factor(1.0) == 0:
+        raise ConfigError(
+            f"The learning rate of {name} ends at 0, so that all checkpoints after its epochs would be the same: "
+            "collect independent networks of it, with --protocol independent."
+        )
 
 
 def _collect_trajectory(config: CollectConfig, task: Task, folder: Path, layout: ParameterLayout) -> None:

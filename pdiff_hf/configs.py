@@ -64,7 +64,8 @@ class AlignConfig:
     output_dir: str = "runs/aligned"
     """Folder of the aligned zoo."""
     task: str | None = None
-    """What the networks do: a built-in task, or path/to/file.py:MyTask. The zoo's own by default."""
+    """What the networks do: a built-in task, or path/to/file.py:MyTask. The zoo's own by default, if it is
+    a built-in one."""
     tolerance: float = 1e-3
     """Largest difference of a prediction that rounding may explain, in parts of the largest; more is an error."""
 
@@ -302,25 +303,26 @@ class EvaluateConfig:
 
     task: str | None = None
     """A built-in task or family of tasks, or a class of your own: path/to/file.py:MyTask. The trained zoo's own by
-    default. Of a family, the pipeline is asked for conditions that no training network had."""
+    default, if it is a built-in one. Of a family, the pipeline is asked for conditions that no training network
+    had."""
     trained: str = "runs/zoo"
     """The zoo that was learned from, a folder or its name on the Hub; or checkpoints of any other origin, a folder or
     a pattern such as 'theirs/*.pt'."""
     generated: str = "runs/generated"
-    """The generated zoo or checkpoints, as above, or the pipeline to sample from."""
+    """The generated zoo or checkpoints, as above, or the pipeline to sample from; of a family, a pipeline."""
     fresh: str | None = None
     """A zoo of networks that were trained from new seeds, of a family with --split test: the gold standard."""
     output_dir: str = "runs/report"
     """Folder of the report: report.json, report.md, report.html and pictures."""
     pipeline: str | None = None
     """The pipeline that generated, where `generated` is a zoo: adds its denoising and training to the report. The card
-    of a folder gets figures and pictures."""
+    of a folder gets figures and pictures. Not for families."""
     num_networks: int = 100
-    """Networks to sample where `generated` is a pipeline."""
+    """Networks to sample where `generated` is a pipeline; of a family, 16 are of each condition."""
     seed: int = 0
     """Of the networks to sample."""
     networks_per_point: int = 50
-    """Networks of each baseline at each strength; fewer are faster, and make wider intervals."""
+    """Networks of each baseline at each strength; fewer are faster, and make wider intervals. Not for families."""
     push_to_hub: str | None = None
     """Name of the model repository that the pipeline, with its card, is pushed to in the end."""
 
@@ -341,8 +343,8 @@ class QuickstartConfig:
     output_dir: str = "runs/quickstart"
     """Where zoo/, pipeline/, generated/ and report/ go; what an earlier quickstart left in them is removed."""
     task: str | None = None
-    """A built-in task, or a class of your own: path/to/file.py:MyTask; of the other story a family. By default
-    digits-convnet or digits-subsets."""
+    """A built-in task, or a class of your own: path/to/file.py:MyTask, whose learning rate does not end at 0; of the
+    other story a family. By default digits-convnet or digits-subsets."""
     seed: int = 0
     """Of everything."""
 

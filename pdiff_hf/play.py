@@ -129,7 +129,8 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
         gr.Markdown(
             f"# Networks that nobody trained\n\nThis page samples neural networks for the task `{ground.name}` from "
             f"`{Path(pipeline).name if Path(pipeline).exists() else pipeline}`, {ground.pipe.layout.vector_size:,} "
-            f"parameters each. {ground.verdict or 'Its card has no verdict yet: `pdiff-hf evaluate` gives one.'}"
+            "generated parameters each. "
+            f"{ground.verdict or 'Its card has no verdict yet: `pdiff-hf evaluate` gives one.'}"
         )
         widgets = [widget(column) for column in ground.columns]
         with gr.Tab("Ask"):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .errors import TaskError, ZooError
 from .evaluation.measures import similarity
+from .hub.cards import UNKNOWN_TASK
 from .hub.pipelines import load_pipeline, pipeline_folder
 from .info import verdict_of_card
 from .networks.predictor import Predictor
@@ -48,7 +49,7 @@ class Playground:
         file = folder / "README.md"
         card = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         named = re.search(r"networks for the task `([^`]+)`", card)
-        self.name = trusted_name(task, named and named[1])
+        self.name = trusted_name(task, named[1] if named and named[1] != UNKNOWN_TASK else None)
         # Its sentence, without the label before it, and without what Markdown would make of it.
         sentence = " ".join(verdict_of_card(folder)).partition(": ")[2]
         self.verdict = re.sub(r"([^\w\s.,:%+()-])", r"\\\1", printable(sentence))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .collect import run_collect
+from .collect import check_goes_on, run_collect
 from .configs import CollectConfig, EvaluateConfig, GenerateConfig, NeuronTrainConfig, QuickstartConfig, TrainConfig
 from .errors import ConfigError
 from .evaluation import run_evaluate
@@ -59,7 +59,7 @@ def _quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     task = config.task or ("digits-subsets" if subsets else "digits-convnet")
     conditions = load_family(task).conditions("train") if subsets else []
     if not subsets:
-        load_task(task)
+        check_goes_on(load_task(task), task)
     save_run(folder, "quickstart", config)
     for stage in STAGES:
         with locked(folder / stage):

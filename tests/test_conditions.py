@@ -181,6 +181,7 @@ def test_the_command_takes_conditions_and_rows_record_them(trained, tmp_path, ca
     main(["generate", *places, str(tmp_path / "a"), "--num-networks", "2", "--condition", json.dumps(asked)])
     rows = list(WeightZoo(tmp_path / "a").rows())
     assert [(row["direction"], row["guidance_scale"]) for row in rows] == [([0.0, 1.0], 1.0)] * 2
+    assert f"Next: pdiff-hf evaluate --trained ZOO --generated {trained}\n" in capsys.readouterr().out
 
     file = tmp_path / "asked.jsonl"
     file.write_text(json.dumps(asked) + "\n\n" + json.dumps({}) + "\n")

@@ -105,6 +105,9 @@ def test_a_card_does_not_choose_the_code_that_runs(digits_pipeline, tmp_path):
     card.write_text(card.read_text().replace("the task `digits-convnet`", "the task `evil.py:Task`"))
     with pytest.raises(TaskError, match=r"code of its own: pass --task evil\.py:Task"):
         Playground(str(folder))
+    card.write_text(card.read_text().replace("the task `evil.py:Task`", "the task `networks`"))
+    with pytest.raises(TaskError, match="Nothing says what these networks do: pass --task"):
+        Playground(str(folder))
 
 
 def test_what_does_not_go_together_is_refused(digits_pipeline, zoo):

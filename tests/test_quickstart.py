@@ -95,3 +95,12 @@ def test_the_quickstart_removes_nothing_that_it_did_not_make(tmp_path):
     with pytest.raises(ConfigError, match="holds zoo, which no quickstart made"):
         run_quickstart(QuickstartConfig(output_dir=str(tmp_path)))
     assert (tmp_path / "zoo" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_task_without_a_trajectory_is_refused_before_an_earlier_quickstart_is_removed(tmp_path):
+    (tmp_path / "zoo").mkdir()
+    for file in (tmp_path / "quickstart.yaml", tmp_path / "zoo" / "zoo.json"):
+        file.write_text("{}")
+    with pytest.raises(ConfigError, match="The learning rate of fashion-mlp ends at 0"):
+        run_quickstart(QuickstartConfig(output_dir=str(tmp_path), task="fashion-mlp"))
+    assert (tmp_path / "zoo" / "zoo.json").exists()

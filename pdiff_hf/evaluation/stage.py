@@ -59,10 +59,13 @@ def evaluate(
         output_dir (`str` or `Path`, *optional*): Where `report.json`, `report.md`, `report.html` and pictures go.
         fresh (as `trained`, *optional*): Networks trained from new seeds.
         pipeline (`NeuralNetworkDiffusionPipeline`, `str` or `Path`, *optional*):
-            What generated the networks. Adds what its autoencoder reconstructs, and pictures of what it learned.
-        num_networks (`int`, *optional*, defaults to 100): Networks to sample where `generated` is a pipeline.
+            What generated the networks. Adds what its autoencoder reconstructs, and pictures of what it learned; not
+            for families.
+        num_networks (`int`, *optional*, defaults to 100):
+            Networks to sample where `generated` is a pipeline; of a family, 16 are of each condition.
         seed (`int`, *optional*, defaults to 0): Of the networks to sample.
-        networks_per_point (`int`, *optional*, defaults to 50): Networks of each baseline at each strength.
+        networks_per_point (`int`, *optional*, defaults to 50):
+            Networks of each baseline at each strength; not for families.
 
     Returns:
         `dict`: what is in `report.json` (see `docs/report.md`).

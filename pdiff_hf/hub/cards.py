@@ -21,6 +21,8 @@ EVALUATION = ("<!-- pdiff-hf: evaluation -->", "<!-- pdiff-hf: evaluation end --
 TASK_TYPE = "weight-generation"
 # Stands in cards where the name of the repository will be.
 PLACEHOLDER = "path/or/name/of/this/repository"
+# In a card, where nothing says what its networks do.
+UNKNOWN_TASK = "networks"
 # By which the Hub finds adapters.
 ADAPTER_TAGS = ("lora", "peft")
 GENERATED = ("<!-- pdiff-hf: what follows is rewritten by every push -->", "<!-- pdiff-hf: end -->")
@@ -203,8 +205,8 @@ def write_pipeline_card(
     card = ModelCard.from_template(
         card_data,
         template_str=_template("pipeline.md"),
-        title=f"Neural network diffusion: {plain(task or 'networks')}",
-        task=plain(task or "networks"),
+        title=f"Neural network diffusion: {plain(task or UNKNOWN_TASK)}",
+        task=plain(task or UNKNOWN_TASK),
         count=count,
         parameters=parameters,
         facts={name: plain(str(value)) for name, value in recipe.items()},

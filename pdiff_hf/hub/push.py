@@ -57,7 +57,8 @@ def push(
         commit_message (`str`, *optional*): Of the commit.
         create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
         license (`str`, *optional*):
-            The Hub's name of a licence, such as `"apache-2.0"`, for the card; one that the card has already stays.
+            The Hub's name of a licence, such as `"apache-2.0"`, for the card; without it, one that the card has
+            already stays.
         contents (`Mapping[str, bytes]`, *optional*): What goes up in the place of what files of these names hold.
 
     Raises:

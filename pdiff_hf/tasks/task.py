@@ -101,15 +101,14 @@ def half_cosine(progress: float) -> float:
 
 
 def trusted_name(given: str | None, of_zoo: str | None) -> str:
-    """The name of the task of a zoo: the one that was given, or else its own, if that is no code of its owner."""
+    """The name of the task of a zoo or a pipeline: the one that was given, or else its own, if that is no code of its
+    owner."""
     if given is not None:
         return given
     if of_zoo is None:
-        raise TaskError("The zoo does not say what its networks do: pass --task.")
+        raise TaskError("Nothing says what these networks do: pass --task.")
     if of_zoo not in BUILT_IN:
-        raise TaskError(
-            f"The zoo names the task {of_zoo!r}, which is code of its own: pass --task {of_zoo} to run it."
-        )
+        raise TaskError(f"They do the task {of_zoo!r}, which is code of its own: pass --task {of_zoo} to run it.")
     return of_zoo
 
 

@@ -184,7 +184,10 @@ def read_state_dict(file: Path, key: str | None = None) -> StateDict:
             raise ZooError(f"{file} has no state dict {key!r}: {', '.join(found) or 'it holds none'}.")
         return _dense(file, found[key])
     if len(found) > 1:
-        raise ZooError(f"{file} holds several state dicts. Choose one by its key: {', '.join(found)}.")
+        raise ZooError(
+            f"{file} holds several state dicts: {', '.join(found)}. `WeightZoo.from_checkpoints(..., key=...)` takes "
+            "one."
+        )
     if not found:
         raise ZooError(f"{file} holds no state dict: expected a mapping from names to tensors.")
     return _dense(file, next(iter(found.values())))

@@ -54,7 +54,7 @@ BATCH_VALUES = 2**24
 BUILT = f"{UNFINISHED}zoo"
 # Of a layout, a parameter: its mean and deviation, and whether its logarithm is taken.
 LAYOUT_BYTES = 9
-REMEDY = " Generate it too, or accept by `may_differ` that all networks have that of the first."
+REMEDY = " Generate it too, or accept by `may_differ`, of `import`, that all networks have that of the first."
 
 
 class WeightZoo:
