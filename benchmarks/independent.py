@@ -43,7 +43,7 @@ ROWS = {
     "fashion-mlp": Row("fashion-mlp", 12_000, {"hidden_size": 160, "transformer_steps": 5000}),
     "digits-mlp": Row("digits-mlp", 4000, {"transformer_steps": 2500}),
     "fashion-mlp2": Row("benchmarks.seeds:FashionMLP2", 20_000, {"transformer_steps": 8000}),
-    "fashion-convnet": Row("benchmarks.seeds:FashionConvNet", 14_000, {"transformer_steps": 5500}, steps=80),
+    "fashion-convnet": Row("benchmarks.seeds:FashionConvNet", 8000, {"transformer_steps": 4000}, steps=80),
     "mnist-mlp32": Row("benchmarks.seeds:MNISTMLP32", 100, {"transformer_steps": 2000, "batch_size": 32}),
 }
 FRESH, FRESH_SEED = 300, 10**6
