@@ -13,7 +13,7 @@ from .networks.gauge import symmetry_of
 from .networks.predictor import Predictor
 from .networks.symmetry import UnknownSymmetryError
 from .parallel import processes, written
-from .runs import save_run
+from .runs import own_randomness, save_run
 from .tasks import check_family, load_family
 from .tasks.family import training_inputs
 from .tasks.task import trusted_name
@@ -49,7 +49,8 @@ def _align(config: AlignConfig, folder: Path) -> str:
     check_family(family, processes().device, training=False)
     task, inputs = family.task(family.conditions("train")[0]), training_inputs(family)[:EXAMPLES]
     try:
-        symmetry = symmetry_of(task.build_network(), zoo.layout, inputs[:1])
+        with own_randomness():
+            symmetry = symmetry_of(task.build_network(), zoo.layout, inputs[:1])
     except UnknownSymmetryError as error:
         raise TaskError(f"Networks of {name} cannot be aligned: {error}") from error
     predict = Predictor(task, zoo.layout, processes().device)
@@ -57,7 +58,7 @@ def _align(config: AlignConfig, folder: Path) -> str:
 
     some = evenly(len(zoo), networks_per_batch(zoo.vector_size, REFERENCE_NETWORKS))
     reference = symmetry.reference(zoo.vectors(some))
-    mean = torch.zeros(zoo.vector_size)
+    mean = torch.zeros(zoo.vector_size, dtype=torch.float32)
     for batch in zoo.batches():
         mean += batch.sum(0) / len(zoo)
     largest = before = after = 0.0

@@ -19,8 +19,7 @@ from .parallel import Saving, from_main, processes, wait_for_everyone, written
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .runs import check_not_fewer, check_same_facts, check_same_run, own_randomness, save_run
 from .tasks import Task, TaskFamily, check_family, load_family
-from .tasks.family import OneTask
-from .tasks.task import source_sha256
+from .tasks.family import OneTask, code_sha256
 from .zoo import WeightZoo, check_room_for, make_layout, networks_per_batch
 from .zoo.fill import fill
 
@@ -50,7 +49,7 @@ def run_collect(config: CollectConfig) -> WeightZoo:
 def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
     state = processes()
     family = load_family(config.task)
-    source = source_sha256(family.only if isinstance(family, OneTask) else family)
+    source = code_sha256(family)
     facts = {} if source is None else {"task_sha256": source}
     if is_zoo(folder) or (folder / STATE_FILE).exists():
         more = ("output_dir", "num_networks", "networks_per_task", "push_to_hub")

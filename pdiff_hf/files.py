@@ -29,10 +29,16 @@ KINDS = {
     "a pipeline": (("model_index.json", "train.yaml"), ("train",)),
     "a report": (("report.json", "evaluate.yaml"), ("evaluate",)),
 }
-# What a training replaces where there is one already.
-PIPELINE_PARTS = (
-    *("layout", "scheduler", "vae", "unet", "transformer", "condition_encoder", "pipeline.py", "evaluation"),
-)
+# What a stage replaces where there is its result already.
+PARTS = {
+    "a pipeline": (
+        *("layout", "scheduler", "vae", "unet", "transformer", "condition_encoder", "pipeline.py", "evaluation"),
+    ),
+    "a report": (
+        *("report.md", "report.html", "conditions.png", "plane.png", "parameters.png", "overlap.png"),
+        *("calibration.png", "map.png", "denoising.png", "training.png"),
+    ),
+}
 
 
 def is_zoo(folder: str | os.PathLike[str]) -> bool:
@@ -52,13 +58,13 @@ def check_kind(folder: str | os.PathLike[str], stage: str) -> None:
             raise ConfigError(f"{folder} holds {kind}. Choose another --output-dir.")
 
 
-def check_pipeline_parts(folder: str | os.PathLike[str]) -> None:
-    """Raises [`ConfigError`] where a folder without a training of ours holds what one would replace."""
-    if any(Path(folder, name).is_file() for name in KINDS["a pipeline"][0]):
+def check_parts(folder: str | os.PathLike[str], kind: str) -> None:
+    """Raises [`ConfigError`] where a folder, in which no stage has begun, holds what one would replace."""
+    if any(Path(folder, name).is_file() for name in KINDS[kind][0]) or any(Path(folder).glob(f"{UNFINISHED}*")):
         return
-    for place in (Path(folder, part) for part in PIPELINE_PARTS):
+    for place in (Path(folder, part) for part in PARTS[kind]):
         if any(place.iterdir()) if place.is_dir() else place.exists():
-            raise ConfigError(f"{folder} holds {place.name}, which no training made. Choose another --output-dir.")
+            raise ConfigError(f"{folder} holds {place.name}, which is none of {kind}. Choose another --output-dir.")
 
 
 def locked_if_writable(folder: str | os.PathLike[str]) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from .config import json_object, read_objects
 from .configs import GenerateConfig
 from .errors import ConfigError, PipelineError
 from .files import is_zoo
-from .hub.pipelines import check_draws, load_pipeline, pipeline_folder, weights_sha256
+from .hub.pipelines import check_draws, load_pipeline, pipeline_folder, settings_sha256, weights_sha256
 from .parallel import processes, wait_for_everyone, written
 from .runs import check_not_fewer, check_same_facts, check_same_run, save_run
 from .schedulers import replacement
@@ -55,7 +55,7 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
         check_not_fewer(folder, present, config.num_networks)
     source = pipeline_folder(config.pipeline, config.revision)
     pipe = load_pipeline(source).to(state.device)
-    facts: dict[str, Any] = {"weights_sha256": weights_sha256(source)}
+    facts: dict[str, Any] = {"weights_sha256": weights_sha256(source), "settings_sha256": settings_sha256(source)}
     if config.scheduler is not None:
         pipe.scheduler = replacement(config.scheduler, pipe.scheduler)
     asked = _conditions(config)

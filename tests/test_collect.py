@@ -12,7 +12,7 @@ from pdiff_hf import CollectConfig, ParameterLayout, WeightZoo, ZooError, load_t
 from pdiff_hf.collect import FAR, RETRIES
 from pdiff_hf.errors import ConfigError
 from pdiff_hf.networks.predictor import in_float32
-from pdiff_hf.networks.trainer import NetworkTrainer, StackedTrainer
+from pdiff_hf.networks.trainer import NetworkTrainer, StackedTrainer, is_stackable
 from pdiff_hf.tasks.digits import DigitsMLP
 
 from .conftest import ROOT, assert_same_networks, run
@@ -296,6 +296,22 @@ def test_learning_rates_follow_the_task_at_once_and_one_by_one():
     for _ in range(2):  # what comes after the epochs, as the checkpoints of a trajectory
         trainer.train_step()
     assert trainer.optimizer.param_groups[0]["lr"] == 0
+
+
+class WithEmptyBuffer(DigitsMLP):
+    def build_network(self):
+        network = super().build_network()
+        network.register_buffer("where_am_i", torch.empty(0))
+        return network
+
+
+def test_buffers_without_numbers_do_not_keep_networks_from_being_trained_at_once(tmp_path):
+    task = WithEmptyBuffer()
+    assert is_stackable([task] * 2, ParameterLayout.from_state_dict(task.build_network().state_dict()))
+    again = {"num_networks": 2, "protocol": "independent", "epochs": 1}
+    zoo = run_collect(CollectConfig(f"{__name__}:WithEmptyBuffer", str(tmp_path / "a"), **again))
+    assert zoo.state_dict(0)["where_am_i"].shape == (0,)
+    assert torch.equal(zoo.vectors(), run_collect(CollectConfig("digits-mlp", str(tmp_path / "b"), **again)).vectors())
 
 
 class OwnLoss(DigitsMLP):

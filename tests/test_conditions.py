@@ -300,6 +300,12 @@ def test_an_audit_needs_a_pipeline_that_can_be_asked(zoo, trained, fresh, tmp_pa
         evaluate(FAMILY, trained=some, generated=load_pipeline(trained))
     with pytest.raises(ZooError, match="which is held out: nothing can be said"):
         evaluate(FAMILY, trained=fresh, generated=load_pipeline(trained))
+    alphabetical = ParameterLayout.from_state_dict(dict(sorted(zoo.state_dict(0).items())))
+    with WeightZoo.create(tmp_path / "c", alphabetical) as other_order:
+        for index, row in enumerate(fresh.rows()):
+            other_order.append(fresh.state_dict(index), direction=row["direction"])
+    with pytest.raises(ZooError, match="hold networks of different architectures"):
+        evaluate(FAMILY, trained=zoo, generated=load_pipeline(trained), fresh=other_order)
     few = families.Sides()
     few.conditions = lambda split: FAMILY.conditions(split)[: 2 if split == "test" else None]
     with pytest.raises(ZooError, match="needs two held-out conditions, which other networks solve"):

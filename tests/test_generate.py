@@ -83,6 +83,15 @@ def test_networks_of_a_pipeline_that_was_replaced_are_not_mixed_in(digits_pipeli
     assert len(WeightZoo(tmp_path / "zoo")) == 2
 
 
+def test_networks_of_another_sampling_are_not_mixed_in(digits_pipeline, tmp_path):
+    shutil.copytree(digits_pipeline, tmp_path / "pipeline")
+    run_generate(config(tmp_path / "pipeline", tmp_path / "zoo", num_networks=2))
+    file = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"timestep_spacing": "leading"}))
+    with pytest.raises(ConfigError, match=r"The settings of the run in .* changed meanwhile: it cannot be resumed"):
+        run_generate(config(tmp_path / "pipeline", tmp_path / "zoo"))
+
+
 def test_an_interrupted_export_goes_on_and_exports_are_not_mixed(digits_pipeline, tmp_path):
     exported = tmp_path / "networks"
     run_generate(config(digits_pipeline, tmp_path / "zoo", export=str(exported)))

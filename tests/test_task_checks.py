@@ -117,6 +117,7 @@ WRONG = [
     (method(predict=lambda self, n, x: n(x).softmax(-1).mean(0)), r"a row for each of 8 inputs; found float32 \[3\]"),
 ]
 WRONG_IN_TRAINING = [
+    (method(epochs=0.5), r"epochs is 0\.5; it has to be an integer, 0 or more"),
     (method(augment=lambda self, x, generator: x / 0 + undefined), r"augment\(\): NameError: name 'undefined'"),  # noqa: F821
     (method(loss=lambda self, o, t: F.cross_entropy(o, t, reduction="none")), r"a scalar; found float32 \[40\]"),
     (method(loss=lambda self, o, t: torch.tensor(1.0)), "does not require grad"),

@@ -26,6 +26,7 @@ from .equal_time import train_as_long
 from .measures import interval, resample, resampled_means
 from .regression import Answer, answers
 from .scoring import Scorer
+from .subjects import check_together
 from .verdict import CONFIDENCE, points
 
 
@@ -61,7 +62,7 @@ class ConditionAudit:
         seed (`int`, *optional*, defaults to 0): Of the generated networks.
 
     Raises:
-        [`ZooError`]: rows without conditions, or a pipeline that cannot be asked for them.
+        [`ZooError`]: rows without conditions, a pipeline that cannot be asked for them, or other networks.
     """
 
     def __init__(
@@ -76,6 +77,9 @@ class ConditionAudit:
         every = family.conditions("test")
         self.asked = [every[place] for place in evenly(len(every), MOST_CONDITIONS)]
         names = list(self.asked[0])
+        check_together(trained, pipeline.layout, "the pipeline")
+        if fresh is not None:
+            check_together(trained, fresh.layout, fresh.folder)
         check_draws(pipeline)
         if pipeline.condition_encoder is None:
             raise ZooError(f"The pipeline cannot be asked for {', '.join(names)}: it was trained without --condition.")

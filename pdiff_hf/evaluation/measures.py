@@ -201,10 +201,16 @@ def parameter_statistics(trained: WeightZoo, generated: WeightZoo) -> list[dict[
 
 
 def tensor_values(*zoos: WeightZoo) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Values of each generated tensor in each zoo, evenly picked: at most `VALUES_PER_TENSOR` of each."""
+    """Values of each generated tensor in each zoo: of all places and networks alike, at most `VALUES_PER_TENSOR`."""
+    random = torch.Generator().manual_seed(0)
     values = {}
     for name, place in zoos[0].layout.slices.items():
         parts = [zoo.columns(place.start, place.stop, every=-(-len(zoo) // 50)).flatten() for zoo in zoos]
-        # Copies: a view of the few would keep all.
-        values[name] = tuple(part[:: -(-len(part) // VALUES_PER_TENSOR)].clone() for part in parts)
+        # By chance, since even steps through matrices and kernels meet few of their columns.
+        values[name] = tuple(
+            part
+            if len(part) <= VALUES_PER_TENSOR
+            else part[torch.randint(len(part), (VALUES_PER_TENSOR,), generator=random)]
+            for part in parts
+        )
     return values

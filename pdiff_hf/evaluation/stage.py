@@ -2,6 +2,8 @@
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ from rich.console import Console
 from ..configs import EvaluateConfig
 from ..errors import ConfigError, ZooError
 from ..extras import require
-from ..files import locked
+from ..files import check_parts, locked
 from ..hub.cards import write_evaluation
-from ..hub.pipelines import pipeline_folder, weights_sha256
+from ..hub.pipelines import check_weights, pipeline_folder, weights_sha256
 from ..hub.push import push_evaluation
 from ..parallel import from_main, processes, wait_for_everyone, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
@@ -73,14 +75,15 @@ def evaluate(
     Raises:
         [`ZooError`]: fewer than two networks, different architectures, or a task that does not fit.
         [`TaskError`]: there is no such task.
+        [`ConfigError`]: the folder holds what is no report.
     """
     require_extras(output_dir)
-    if found := family_of(task, trained):
-        return _audit(found, generated, fresh, seed, output_dir)[0]
-    assert not isinstance(task, TaskFamily)
-    with opened(task, trained, generated, fresh, pipeline, num_networks, seed) as subjects:
-        report, _ = _write(subjects, networks_per_point, output_dir)
-    return report
+    with nullcontext() if output_dir is None else _written(output_dir):
+        if found := family_of(task, trained):
+            return _audit(found, generated, fresh, seed, output_dir)[0]
+        assert not isinstance(task, TaskFamily)
+        with opened(task, trained, generated, fresh, pipeline, num_networks, seed) as subjects:
+            return _write(subjects, networks_per_point, output_dir)[0]
 
 
 def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -91,17 +94,30 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         `dict`: as [`evaluate`].
 
     Raises:
-        [`ConfigError`]: there is no pipeline to push.
+        [`ConfigError`]: there is no pipeline to push, or the folder holds what is no report.
+        [`PipelineError`]: the pipeline got other weights meanwhile.
         [`ZooError`]: as [`evaluate`].
     """
     require_extras(config.output_dir)
-    with written(config.output_dir, "evaluate"):
+    with _written(config.output_dir):
         return _evaluate(config)
+
+
+@contextmanager
+def _written(folder: str | Path) -> Iterator[None]:
+    """Holds the folder of a report, whose files replace those of an earlier one and no others."""
+    with written(folder, "evaluate"):
+        check_parts(folder, "a report")
+        yield
 
 
 def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     origin: str | None
-    weights = None if config.push_to_hub is None else _weights_on_the_hub(config.generated, config.pipeline)
+    weights = {
+        name: weights_sha256(pipeline_folder(name))
+        for name in (config.generated, config.pipeline)
+        if name is not None and holds_pipeline(name)
+    }
     if found := family_of(config.task, config.trained):
         origin = config.generated
         report, files = _audit(found, config.generated, config.fresh, config.seed, config.output_dir)
@@ -128,18 +144,11 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
         evaluation = (card_section(report), card_results(report), files)
         if (Path(origin) / "README.md").is_file():
             with locked(origin):
+                check_weights(Path(origin), weights[origin])
                 write_evaluation(Path(origin), *evaluation)
         if config.push_to_hub is not None:
-            push_evaluation(origin, config.push_to_hub, *evaluation, weights=weights)
+            push_evaluation(origin, config.push_to_hub, *evaluation, weights=weights[origin])
     return report
-
-
-def _weights_on_the_hub(*names: str | None) -> str | None:
-    """The weights of the first of these that is a pipeline on the Hub, as they are now."""
-    for name in names:
-        if name is not None and not Path(name).is_dir() and holds_pipeline(name):
-            return weights_sha256(pipeline_folder(name))
-    return None
 
 
 def require_extras(output_dir: str | Path | None) -> None:

@@ -60,31 +60,29 @@ class Subjects:
 
     def __post_init__(self) -> None:
         groups = {"trained": self.trained, "generated": self.generated, "fresh": self.fresh}
-        layout = self.trained.layout
-        architecture = layout.architecture
         for group, zoo in groups.items():
             least = 2 if group == "trained" else 1
             if zoo is not None and len(zoo) < least:
                 raise ZooError(f"There are {len(zoo)} {group} networks; an evaluation needs at least {least}.")
-            if zoo is not None and zoo.layout.architecture != architecture:
-                raise ZooError(f"{self.trained.folder} and {zoo.folder} hold networks of different architectures.")
             if zoo is not None:
-                self._check_frozen(f"{self.trained.folder} and {zoo.folder}", zoo.layout)
-        if self.pipeline is not None and self.pipeline.layout.architecture != architecture:
-            raise ZooError(f"The pipeline generates another architecture than that of {self.trained.folder}.")
+                check_together(self.trained, zoo.layout, zoo.folder)
         if self.pipeline is not None:
-            self._check_frozen(f"{self.trained.folder} and the pipeline", self.pipeline.layout)
+            check_together(self.trained, self.pipeline.layout, "the pipeline")
 
-    def _check_frozen(self, what: str, layout: ParameterLayout) -> None:
-        """Networks are scored with the frozen tensors of the training networks, or with the base model of these where
-        they are adapters, and are others with others."""
-        ours, theirs = ((one.config.adapter or {}).get(BASE) for one in (self.trained.layout, layout))
-        if ours and theirs and ours != theirs:
-            raise ZooError(f"{what} do not go together: they hold adapters of {ours!r:.200} and of {theirs!r:.200}.")
-        try:
-            self.trained.layout.check_frozen(layout.frozen_state_dict(), self.trained.may_differ)
-        except ValueError as error:
-            raise ZooError(f"{what} do not go together: {error}") from error
+
+def check_together(trained: WeightZoo, layout: ParameterLayout, other: str | Path) -> None:
+    """Raises [`ZooError`] for other networks than the training networks are. All are scored with the frozen tensors of
+    these, or with the base model of these where they are adapters, and are others with others."""
+    what = f"{trained.folder} and {other}"
+    if layout.architecture != trained.layout.architecture:
+        raise ZooError(f"{what} hold networks of different architectures.")
+    base, theirs = ((one.config.adapter or {}).get(BASE) for one in (trained.layout, layout))
+    if base and theirs and base != theirs:
+        raise ZooError(f"{what} do not go together: they hold adapters of {base!r:.200} and of {theirs!r:.200}.")
+    try:
+        trained.layout.check_frozen(layout.frozen_state_dict(), trained.may_differ)
+    except ValueError as error:
+        raise ZooError(f"{what} do not go together: {error}") from error
 
 
 @contextmanager

@@ -108,6 +108,18 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def settings_sha256(folder: Path) -> str:
+    """Of what else decides what a pipeline generates: the classes and the configurations of its parts."""
+    files = [folder / "model_index.json", *sorted(folder.glob("*/*config.json"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def check_weights(folder: Path, expected: str, name: str | os.PathLike[str] | None = None) -> None:
+    """Raises [`PipelineError`] where a pipeline, of this name, has other weights than these."""
+    if weights_sha256(folder) != expected:
+        raise PipelineError(f"The weights of {name or folder} changed since they were evaluated: evaluate them again.")
+
+
 def pipeline_files(index: Mapping[str, Any]) -> list[str]:
     """Patterns of the files that a pipeline consists of, from its `model_index.json`: its code and evaluation too."""
     found = ["model_index.json", "README.md", "evaluation/*.png"]

@@ -18,7 +18,7 @@ from ..errors import HubError
 from ..files import UNFINISHED, is_pipeline, is_zoo, locked_if_writable, stays_inside
 from .cards import PLACEHOLDER, card_text, merge_cards, write_evaluation
 from .client import check_card, explained
-from .pipelines import weights_sha256
+from .pipelines import check_weights
 
 
 # What belongs to a run on one machine and not into a repository.
@@ -132,13 +132,13 @@ def push_evaluation(
     section: str,
     results: list[EvalResult],
     pictures: list[Path],
-    weights: str | None = None,
+    weights: str,
 ) -> None:
     r"""
     Pushes a pipeline, of a folder or of the Hub, with an evaluation in its card.
 
     Raises:
-        [`HubError`]: the repository has other weights now than those (their SHA-256) that were evaluated.
+        [`PipelineError`]: it has other weights now than those (their SHA-256) that were evaluated.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(name_or_path)
@@ -146,11 +146,8 @@ def push_evaluation(
             with explained(str(name_or_path), None):
                 snapshot_download(str(name_or_path), local_dir=scratch)
             folder = Path(scratch)
-            if weights is not None and weights_sha256(folder) != weights:
-                raise HubError(
-                    f"The weights of {name_or_path} changed since they were evaluated: evaluate them again."
-                )
             write_evaluation(folder, section, results, pictures)
+        check_weights(folder, weights, name_or_path)
         push(folder, repo_id, commit_message="Evaluation")
 
 

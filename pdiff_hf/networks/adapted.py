@@ -113,6 +113,8 @@ class AdaptedNetwork(nn.Module):
         """The base network's outputs with the adapter; the logits, where it returns several things."""
         own = dict(self.named_parameters())
         base = self._base[0]
+        if base.training != self.training:  # another network may share it, or this one was switched as its parts are
+            self.train(self.training)
         changed: dict[str, torch.Tensor] = {target: own[name] for target, name in self._trained.items()}
         for target, a, b in self._updates:
             changed[target] = changed.get(target, base.get_parameter(target)) + self._update(target, own[a], own[b])

@@ -167,6 +167,7 @@ class StackedTrainer:
         self.network = side_by_side(networks[0])
         if any(buffer.numel() for buffer in networks[0].buffers()):
             raise NotStackableError("Buffers may change in training.")
+        self.empty = dict(networks[0].named_buffers())
         trained = [dict(network.named_parameters()) for network in networks]
         self.weights = {
             name: nn.Parameter(torch.stack([weights[name].detach() for weights in trained]), first.requires_grad)
@@ -187,7 +188,7 @@ class StackedTrainer:
         norms = self._vectors(layout).norm(dim=1).tolist()
         vectors = self.train_steps(self.steps, layout)
         for index, seed in enumerate(self.seeds):
-            own = {name: values[index] for name, values in self.weights.items()}
+            own = self.empty | {name: values[index] for name, values in self.weights.items()}
             _check_frozen(layout, own, may_differ, seed)
         correct = [
             right.float().mean().item()

@@ -40,6 +40,8 @@ def check_task(task: Task, device: torch.device | str = "cpu", training: bool = 
     (inputs, targets), size = data["train"], task.batch_size
     if type(size) is not int or size < 1:
         raise TaskError(f"{name}.batch_size is {size!r}; it has to be a positive integer.")
+    if training and (type(task.epochs) is not int or task.epochs < 0):
+        raise TaskError(f"{name}.epochs is {task.epochs!r}; it has to be an integer, 0 or more.")
     for split, (others, _) in data.items():
         if (others.shape[1:], others.dtype) != (inputs.shape[1:], inputs.dtype):
             raise TaskError(

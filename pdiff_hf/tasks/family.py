@@ -11,7 +11,7 @@ import torch
 from ..errors import TaskError
 from ..pipelines.neural_network_diffusion import ParameterLayout
 from .check import check_task, of_user
-from .task import Task, completed, load
+from .task import Task, completed, load, source_sha256
 
 
 StateDict = dict[str, torch.Tensor]
@@ -74,6 +74,11 @@ class OneTask(TaskFamily):
 
     def task(self, condition: dict[str, Any]) -> Task:
         return self.only
+
+
+def code_sha256(family: TaskFamily) -> str | None:
+    """[`source_sha256`] of a family, or of its only task."""
+    return source_sha256(family.only if isinstance(family, OneTask) else family)
 
 
 def load_family(name_or_path: str | Task | TaskFamily) -> TaskFamily:

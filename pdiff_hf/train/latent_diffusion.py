@@ -18,10 +18,11 @@ from ..pipelines.neural_network_diffusion import (
     ParameterLayout,
     ParameterUNet1DModel,
 )
-from ..tasks.task import load_task, trusted_name
+from ..runs import own_randomness
+from ..tasks.task import Task, load_task, source_sha256, trusted_name
 from ..zoo import BATCH_VALUES, WeightZoo, evenly
 from .loop import TrainingLoop
-from .models import check_memory, condition_encoder, seeded, selected
+from .models import check_memory, check_networks, condition_encoder, seeded, selected
 from .objectives import AutoencoderObjective, Batch, DenoiserObjective
 
 
@@ -77,12 +78,15 @@ class LatentDiffusion:
 
     Raises:
         [`ConfigError`]: too few networks for an average, or the models do not fit this machine's memory.
+        [`TaskError`]: the behaviour loss needs another task.
     """
 
     slot = "unet"
 
     def __init__(self, config: TrainConfig, zoo: WeightZoo):
-        self.config, self.zoo, self.facts = config, zoo, dict[str, int]()
+        self.config, self.zoo = config, zoo
+        self.facts: dict[str, str | None] = {}
+        self.task: Task | None = None
         if len(zoo) - config.checkpoint_averaging < 1:
             raise ConfigError(
                 f"checkpoint_averaging {config.checkpoint_averaging} leaves fewer than two of {len(zoo)} networks."
@@ -93,6 +97,12 @@ class LatentDiffusion:
                 "neuron learns them; for this family, `pdiff-hf align` gives them one order first.",
                 file=sys.stderr,
             )
+        if config.behaviour_weight:
+            name = trusted_name(config.task, zoo.task)
+            self.task = load_task(name)
+            self.facts["task_sha256"] = source_sha256(self.task)
+            with own_randomness():
+                check_networks(self.task.build_network(), zoo, name)
         # Rows of very many networks stay where they are, unless they are learned from.
         self.encoder = condition_encoder(zoo.metadata if config.condition else (), config.condition, config.seed)
         words = [] if self.encoder is None else [c["name"] for c in self.encoder.config.columns if c["kind"] == "word"]
@@ -113,7 +123,7 @@ class LatentDiffusion:
         vae: Autoencoder | None = None
         if config.autoencoder == "kl":
             networks = NormalizedNetworks(zoo, layout.to(device), config.checkpoint_averaging)
-            trained = vae = _train_kl(config, zoo, networks, loop)
+            trained = vae = _train_kl(config, self.task, networks, loop)
             latents = from_main(lambda: _latents(trained, networks.batches()))
         elif loop.accelerator.is_main_process:
             fitted = vae = _fit_linear(config, zoo, layout).to(device)
@@ -170,7 +180,10 @@ def denoising_scheduler(prediction_type: str) -> DDPMScheduler:
 
 
 def _fit_linear(config: TrainConfig, zoo: WeightZoo, layout: ParameterLayout) -> LinearParameterAutoencoder:
-    vae = LinearParameterAutoencoder(layout.vector_size, config.latent_channels, config.latent_length)
+    vae = seeded(
+        config.seed,
+        lambda: LinearParameterAutoencoder(layout.vector_size, config.latent_channels, config.latent_length),
+    )
     window = config.checkpoint_averaging
     every = -(-len(zoo) // MOST_FITTED)
     width = max(1, BATCH_VALUES // len(zoo)) * (every if window == 1 else 1)
@@ -186,7 +199,7 @@ def _fit_linear(config: TrainConfig, zoo: WeightZoo, layout: ParameterLayout) ->
 
 
 def _train_kl(
-    config: TrainConfig, zoo: WeightZoo, networks: NormalizedNetworks, loop: TrainingLoop
+    config: TrainConfig, task: Task | None, networks: NormalizedNetworks, loop: TrainingLoop
 ) -> ParameterAutoencoderKL:
     layout = networks.layout
     vae = seeded(
@@ -194,11 +207,11 @@ def _train_kl(
         lambda: ParameterAutoencoderKL(layout.vector_size, config.latent_channels, config.latent_length),
     )
     behaviour = None
-    if config.behaviour_weight:
-        task = load_task(trusted_name(config.task, zoo.task))
+    if task is not None:
         inputs = task.data("train")[0]
         try:
-            network = run_at_once(task.build_network(), layout, inputs)
+            with own_randomness():
+                network = run_at_once(task.build_network(), layout, inputs)
         except NotStackableError as error:
             raise ConfigError(f"behaviour_weight needs networks that run side by side. {error}") from error
         some = networks(torch.tensor(evenly(len(networks), VARIANCE_NETWORKS)))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
@@ -23,7 +25,7 @@ from ..configs import LoopConfig
 from ..errors import ConfigError, TrainingError
 from ..files import explained, is_pipeline
 from ..parallel import processes, wait_for_everyone
-from ..runs import check_same_run, generator_at
+from ..runs import check_same_run, generator_at, own_randomness
 from .objectives import Batch, Objective
 
 
@@ -150,8 +152,11 @@ class TrainingLoop:
         ema = EMAModel(objective.parameters(), decay=config.ema_decay, foreach=True)
         if self.step > first:
             assert self.resume_from is not None
-            with _readable(self.resume_from):
+            with _readable(self.resume_from), own_randomness():
+                of_python, of_numpy = random.getstate(), np.random.get_state()
                 accelerator.load_state(str(self.resume_from))
+                random.setstate(of_python)
+                np.random.set_state(of_numpy)
                 _load_average(ema, self.resume_from / AVERAGE)
             ema.to(accelerator.device)
         # Not prepared: accelerate would take a step of the schedule for every process.

@@ -7,10 +7,11 @@ import psutil
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TaskError
 from ..files import human_size
 from ..pipelines.neural_network_diffusion import ConditionEncoder
 from ..runs import own_randomness
+from ..zoo import WeightZoo
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,6 +39,14 @@ def condition_encoder(rows: Sequence[dict[str, Any]], names: Sequence[str], seed
 def selected(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     """These columns of the rows of a zoo."""
     return [{name: row.get(name) for name in names} for row in rows]
+
+
+def check_networks(network: nn.Module, zoo: WeightZoo, task: str) -> None:
+    """Raises [`TaskError`] where the networks of a zoo are not those of a task of this name, such as this one."""
+    try:
+        zoo.layout.flatten(network.state_dict())
+    except ValueError as error:
+        raise TaskError(f"The networks of {zoo.folder} are no networks of {task}: {error}") from error
 
 
 def check_memory(build: Callable[[], list[nn.Module]], more: int, remedy: str) -> None:

@@ -18,11 +18,11 @@ from ..pipelines.neural_network_diffusion import NeuronTransformerModel, Paramet
 from ..pipelines.neural_network_diffusion.layout.parameter_layout import SMALLEST_VARIANCE
 from ..pipelines.neural_network_diffusion.transformer.neuron_transformer import UnitIndex
 from ..runs import own_randomness
-from ..tasks.family import check_family, load_family, training_inputs, with_equivalents
+from ..tasks.family import check_family, code_sha256, load_family, training_inputs, with_equivalents
 from ..tasks.task import Task, trusted_name
 from ..zoo import WeightZoo, evenly
 from .loop import TrainingLoop
-from .models import check_memory, condition_encoder, seeded, selected
+from .models import check_memory, check_networks, condition_encoder, seeded, selected
 from .objectives import Batch, FlowMatchingObjective
 
 
@@ -58,10 +58,7 @@ class NeuronDiffusion:
         with own_randomness():
             network = task.build_network().eval()
         self.inputs = training_inputs(family)
-        try:
-            zoo.layout.flatten(network.state_dict())
-        except ValueError as error:
-            raise TaskError(f"The networks of {zoo.folder} are no networks of {name}: {error}") from error
+        check_networks(network, zoo, name)
         try:
             self.symmetry = symmetry_of(network, zoo.layout, self.inputs[:1])
         except UnknownSymmetryError as error:
@@ -73,7 +70,7 @@ class NeuronDiffusion:
             except NotStackableError as error:
                 raise ConfigError(f"The behaviour loss needs networks that run side by side. {error}") from error
         self.rows, self.in_all_forms = with_equivalents(family, zoo.layout, zoo.metadata)
-        self.facts = {"forms": len(self.rows)}
+        self.facts = {"forms": len(self.rows), "task_sha256": code_sha256(family)}
         self.encoder = condition_encoder(self.rows, config.condition, config.seed)
         check_memory(
             lambda: [self._model()],
@@ -177,7 +174,7 @@ def initial_vectors(task: Task, zoo: WeightZoo) -> torch.Tensor:
     Raises:
         [`ZooError`]: the zoo does not record it, or what is built is not what was trained.
     """
-    vectors = torch.empty(len(zoo), zoo.vector_size)
+    vectors = torch.empty(len(zoo), zoo.vector_size, dtype=torch.float32)
     with own_randomness():
         for index, row in enumerate(zoo.rows()):
             seed, norm = row.get("seed"), row.get("initial_norm")

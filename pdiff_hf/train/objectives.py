@@ -162,6 +162,8 @@ class FlowMatchingObjective(ConditionalObjective):
         if again[0]:
             with torch.no_grad():
                 previous = self.denoiser.predict_clean(noisy, timesteps, initial=initial, **told).float()
+            # Casts that were made without gradients, which torch 2.9 takes for the others, too.
+            torch.clear_autocast_cache()
         prediction = self.denoiser.predict_clean(noisy, timesteps, initial=initial, previous=previous, **told).float()
         loss = ((prediction - networks).square() / (sigma + 0.1)).mean()
         if self.behaviour is not None and inputs is not None:

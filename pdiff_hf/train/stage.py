@@ -9,7 +9,7 @@ import torch
 
 from ..configs import AnyTrainConfig, LoopConfig, NeuronTrainConfig, TrainConfig
 from ..errors import ZooError
-from ..files import check_pipeline_parts, explained
+from ..files import check_parts, explained
 from ..hub.cards import write_pipeline_card
 from ..hub.pipelines import load_pipeline
 from ..hub.push import push
@@ -37,7 +37,7 @@ def run_train(config: AnyTrainConfig) -> NeuralNetworkDiffusionPipeline:
         [`TaskError`]: networks of this task cannot be learned in this way.
     """
     with written(config.output_dir, "train"):
-        check_pipeline_parts(config.output_dir)
+        check_parts(config.output_dir, "a pipeline")
         return _train(config, Path(config.output_dir))
 
 

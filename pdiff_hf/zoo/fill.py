@@ -49,6 +49,8 @@ def fill(
     # Parts by other names are not ours.
     mark = from_main(lambda: own_name("networks")[:16])
     if state.is_main_process:
+        if not is_zoo(folder):  # parts without a zoo are of one that is gone
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
         zoo = WeightZoo(folder) if is_zoo(folder) else create()
     wait_for_everyone()
     if not state.is_main_process:

@@ -83,10 +83,11 @@ class Rows:
         return list(next(self.read(min(count, 1)), {}))
 
     def widen(self, count: int, keys: Sequence[str], remedy: str) -> int:
-        """Gives the rows of so many networks further keys, of no value yet, and returns the bytes that they take."""
+        """Gives the rows of so many networks these keys, of no value where they lack them, and returns the bytes that
+        they take."""
         with whole(self.file, remedy) as temporary, temporary.open("wb") as rows:
             for row in self.read(count):
-                rows.write(json.dumps(row | dict.fromkeys(keys)).encode() + b"\n")
+                rows.write(json.dumps(row | {key: row.get(key) for key in keys}).encode() + b"\n")
         return self.file.stat().st_size
 
     def append(self, lines: bytes, end: int, remedy: str) -> int:

@@ -75,10 +75,12 @@ class Shards:
             self._checked.add(shard)
         return file
 
-    def _state(self) -> tuple[list[str], int]:
+    def _state(self) -> tuple[list[str], tuple[int, ...]]:
         """What tells whether somebody else added networks."""
         files = self._find()
-        return [file.name for file in files], files[-1].stat().st_ino if files else 0
+        last = files[-1].stat() if files else None
+        # File systems give the inode of a file that was replaced to the next one.
+        return [file.name for file in files], (last.st_ino, last.st_size, last.st_mtime_ns) if last else ()
 
     def check_unchanged(self) -> None:
         """Raises [`ZooError`] where somebody else added networks."""
@@ -92,13 +94,20 @@ class Shards:
         if held:
             networks = torch.cat([load_file(self.files[-1])["networks"], networks])
         total = len(self.files) + (held == 0)
-        last = self._path(total, total)
-        with whole(last, remedy) as temporary:
-            save_file({"networks": networks}, temporary)
-            sync(temporary)
-            for number, shard in enumerate(self.files, start=1):
-                shard.replace(self._path(number, total))
-            self.files = [self._path(number, total) for number in range(1, total + 1)]
+        before, after = self.files, [self._path(number, total) for number in range(1, total + 1)]
+        try:
+            with whole(after[-1], remedy) as temporary:
+                save_file({"networks": networks}, temporary)
+                sync(temporary)
+                for old, new in zip(before, after, strict=False):
+                    old.replace(new)
+        except BaseException:
+            if not after[-1].exists():  # the others' names promise it
+                for old, new in zip(before, after, strict=False):
+                    if new.exists():
+                        new.replace(old)
+            raise
+        self.files = after
         self.sizes[total - 1 :] = [len(networks)]
         self._checked.add(total - 1)
         self._seen = self._state()

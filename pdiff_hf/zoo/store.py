@@ -475,7 +475,7 @@ class WeightZoo:
                 by_shard.setdefault(shard, []).append((row, offset))
         # Opened first: what zoo.json claims is compared with the shards before it is allocated.
         files = {shard: self._shards.open(shard) for shard in by_shard}
-        out = torch.empty(len(indices), self.vector_size)
+        out = torch.empty(len(indices), self.vector_size, dtype=torch.float32)
         for row, place in waiting:
             out[row] = self._pending[place]
         for shard, places in by_shard.items():
@@ -627,7 +627,7 @@ class WeightZoo:
             folder (`str` or `os.PathLike`): Where; it must not hold a zoo yet.
 
         Raises:
-            [`ZooError`]: there is a zoo already.
+            [`ZooError`]: there is a zoo already, or a file that one would replace.
             [`ConfigError`]: the folder holds a pipeline or a report.
             [`WriteError`]: it cannot be written.
         """
@@ -639,6 +639,10 @@ class WeightZoo:
             _make_free(folder)
             # Links of the cache become files.
             left = shutil.ignore_patterns("zoo.json", "*.part", f"{UNFINISHED}*", LOCK)
+            names = [file.name for file in self.folder.iterdir()]
+            for name in {*names} - left(str(self.folder), names) - {"metadata.jsonl", "frozen.safetensors"}:
+                if (folder / name).exists():
+                    raise ZooError(f"{folder} holds {name} already. Choose another folder, or move it away.")
             shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=left)
             with whole(folder / "zoo.json") as file:  # last, since it is what makes a folder a zoo
                 shutil.copyfile(self.folder / "zoo.json", file)

@@ -14,8 +14,9 @@ from torch import nn
 
 import pdiff_hf
 from pdiff_hf import Baseline, EvaluateConfig, ParameterLayout, Task, WeightZoo, ZooError, load_task, run_evaluate
-from pdiff_hf.errors import MissingExtraError, TaskError
-from pdiff_hf.evaluation import scoring
+from pdiff_hf.errors import ConfigError, MissingExtraError, PipelineError, TaskError
+from pdiff_hf.evaluation import scoring, stage
+from pdiff_hf.evaluation.measures import parameter_statistics
 from pdiff_hf.evaluation.scoring import Scorer
 from pdiff_hf.tasks.digits import DigitsMLP
 
@@ -538,6 +539,54 @@ def test_the_stage_samples_a_pipeline_and_fills_its_card(digits_zoo, digits_pipe
     assert report["verdict"]["sentence"] in ModelCard.load(tmp_path / "pipeline" / "README.md").text
 
 
+def test_figures_do_not_go_into_the_card_of_a_pipeline_that_changed_meanwhile(
+    digits_zoo, digits_pipeline, tmp_path, monkeypatch
+):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(digits_pipeline, folder)
+    before = (folder / "README.md").read_bytes()
+    settings = EvaluateConfig(
+        trained=str(digits_zoo.folder), generated=str(folder), output_dir=str(tmp_path / "report"), num_networks=3
+    )
+    write = stage.write_report
+
+    def meanwhile(*arguments):
+        pipe = pdiff_hf.load_pipeline(folder)
+        with torch.no_grad():
+            next(pipe.unet.parameters()).add_(1)
+        pipe.save_pretrained(folder)
+        write(*arguments)
+
+    monkeypatch.setattr(stage, "write_report", meanwhile)
+    with pytest.raises(PipelineError, match="changed since they were evaluated: evaluate them again"):
+        run_evaluate(settings)
+    assert (folder / "README.md").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["report.md", "map.png"])
+def test_a_report_replaces_nothing_but_a_report(digits_zoo, other_zoo, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    arguments = {"trained": digits_zoo, "generated": other_zoo, "output_dir": tmp_path}
+    for run in (lambda: pdiff_hf.evaluate(**arguments), lambda: run_evaluate(config(digits_zoo, other_zoo, tmp_path))):
+        with pytest.raises(ConfigError, match=f"holds {name}, which is none of a report"):
+            run()
+    with pytest.raises(ConfigError, match="holds a zoo"):
+        pdiff_hf.evaluate(**{**arguments, "output_dir": digits_zoo.folder})
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("count", [50, 30])
+def test_statistics_of_large_tensors_are_of_all_their_places(tmp_path, count):
+    kernel = torch.zeros(16, 8, 3, 3)
+    kernel[..., 0] = 1  # the left column
+    with WeightZoo.create(tmp_path / "zoo", ParameterLayout.from_state_dict({"weight": kernel})) as zoo:
+        for _ in range(count):
+            zoo.append(kernel.flatten())
+    (row,) = parameter_statistics(zoo, zoo)
+    assert row["trained"]["mean"] == pytest.approx(1 / 3, abs=0.02)
+    assert row["wasserstein"] < 0.02
+
+
 # Bad input, and what is at its edge. Two clouds of points, told apart by a line: cheap and easy to break.
 
 
@@ -826,7 +875,7 @@ def test_a_regression_can_be_evaluated(tmp_path):
 
 
 def test_a_pipeline_of_another_architecture_is_refused(digits_zoo, digits_pipeline, zoo):
-    with pytest.raises(ZooError, match=r"another architecture"):
+    with pytest.raises(ZooError, match="and the pipeline hold networks of different architectures"):
         pdiff_hf.evaluate("digits-convnet", trained=zoo, generated=zoo, pipeline=str(digits_pipeline))
 
 

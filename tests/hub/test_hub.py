@@ -96,7 +96,7 @@ def load_with_the_package_and_sample(repo: str) -> torch.Tensor:
 def message_of(function, *arguments) -> str:
     try:
         function(*arguments)
-    except HubError as error:
+    except PdiffError as error:
         return str(error)
     return "no error"
 

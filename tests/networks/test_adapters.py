@@ -146,6 +146,18 @@ def test_training_leaves_the_statistics_of_the_base_network():
     assert not base[2].training
 
 
+def test_a_prediction_leaves_the_base_network_in_training_and_networks_that_share_one_do_not_meet():
+    base = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    trained, other = (AdaptedNetwork(base, lora(base, ["2"], 2)) for _ in range(2))
+    inputs = torch.ones(50, 4)
+    trained.train()
+    other.eval()
+    Task().predict(trained, inputs)
+    assert len(trained(inputs).unique(dim=0)) > 1
+    assert len(other(inputs).unique(dim=0)) == 1
+    assert len(trained(inputs).unique(dim=0)) > 1
+
+
 class Convolutions(nn.Module):
     def __init__(self):
         super().__init__()

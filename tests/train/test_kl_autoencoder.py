@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pdiff_hf import ParameterAutoencoderKL, TrainConfig, WeightZoo, load_pipeline, load_task, run_train
-from pdiff_hf.errors import ConfigError, TrainingError
+from pdiff_hf.errors import ConfigError, TaskError, TrainingError
 from pdiff_hf.networks.behaviour import Behaviour
 from pdiff_hf.train import latent_diffusion
 
@@ -197,6 +197,9 @@ def test_what_cannot_be_trained_is_said(digits_zoo, zoo, tmp_path):
         config(digits_zoo, tmp_path, autoencoder="linear", behaviour_weight=1.0)
     with pytest.raises(ConfigError, match="kl_weight has to be at least 0, and is -1"):
         config(digits_zoo, tmp_path, kl_weight=-1.0)
+    with pytest.raises(TaskError, match="are no networks of digits-mlp"):
+        run_train(config(digits_zoo, tmp_path / "other", behaviour_weight=1.0, task="digits-mlp"))
+    assert not (tmp_path / "other").exists()
     with pytest.raises(TrainingError, match=r"The autoencoder diverged.*Lower --autoencoder-learning-rate"):
         run_train(config(digits_zoo, tmp_path / "diverged", autoencoder_learning_rate=1e30))
 

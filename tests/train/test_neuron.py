@@ -37,6 +37,7 @@ from pdiff_hf.networks.symmetry import Symmetry
 from pdiff_hf.networks.trainer import NetworkTrainer
 from pdiff_hf.tasks.digits import DigitsMLP
 from pdiff_hf.train.neuron_diffusion import initial_vectors, share_statistics
+from pdiff_hf.train.objectives import FlowMatchingObjective
 
 from ..conftest import launch, site_without_this_package
 
@@ -76,6 +77,18 @@ class Watched(DigitsMLP):
         network = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 10))
         network[1].register_forward_hook(lambda module, inputs, outputs: outputs if outputs.sum().item() else None)
         return network
+
+
+class Worded(DigitsMLP):
+    """Whose networks return a dict."""
+
+    def build_network(self):
+        network = super().build_network()
+        network.register_forward_hook(lambda module, inputs, outputs: {"logits": outputs})
+        return network
+
+    def probabilities(self, outputs):
+        return outputs["logits"].softmax(-1)
 
 
 def name_of(task: type) -> str:
@@ -182,6 +195,31 @@ def test_an_interrupted_training_resumes_with_the_losses_of_an_uninterrupted_one
         path.unlink() if path.is_file() else path.rename(tmp_path / "gone")
     run_train(config(zoo, tmp_path / "part", checkpointing_steps=10, resume_from_checkpoint="latest"))
     assert losses(tmp_path / "part") == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_training_does_not_go_on_with_another_task(tmp_path):
+    file = tmp_path / "task.py"
+    file.write_text(
+        "from tests.train.test_neuron import TwoHidden\nclass Mine(TwoHidden):\n    scale = 1\n"
+        "    def data(self, split):\n        x, y = super().data(split)\n        return self.scale * x, y\n"
+    )
+    zoo = collected(tmp_path / "zoo", f"{file}:Mine", 8)
+    settings = {"checkpointing_steps": 10, "batch_size": 4}
+    run_train(config(zoo, tmp_path / "pipeline", **settings))
+    file.write_text(file.read_text().replace("scale = 1", "scale = 100"))
+    with pytest.raises(ConfigError, match=r"The task of the run in .* changed meanwhile: it cannot be resumed"):
+        run_train(config(zoo, tmp_path / "pipeline", **settings, resume_from_checkpoint="checkpoint-20"))
+
+
+def test_telling_predictions_takes_no_gradients_away_in_half_precision(trained):
+    """Casts of weights are kept, and those that were made without gradients have none."""
+    denoiser = load_pipeline(trained).transformer.train()
+    objective = FlowMatchingObjective(denoiser, FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+    networks, noise, initial = (torch.randn(2, 1, denoiser.config.num_parameters) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective(networks, noise, torch.rand(2), torch.ones(2, dtype=torch.bool), initial=initial)
+    loss.backward()
+    assert all(weight.grad is not None for weight in denoiser.parameters())
 
 
 @pytest.mark.slow
@@ -306,6 +344,7 @@ def test_an_evaluation_trains_as_long_from_the_same_initializations(trained, zoo
     [
         (Branching, {}, "cannot be tokens: Softmax"),
         (Watched, {}, "behaviour loss needs networks that run side by side"),
+        (Worded, {}, "behaviour loss needs networks that run side by side"),
         (TwoHidden, {"hidden_size": 2**20}, "memory|takes at least .* GB"),
         (TwoHidden, {"batch_size": 10**8}, "takes at least .* GB, .* smaller --batch-size"),
         (TwoHidden, {"task": "digits-mlp"}, "are no networks of digits-mlp"),

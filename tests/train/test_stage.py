@@ -1,4 +1,5 @@
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -283,6 +285,21 @@ def test_a_zoo_that_grew_does_not_resume(digits_zoo, tmp_path):
     again = small_config(zoo, tmp_path / "pipeline", checkpointing_steps=50, resume_from_checkpoint="latest")
     with pytest.raises(ConfigError, match="holds a run with 40 networks, not 41"):
         run_train(again)
+
+
+def test_randomness_of_the_caller_stays(digits_zoo, tmp_path):
+    def states() -> list:
+        return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+
+    settings = {"unet_steps": 10, "checkpointing_steps": 5}
+    before = states()
+    run_train(small_config(digits_zoo, tmp_path, **settings))
+    assert states() == before
+    for _ in range(2):
+        torch.rand(()), random.random(), np.random.rand()
+    before = states()
+    run_train(small_config(digits_zoo, tmp_path, **settings, resume_from_checkpoint="checkpoint-5"))
+    assert states() == before
 
 
 def test_losses_go_to_a_tracker(digits_zoo, tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +202,48 @@ def test_a_crash_while_shards_are_renamed_leaves_a_readable_zoo_that_goes_on(tmp
         survivor.append(random_network(4).state_dict(), seed=4)
     assert [row["seed"] for row in WeightZoo(zoo.folder).metadata] == [0, 1, 2, 3, 4]
     assert not list(zoo.folder.glob("*.part"))
+
+
+@pytest.mark.parametrize("interrupted", ["networks-00001-of-", "networks-00002-of-", "networks-00003-of-"])
+def test_an_interruption_while_shards_are_renamed_leaves_a_readable_zoo(tmp_path, layout, monkeypatch, interrupted):
+    zoo = WeightZoo.create(tmp_path / "zoo", layout, networks_per_shard=2)
+    with zoo:
+        for seed in range(4):
+            zoo.append(random_network(seed).state_dict(), seed=seed)
+    zoo.append(random_network(4).state_dict(), seed=4)
+    replace = Path.replace
+
+    def interrupt(self, target):
+        if self.name.startswith(interrupted):
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        zoo.flush()
+    monkeypatch.setattr(Path, "replace", replace)
+    assert len(WeightZoo(zoo.folder)) == 4
+    zoo.flush()
+    assert [row["seed"] for row in WeightZoo(zoo.folder).metadata] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_and_statistics_are_float32_whatever_the_default_is(zoo, layout, dtype):
+    expected = zoo.vectors()
+    layout.fit([expected]).fit_initial(expected)
+    drawn = layout.draw_initial([torch.Generator().manual_seed(0)])
+    torch.set_default_dtype(dtype)
+    try:
+        found = WeightZoo(zoo.folder)
+        assert found[0].dtype == torch.float32
+        assert torch.equal(found.vectors(), expected)
+        again = ParameterLayout.from_config(layout.config)
+        again.load_state_dict(layout.state_dict())
+        assert torch.equal(again.mean, layout.mean)
+        assert torch.equal(again.std, layout.std)
+        assert torch.equal(again.draw_initial([torch.Generator().manual_seed(0)]), drawn)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_metadata_of_networks_that_were_never_written_is_forgotten(zoo):

@@ -13,8 +13,9 @@ import torch
 
 from pdiff_hf import ParameterLayout, PdiffError, WeightZoo, ZooError
 from pdiff_hf.errors import ConfigError, WriteError
-from pdiff_hf.files import LOCK, check_kind, check_pipeline_parts, check_room, locked, own_name
+from pdiff_hf.files import LOCK, check_kind, check_parts, check_room, locked, own_name
 from pdiff_hf.zoo import built
+from pdiff_hf.zoo.fill import PARTS, _write_part, fill
 
 from ..conftest import random_network
 
@@ -64,19 +65,33 @@ def test_a_killed_writer_leaves_no_lock_behind(tmp_path):
         pass
 
 
-def test_two_that_opened_one_zoo_do_not_mix_their_networks(zoo):
-    first, second = WeightZoo(zoo.folder), WeightZoo(zoo.folder)
-    with first:
-        first.append(random_network(20).state_dict(), seed=20)
+@pytest.mark.parametrize("seeds", [[20], [20, 22]], ids=["once", "twice, into a file with the number of the first"])
+def test_two_that_opened_one_zoo_do_not_mix_their_networks(zoo, seeds):
+    second = WeightZoo(zoo.folder)
+    for seed in seeds:
+        with WeightZoo(zoo.folder) as first:
+            first.append(random_network(seed).state_dict(), seed=seed)
     second.append(random_network(21).state_dict(), seed=21)
     with pytest.raises(ZooError, match="was changed by somebody else meanwhile"):
         second.flush()
     reopened = WeightZoo(zoo.folder)
-    assert [row["seed"] for row in reopened.metadata] == [*range(10), 20]
+    assert [row["seed"] for row in reopened.metadata] == [*range(10), *seeds]
     assert torch.equal(reopened[10], zoo.layout.flatten(random_network(20).state_dict()))
 
 
 # ---- rows
+
+
+def test_a_column_that_the_first_network_lacks_stays(zoo):
+    file = zoo.folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[5:]:
+        row["label"] = f"mine {row['index']}"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with WeightZoo(zoo.folder) as grown:
+        grown.append(random_network(10).state_dict(), seed=10, label="new")
+    labels = [row["label"] for row in WeightZoo(zoo.folder).rows()]
+    assert labels == [None] * 5 + [f"mine {index}" for index in range(5, 10)] + ["new"]
 
 
 def test_every_row_has_every_key(tmp_path, layout):
@@ -192,12 +207,38 @@ def test_what_no_training_made_is_not_replaced_by_one(tmp_path, name):
         place.write_text("mine")
     else:
         place.mkdir()
-        check_pipeline_parts(tmp_path)  # nothing is lost
+        check_parts(tmp_path, "a pipeline")  # nothing is lost
         (place / "results.csv").write_text("mine")
-    with pytest.raises(ConfigError, match=f"holds {name}, which no training made"):
-        check_pipeline_parts(tmp_path)
+    with pytest.raises(ConfigError, match=f"holds {name}, which is none of a pipeline"):
+        check_parts(tmp_path, "a pipeline")
     (tmp_path / "train.yaml").write_text("")
-    check_pipeline_parts(tmp_path)
+    check_parts(tmp_path, "a pipeline")
+
+
+def test_what_processes_left_for_a_zoo_that_is_gone_is_in_no_other(tmp_path, layout):
+    stranger = layout.flatten(random_network(7).state_dict())
+    part = tmp_path / PARTS / f"networks-2-to-4-{own_name('networks')[:16]}.safetensors"
+    _write_part(part, [(stranger, {"seed": 7})] * 2)
+    own = layout.flatten(random_network(0).state_dict())
+    zoo = fill(
+        tmp_path,
+        lambda: WeightZoo.create(tmp_path, layout),
+        num_networks=4,
+        unit_size=2,
+        make=lambda unit: [(own, {"seed": index}) for index in unit],
+        description="test",
+    )
+    assert [row["seed"] for row in zoo.rows()] == [0, 1, 2, 3]
+    assert torch.equal(zoo.vectors(), own.expand(4, -1))
+
+
+def test_a_copy_of_a_zoo_replaces_no_files(zoo, tmp_path):
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone" / "README.md").write_text("mine")
+    zoo.write_card("ours")
+    with pytest.raises(ZooError, match=r"holds README\.md already"):
+        zoo.save_pretrained(tmp_path / "clone")
+    assert [file.name for file in (tmp_path / "clone").iterdir()] == ["README.md"]
 
 
 def test_shards_of_two_zoos_are_told_apart(tmp_path, layout):

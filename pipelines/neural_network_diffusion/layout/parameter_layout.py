@@ -98,14 +98,15 @@ class ParameterLayout(ModelMixin, ConfigMixin):
                 start, self.vector_size = self.vector_size, self.vector_size + _numel(tensor)
                 self.slices[tensor["name"]] = slice(start, self.vector_size)
         self._read_values()
-        self.register_buffer("mean", torch.zeros(self.vector_size))
-        self.register_buffer("std", torch.ones(self.vector_size))
+        # Whatever the default dtype is, which may be that of a language model.
+        self.register_buffer("mean", torch.zeros(self.vector_size, dtype=torch.float32))
+        self.register_buffer("std", torch.ones(self.vector_size, dtype=torch.float32))
         self.register_buffer("log", torch.zeros(self.vector_size, dtype=torch.bool))
         # By their place in the list: any text is a name in a state dict, and not of a buffer.
         self.frozen, self.initial = nn.Module(), nn.Module()
         for place, tensor in enumerate(tensors):
             if tensor.get("initial", {}).get("distribution") == SAME:
-                self.initial.register_buffer(str(place), torch.zeros(_numel(tensor)))
+                self.initial.register_buffer(str(place), torch.zeros(_numel(tensor), dtype=torch.float32))
             if tensor["role"] == FROZEN:
                 values = torch.zeros(tensor["shape"], dtype=getattr(torch, tensor["dtype"]))
                 self.frozen.register_buffer(str(place), values)
@@ -400,7 +401,7 @@ class ParameterLayout(ModelMixin, ConfigMixin):
         Raises:
             `ValueError`: of some tensor it is not known how it is drawn.
         """
-        vectors = torch.empty(len(generators), self.vector_size)
+        vectors = torch.empty(len(generators), self.vector_size, dtype=torch.float32)
         for place, tensor in self._places(GENERATED):
             initial = tensor.get("initial") or {"distribution": OTHER}
             part = vectors[:, self.slices[tensor["name"]]]
