@@ -159,7 +159,7 @@ class Baseline:
         self,
         num_networks: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        chunk_size: int = 100,
+        chunk_size: int | None = None,
         output_type: str = "state_dict",
         return_dict: bool = True,
     ) -> Any:
@@ -170,7 +170,7 @@ class Baseline:
             num_networks (`int`, *optional*):
                 How many. Defaults to one for each of the `generator`s, and to 1 without a list of them.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One for all, or one for each.
-            chunk_size (`int`, *optional*, defaults to 100): Networks made at a time.
+            chunk_size (`int`, *optional*): Networks made at a time. Defaults to 100.
             output_type (`str`, *optional*, defaults to `"state_dict"`):
                 `"state_dict"`, or `"pt"` for vectors `[N, P]`.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class or a tuple.
@@ -180,6 +180,8 @@ class Baseline:
         several = list(generator) if isinstance(generator, (list, tuple)) else None
         if num_networks is None:
             num_networks = 1 if several is None else len(several)
+        if chunk_size is None:
+            chunk_size = 100
         for name, value in (("num_networks", num_networks), ("chunk_size", chunk_size)):
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"`{name}` has to be a positive integer, and is {value!r}.")

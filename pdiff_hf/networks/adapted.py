@@ -47,6 +47,7 @@ class AdaptedNetwork(nn.Module):
         super().__init__()
         # In a list, modules are no children.
         self._base = [base.requires_grad_(False)]
+        self.training = base.training
         parameters = dict(base.named_parameters())
         self._updates: list[tuple[str, str, str]] = []  # weight of the base network, A, B
         self._trained: dict[str, str] = {}  # of the base network: of the adapter

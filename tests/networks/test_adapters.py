@@ -148,7 +148,9 @@ def test_training_leaves_the_statistics_of_the_base_network():
 
 def test_a_prediction_leaves_the_base_network_in_training_and_networks_that_share_one_do_not_meet():
     base = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
-    trained, other = (AdaptedNetwork(base, lora(base, ["2"], 2)) for _ in range(2))
+    trained, other, third = (AdaptedNetwork(base.train(mode), lora(base, ["2"], 2)) for mode in (True, True, False))
+    assert trained.training
+    assert not third.training
     inputs = torch.ones(50, 4)
     trained.train()
     other.eval()

@@ -248,7 +248,7 @@ def test_processes_that_accelerate_does_not_see_are_refused(digits_zoo, tmp_path
 def test_a_folder_with_something_else_is_no_place_for_a_pipeline(digits_zoo, tmp_path):
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "results.csv").write_text("mine")
-    with pytest.raises(ConfigError, match="holds evaluation, which no training made"):
+    with pytest.raises(ConfigError, match="holds evaluation, which is none of a pipeline"):
         run_train(small_config(digits_zoo, tmp_path))
     assert [path.name for path in tmp_path.rglob("*")] == ["evaluation", "results.csv"]
 
