@@ -132,7 +132,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
     @property
     def default_chunk_size(self) -> int:
         """Networks at a time where their number is not passed: 100, and fewer where they are large."""
-        of_one = max(self.layout.vector_size, getattr(self.denoiser, "pair_values", 0))
+        of_one = max(1, self.layout.vector_size, getattr(self.denoiser, "pair_values", 0))
         return max(1, min(100, CHUNK_VALUES // of_one))
 
     @property

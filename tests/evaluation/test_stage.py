@@ -18,6 +18,7 @@ from pdiff_hf.errors import ConfigError, MissingExtraError, PipelineError, TaskE
 from pdiff_hf.evaluation import scoring, stage
 from pdiff_hf.evaluation.measures import parameter_statistics
 from pdiff_hf.evaluation.scoring import Scorer
+from pdiff_hf.files import PARTS
 from pdiff_hf.tasks.digits import DigitsMLP
 
 
@@ -561,6 +562,10 @@ def test_figures_do_not_go_into_the_card_of_a_pipeline_that_changed_meanwhile(
     with pytest.raises(PipelineError, match="changed since they were evaluated: evaluate them again"):
         run_evaluate(settings)
     assert (folder / "README.md").read_bytes() == before
+
+
+def test_what_a_report_replaces_is_known(written):
+    assert {file.name for file in written[1].glob("*.png")} <= {*PARTS["a report"]}
 
 
 @pytest.mark.parametrize("name", ["report.md", "map.png"])
