@@ -64,6 +64,7 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
         # Chosen on validation tasks: what adapters do can be learned from 778 of them, and their numbers cannot.
         "behaviour_weight": 256.0,
         "last_sigma": 0.9,
+        "min_sigma": 0.9,
         "mixed_precision": "bf16",
         "transformer_steps": config.transformer_steps,
     }

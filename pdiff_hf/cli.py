@@ -156,7 +156,7 @@ def _outcome(stage: str, config: Any, result: Any, seconds: float) -> str | None
     if stage in ("collect", "generate"):
         what = f"{len(result)} networks of {result.vector_size:,} parameters are in {folder} ({took})."
         if stage == "collect" and config.split != "train":
-            return f"{what} Next: pdiff-hf evaluate --fresh {folder}"
+            return f"{what} Next: pdiff-hf evaluate --trained ZOO --generated PIPELINE --fresh {folder}"
         if stage == "collect":
             return f"{what} Next: pdiff-hf train{_family_of(result, config.task)} --zoo {folder}"
         # What can be asked for networks is audited itself.
@@ -164,7 +164,12 @@ def _outcome(stage: str, config: Any, result: Any, seconds: float) -> str | None
         evaluated = shlex.quote(config.pipeline) if asked else folder
         return f"{what} Next: pdiff-hf evaluate --trained ZOO --generated {evaluated}"
     if stage == "train":
-        return f"The pipeline is in {folder} ({took}). Next: pdiff-hf generate --pipeline {folder}"
+        what = f"The pipeline is in {folder} ({took}). Next: pdiff-hf"
+        if config.condition:
+            own = getattr(config, "task", None) or ""
+            task = f" --task {shlex.quote(own)}" if ":" in own else ""
+            return f"{what} evaluate --trained {shlex.quote(config.zoo)} --generated {folder}{task}"
+        return f"{what} generate --pipeline {folder}"
     return f"The report is in {folder} ({took}): report.html, report.md, and pictures."
 
 

@@ -139,11 +139,15 @@ def check_not_negative(config: Any, *names: str) -> None:
 
 def check_tracker(name: str | None) -> None:
     """Raises [`ConfigError`] or [`MissingExtraError`] for a tracker that cannot be used."""
-    if name is None or name == "all":
+    if name is None:
         return
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
 
+    if name == "all":
+        if not get_available_trackers():
+            raise MissingExtraError("No tracker is installed: pip install 'pdiff-hf[trackers]'")
+        return
     known = sorted(kind.value for kind in LoggerType if kind is not LoggerType.ALL)
     if name not in known:
         raise ConfigError(f"report_to is {name!r}; accelerate knows all, {', '.join(known)}.")

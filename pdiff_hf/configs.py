@@ -205,6 +205,9 @@ class NeuronTrainConfig(LoopConfig):
     last_sigma: float = 0.2
     """The noise, 0 to 1, from which the last step of the sampling leads to the network. More of it where the
     transformer is far from having learned the details: chosen by the accuracy on validation data."""
+    min_sigma: float = 0.0
+    """The least noise that the transformer is trained with. As much as the last sigma, so that it is trained only
+    where sampling goes, helps where outputs count far more than parameters do, and harms where they do not."""
     hidden_size: int = 128
     """Width of a token."""
     num_layers: int = 4
@@ -228,6 +231,11 @@ class NeuronTrainConfig(LoopConfig):
             raise ConfigError("fp16 scales gradients for one optimizer, and this family has two: take bf16.")
         if not 0 < self.last_sigma < 1:
             raise ConfigError(f"last_sigma has to be above 0 and below 1, and is {self.last_sigma}.")
+        if not 0 <= self.min_sigma <= self.last_sigma:
+            raise ConfigError(
+                f"min_sigma has to be from 0 to last_sigma, {self.last_sigma}, and is {self.min_sigma}: sampling goes "
+                "down to the last sigma."
+            )
         if self.hidden_size % (2 * self.num_attention_heads):
             width, heads = self.hidden_size, self.num_attention_heads
             raise ConfigError(

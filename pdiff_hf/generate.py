@@ -35,6 +35,12 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
         return _generate(config, Path(config.output_dir))
 
 
+def _recorded(asked: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for, under another name where the row of a generated network says that of itself."""
+    taken = {"index", "seed", *own}
+    return {f"asked_{name}" if name in taken else name: value for name, value in asked.items()}
+
+
 def _conditions(config: GenerateConfig) -> list[dict[str, Any]]:
     """What is asked for, one network after the other; nothing where nothing is."""
     if config.conditions is not None:
@@ -113,7 +119,7 @@ def _generate(config: GenerateConfig, folder: Path) -> WeightZoo:
         except ValueError as error:  # of settings, or of what came out
             raise PipelineError(f"{source}: {error}") from error
         return [
-            (vector, {**row, "seed": seed, **origin})
+            (vector, {**_recorded(row, origin), "seed": seed, **origin})
             for seed, row, vector in zip(seeds, rows, vectors.cpu(), strict=True)
         ]
 

@@ -53,7 +53,8 @@ def _of_zoo(zoo: WeightZoo) -> str:
         f"A zoo of {len(zoo)} networks of {zoo.vector_size:,} generated parameters, {zoo.dtype}.".replace("torch.", "")
     ]
     if zoo.adapter is not None:
-        lines.append(f"They are LoRA adapters of {zoo.adapter.get('base_model_name_or_path') or 'a diffusion model'}.")
+        unnamed = "a model that their files do not name" if zoo.adapter else "a diffusion model"
+        lines.append(f"They are LoRA adapters of {zoo.adapter.get('base_model_name_or_path') or unnamed}.")
     if zoo.frozen_size:
         lines.append(f"{zoo.frozen_size:,} numbers more are the same in all of them.")
     if zoo.task is not None:

@@ -1,6 +1,5 @@
 """The whole story on scikit-learn's digits: the published method's in about a minute, and that of conditions."""
 
-import json
 import os
 import shutil
 import time
@@ -14,6 +13,7 @@ from .collect import check_goes_on, run_collect
 from .configs import CollectConfig, EvaluateConfig, GenerateConfig, NeuronTrainConfig, QuickstartConfig, TrainConfig
 from .errors import ConfigError
 from .evaluation import run_evaluate
+from .evaluation.report import pictures_in, write_report
 from .evaluation.stage import require_extras
 from .files import locked
 from .generate import run_generate
@@ -108,7 +108,7 @@ def _quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     report = timed("evaluate", lambda: run_evaluate(evaluate_config))
 
     report["timings_s"] = timings
-    Path(report_dir, "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(report, Path(report_dir), pictures_in(Path(report_dir)))
     print("Seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in timings.items()))
     print(f"Everything is in {folder}. Load the pipeline anywhere with\n")
     print(f'    DiffusionPipeline.from_pretrained("{pipeline}", trust_remote_code=True)\n')

@@ -159,6 +159,12 @@ def test_a_tracker_that_is_not_installed_is_named():
         TrainConfig(report_to="comet_ml")
 
 
+def test_without_any_tracker_all_of_them_would_be_a_silent_loss(monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(MissingExtraError, match=r"No tracker is installed: pip install 'pdiff-hf\[trackers\]'"):
+        TrainConfig(report_to="all")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

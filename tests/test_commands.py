@@ -80,6 +80,13 @@ def test_of_independent_networks_the_next_command_names_the_family(task, options
     said = capsys.readouterr()
     assert f"Next: pdiff-hf train {options} --zoo " in said.out
     assert re.search(r"collect \([\d.]+ kB\): 100%", said.err)
+    if "condition" in options:
+        zoo, fresh, pipeline = (str(tmp_path / name) for name in ("zoo", "fresh", "pipeline"))
+        main(["collect", "--output-dir", fresh, "--epochs", "1", *again, "--split", "test"])
+        assert f"Next: pdiff-hf evaluate --trained ZOO --generated PIPELINE --fresh {fresh}" in capsys.readouterr().out
+        main(["train", "--zoo", zoo, "--output-dir", pipeline, *options.split(), "--transformer-steps", "2"])
+        said = f"Next: pdiff-hf evaluate --trained {zoo} --generated {pipeline} --task {task}\n"
+        assert said in capsys.readouterr().out
 
 
 def test_a_stage_ends_with_where_its_result_is_and_what_comes_next(tmp_path, capsys):

@@ -27,7 +27,7 @@ from pdiff_hf import (
 from pdiff_hf.cli import main
 from pdiff_hf.configs import QuickstartConfig
 from pdiff_hf.errors import ConfigError, ZooError
-from pdiff_hf.evaluation import conditions, regression
+from pdiff_hf.evaluation import conditions, quality, regression
 from pdiff_hf.evaluation.measures import interval, resampled_means
 from pdiff_hf.networks.trainer import NetworkTrainer
 from pdiff_hf.quickstart import run_quickstart
@@ -196,6 +196,27 @@ def test_the_command_takes_conditions_and_rows_record_them(trained, tmp_path, ca
     capsys.readouterr()
 
 
+def test_what_was_asked_for_is_recorded_beside_what_rows_say_of_themselves(zoo, tmp_path):
+    with WeightZoo.create(tmp_path / "zoo", zoo.layout) as named:
+        for index in range(8):
+            named.append(zoo.state_dict(index), source=f"me/{index % 2}")
+    config = TrainConfig(
+        zoo=str(named.folder),
+        output_dir=str(tmp_path / "pipeline"),
+        condition=("source",),
+        autoencoder="linear",
+        latent_channels=2,
+        latent_length=4,
+        unet_steps=2,
+    )
+    run_train(config)
+    asked = json.dumps({"source": "me/1"})
+    made = run_generate(
+        GenerateConfig(config.output_dir, output_dir=str(tmp_path / "a"), num_networks=1, condition=asked)
+    )
+    assert [(row["asked_source"], row["source"]) for row in made.rows()] == [("me/1", "generated")]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -251,11 +272,13 @@ def test_the_audit_compares_with_all_that_needs_no_generator(report):
     assert groups["shuffled condition"]["single"]["mean"] < groups["generated"]["single"]["mean"] - 0.2
     assert 0.4 < groups["majority class"]["single"]["mean"] < 0.65
     assert set(figures["verdict"]["gains"]) == {"shuffled", "retrieval", "regression"}
+    assert figures["baselines_on"] == "canonical form"
     for name in ("report.json", "report.md", "report.html", "conditions.png", "conditions.svg"):
         assert (folder / name).stat().st_size > 0
     text = (folder / "report.md").read_text()
     assert figures["verdict"]["sentence"] in text
     assert "| hypernetwork |" in text
+    assert "the same networks (canonical form)" in " ".join(text.split())
     assert json.loads((folder / "report.json").read_text())["groups"].keys() == groups.keys()
 
 
@@ -272,6 +295,46 @@ def test_the_hypernetwork_weighs_outputs_as_validation_conditions_prefer(zoo, tr
     chosen = answered(1.0, 256.0)
     assert torch.equal(chosen, once) or torch.equal(chosen, often)
     assert torch.equal(chosen, answered(256.0, 1.0))
+
+
+def test_the_hypernetwork_has_the_training_of_the_generator(zoo, trained, monkeypatch):
+    settings = {"zoo": str(zoo.folder), "output_dir": str(trained), "transformer_steps": 10, "behaviour_inputs": 5}
+    monkeypatch.setattr(regression, "STEPS", 8)
+    drawn = []
+
+    class Counted(conditions.Behaviour):
+        def draw(self, count, generator):
+            drawn.append(super().draw(count, generator))
+            return drawn[-1]
+
+    monkeypatch.setattr(conditions, "Behaviour", Counted)
+    for batch_size, steps in ((regression.BATCH, 10), (1, 8)):
+        drawn.clear()
+        training = NeuronTrainConfig(**settings, batch_size=batch_size)
+        conditions.ConditionAudit(FAMILY, zoo, load_pipeline(trained), training=training)._answers()
+        assert len(drawn) == 2 * 2 + steps  # each weight for two steps, and the better one
+        assert {inputs.shape for inputs in drawn} == {(1, 5)}
+
+
+def test_conditions_whose_networks_in_other_forms_were_learned_from_are_not_held_out(zoo, trained):
+    """The opposite direction of each, whose last digits differ."""
+    few = families.Sides()
+    asked = [{"direction": [-x for x in row["direction"]]} for row in FAMILY.conditions("train")[::2]]
+    few.conditions = lambda split: asked if split == "test" else FAMILY.conditions(split)
+    with WeightZoo.create(zoo.folder.parent / "half", zoo.layout) as half:
+        for index, row in enumerate(zoo.rows()):
+            if row["direction"] in [one["direction"] for one in FAMILY.conditions("train")[::2]]:
+                half.append(zoo.state_dict(index), direction=row["direction"])
+    with pytest.raises(ZooError, match=r"has networks of .*, or other forms of them, which is held out"):
+        conditions.ConditionAudit(few, half, load_pipeline(trained))
+
+
+def test_a_pipeline_is_audited_with_the_zoo_that_it_learned_from(zoo, trained, fresh, tmp_path):
+    grown = tmp_path / "zoo"
+    run_collect(CollectConfig(NAME, str(grown), networks_per_task=1, epochs=1))
+    config = EvaluateConfig(NAME, str(grown), str(trained), output_dir=str(tmp_path / "report"))
+    with pytest.raises(ZooError, match=r"did not learn from .*zoo as it is now: it has grown or changed"):
+        run_evaluate(config)
 
 
 def test_the_card_carries_the_verdict_on_conditions(report, trained):
@@ -350,6 +413,33 @@ def test_tasks_whose_targets_are_no_classes_have_no_majority(tmp_path, monkeypat
     assert "majority class" not in groups
 
 
+def test_what_a_ridge_regression_is_told_several_times_changes_nothing():
+    known = regression.Conditions([{"x": float(place)} for place in range(20)])
+    twice = regression.Conditions([{"x": float(place)} for place in range(20)] * 2)
+    networks = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    features = [regression._interactions(one.rows, 1) for one in (known, twice)]
+    once = regression._ridge(known, features[0], networks, 1)
+    again = regression._ridge(twice, features[1], networks.repeat(2, 1), 1)
+    found = [answer([{"x": 3.0}]) for answer in once]
+    for one, other in zip(found, again, strict=True):
+        torch.testing.assert_close(one, other([{"x": 3.0}]))
+    # The strongest tells nearly the mean network, the weakest nearly least squares.
+    assert (found[-1] - networks.mean(0)).norm() < 0.6 * (found[0] - networks.mean(0)).norm()
+
+
+def test_examples_that_all_conditions_share_are_drawn_with_them():
+    generator = torch.Generator().manual_seed(0)
+    of_conditions, of_examples = (torch.randn(size, generator=generator) for size in ((100, 1), (1, 400)))
+    # What varies over examples alone is nothing to an interval over conditions.
+    values = of_examples.expand(100, -1)
+    assert resampled_means(values.mean(1), 0).std() < 1e-6
+    assert resampled_means(values, 0).std().item() == pytest.approx(of_examples.std().item() / 20, rel=0.15)
+    both = resampled_means(of_conditions + of_examples, 0).std().square()
+    each = resampled_means(of_conditions.expand(-1, 400), 0).var() + resampled_means(values, 0).var()
+    assert both.item() == pytest.approx(each.item(), rel=0.15)
+    torch.testing.assert_close(resampled_means(of_conditions, 0), resampled_means(of_conditions[:, 0], 0))
+
+
 def scores(**means: float) -> dict:
     noise = 0.01 * torch.randn(200, generator=torch.Generator().manual_seed(0))
     return {name.replace("_", " "): {"single": mean + noise.roll(i)} for i, (name, mean) in enumerate(means.items())}
@@ -390,11 +480,11 @@ def test_a_quality_that_is_asked_for_is_measured(digits_zoo, tmp_path):
     )
     run_train(config)
     report = evaluate(trained=digits_zoo, generated=str(tmp_path), num_networks=3, networks_per_point=3)
-    quality = report["quality"]
+    found = report["quality"]
     accuracies = [row["validation_accuracy"] for row in digits_zoo.rows()]
-    assert min(accuracies) <= quality["asked"][0] < quality["asked"][-1] <= max(accuracies)
-    assert len(quality["measured"]) == len(quality["asked"]) == conditions.LEVELS
-    assert quality["interval"][0] <= quality["slope"] <= quality["interval"][1]
+    assert min(accuracies) <= found["asked"][0] < found["asked"][-1] <= max(accuracies)
+    assert len(found["measured"]) == len(found["asked"]) == quality.LEVELS
+    assert found["interval"][0] <= found["slope"] <= found["interval"][1]
     with WeightZoo.create(tmp_path / "equal", digits_zoo.layout, task=digits_zoo.task) as equal:
         for index in range(len(digits_zoo)):
             equal.append(digits_zoo[index], validation_accuracy=0.97)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ..errors import PipelineError, ZooError
+from ..configs import NeuronTrainConfig
+from ..errors import ZooError
 from ..hub.pipelines import check_draws
 from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour, run_at_once
-from ..networks.canonical import REFERENCE_NETWORKS
+from ..networks.canonical import REFERENCE_NETWORKS, CanonicalForm
 from ..networks.gauge import Gauge
 from ..networks.predictor import Predictor
 from ..networks.stacked import NotStackableError
@@ -19,13 +20,12 @@ from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from ..runs import own_randomness
 from ..tasks import Task, TaskFamily
-from ..tasks.family import DECIMALS, key_of, solved_alike, training_inputs, with_equivalents
+from ..tasks.family import DECIMALS, forms_of, is_shared, key_of, solved_alike, training_inputs, with_equivalents
 from ..zoo import WeightZoo, evenly
 from .canonical import symmetry_that_holds
 from .equal_time import train_as_long
-from .measures import interval, resample, resampled_means
+from .measures import interval, resampled_means
 from .regression import Answer, answers
-from .scoring import Scorer
 from .subjects import check_together
 from .verdict import CONFIDENCE, points
 
@@ -37,10 +37,6 @@ ENSEMBLES = (4, 16)
 # Validation conditions, on which the strength of a baseline is chosen, and that of guidance, by so many networks each.
 MOST_CHOSEN_ON, CHOSEN_BY = 64, 4
 GUIDANCES = (1.0, 1.5, 2.0)
-# A column that says how good a network is, and levels of it that are asked for.
-QUALITY, LEVELS = "validation_accuracy", 9
-# Below it, a zoo's accuracies are all the same.
-SMALLEST_RANGE = 1e-4
 # Which of the answers are no more than looking up.
 LOOKED_UP = (
     *("majority class", "one network for all tasks", "mean network", "nearest condition", "mean of the nearest"),
@@ -60,6 +56,9 @@ class ConditionAudit:
         pipeline (`NeuralNetworkDiffusionPipeline`): Learned from them, and can be asked for the conditions.
         fresh (`WeightZoo`, *optional*): Networks trained on held-out conditions: the gold standard.
         seed (`int`, *optional*, defaults to 0): Of the generated networks.
+        training (`NeuronTrainConfig`, *optional*):
+            That of the pipeline, where it is known: the hypernetwork sees as many networks, or more, and compares
+            outputs for as many inputs of a step.
 
     Raises:
         [`ZooError`]: rows without conditions, a pipeline that cannot be asked for them, or other networks.
@@ -72,8 +71,10 @@ class ConditionAudit:
         pipeline: NeuralNetworkDiffusionPipeline,
         fresh: WeightZoo | None = None,
         seed: int = 0,
+        training: NeuronTrainConfig | None = None,
     ):
         self.family, self.trained, self.pipeline, self.fresh, self.seed = family, trained, pipeline, fresh, seed
+        self.training = training
         every = family.conditions("test")
         self.asked = [every[place] for place in evenly(len(every), MOST_CONDITIONS)]
         names = list(self.asked[0])
@@ -83,19 +84,20 @@ class ConditionAudit:
         check_draws(pipeline)
         if pipeline.condition_encoder is None:
             raise ZooError(f"The pipeline cannot be asked for {', '.join(names)}: it was trained without --condition.")
+        held_out = [*self.asked, *family.conditions("validation")]
         try:
-            pipeline.condition_encoder(self.asked[:1])
+            pipeline.condition_encoder.codes(held_out)
         except ValueError as error:
             raise ZooError(f"The pipeline cannot be asked for what the tasks differ by: {error}") from error
         self.rows = [{name: row.get(name) for name in names} for row in trained.rows()]
         if lacking := [name for name in names if any(row[name] is None for row in self.rows)]:
             raise ZooError(f"Rows of {trained.folder} lack the condition {lacking[0]!r}.")
         had = {key_of(row, DECIMALS) for row in self.rows}
-        for condition in (*self.asked, *family.conditions("validation")):
-            if key_of(condition, DECIMALS) in had:
+        for condition in held_out:
+            if not had.isdisjoint(forms_of(family, trained.layout, condition)):
                 raise ZooError(
-                    f"{trained.folder} has networks of {condition!r:.200}, which is held out: nothing can be said of "
-                    'conditions that no training network had. Collect them with split "train".'
+                    f"{trained.folder} has networks of {condition!r:.200}, or other forms of them, which is held out: "
+                    'nothing can be said of conditions that no training network had. Collect them with split "train".'
                 )
         self.alike = solved_alike(family, trained.layout, self.asked)
         if len(self.alike.unique()) < 2:
@@ -128,6 +130,7 @@ class ConditionAudit:
             "conditions": len(self.asked),
             "networks_per_condition": NETWORKS,
             "guidance_scale": scale,
+            "baselines_on": "networks as they are" if self._symmetry is None else "canonical form",
             "verdict": _verdict(groups, list(rivals), self.alike),
             "groups": {name: _summary(group, self.alike) for name, group in groups.items()},
             "training": training,
@@ -154,7 +157,8 @@ class ConditionAudit:
 
     def _on_validation(self, vectors: torch.Tensor) -> float:
         """Mean accuracy of networks of each of these conditions, `[C, K, P]`."""
-        return _scored(self._validation[1], vectors, self.predict, "validation")["single"].mean().item()
+        found = _scored(self._validation[1], vectors, self.predict, "validation")["single"]
+        return torch.stack([one.mean() for one in found]).mean().item()
 
     def _guidance(self) -> float:
         """The scale that is best on validation conditions."""
@@ -162,28 +166,39 @@ class ConditionAudit:
         return max(GUIDANCES, key=lambda scale: self._on_validation(self._generate(asked, CHOSEN_BY, scale)))
 
     def _score(self, vectors: torch.Tensor) -> dict[str, Any]:
-        """Accuracy `[C]` on the tasks of the asked conditions, of single networks `[C, K, P]` and of ensembles."""
-        return _scored(self.tasks, vectors, self.predict, "test")
+        """Accuracy `[C, E]` on the tasks of the asked conditions, of single networks `[C, K, P]` and of ensembles."""
+        found = _scored(self.tasks, vectors, self.predict, "test")
+        return {name: values if name == "least" else self._of_examples(values) for name, values in found.items()}
+
+    @cached_property
+    def _same_examples(self) -> bool:
+        """Whether all tasks are tested on the same inputs, whose chance all of them share."""
+        return is_shared([inputs for inputs, _ in data_of(self.tasks, "test")])
+
+    def _of_examples(self, shares: Sequence[torch.Tensor]) -> torch.Tensor:
+        """How often each example is answered right, `[C, E]`; its mean, `[C, 1]`, where tasks have examples of their
+        own."""
+        return torch.stack([share if self._same_examples else share.mean(0, keepdim=True) for share in shares])
 
     def _majority(self) -> torch.Tensor | None:
-        """Of always answering the class that is the most frequent in training, `[C]`; None where targets are not one
-        class an example."""
+        """Of always answering the class that is the most frequent in training, `[C, E]`; None where targets are not
+        one class an example."""
         found = []
         for (_, targets), (_, tested) in zip(data_of(self.tasks, "train"), data_of(self.tasks, "test"), strict=True):
             if targets.ndim != 1 or targets.is_floating_point():
                 return None
-            found.append((tested == targets.mode().values).float().mean())
-        return torch.stack(found)
+            found.append((tested == targets.mode().values).float())
+        return self._of_examples(found)
 
     def _rivals(self) -> dict[str, dict[str, Any]]:
-        """What the family knows to solve its tasks without a network, `[C]`."""
+        """What the family knows to solve its tasks without a network, `[C, E]`."""
         found: dict[str, list[torch.Tensor]] = {}
         for condition, task, (inputs, targets) in zip(
             self.asked, self.tasks, data_of(self.tasks, "test"), strict=True
         ):
             for name, predictions in self.family.rivals(condition, inputs).items():
-                found.setdefault(name, []).append(task.correct(predictions, targets).float().mean())
-        return {name: {"single": torch.stack(values), "least": None} for name, values in found.items()}
+                found.setdefault(name, []).append(task.correct(predictions, targets).float())
+        return {name: {"single": self._of_examples(values), "least": None} for name, values in found.items()}
 
     def _together(self) -> torch.Tensor:
         """A network that is trained on examples of many training tasks, without being told of which, `[P]`."""
@@ -200,12 +215,16 @@ class ConditionAudit:
         network = NetworkTrainer(together, self.seed).trained()
         return flatten(self.trained.layout, network.state_dict())
 
+    @cached_property
+    def _symmetry(self) -> CanonicalForm | None:
+        """That of the networks, where it is known."""
+        return symmetry_that_holds(self.trained, self.predict, self.tasks[0].data("test")[0][:50])
+
     def _answers(self) -> list[tuple[str, torch.Tensor]]:
         """What needs no generator, the best of each kind on validation conditions: vectors `[C, P]`."""
         # All of it on the CPU, wherever the pipeline is.
         zoo, layout = self.trained, copy.deepcopy(self.pipeline.layout).to("cpu")
-        inputs = self.tasks[0].data("test")[0]
-        symmetry = symmetry_that_holds(zoo, self.predict, inputs[:50])
+        symmetry = self._symmetry
         rows, vectors = self.rows, torch.cat(list(zoo.batches())).float()
         if self.pipeline.transformer is not None:  # whose training has them, too
             rows, in_all_forms = with_equivalents(self.family, zoo.layout, rows)
@@ -215,12 +234,13 @@ class ConditionAudit:
                 vectors, symmetry.reference(zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS)))
             )
         networks = layout.normalize(vectors)
-        behaviour = None
+        behaviour, of_pipeline = None, self.training
         try:
-            seen = training_inputs(self.family)
-            stacked = run_at_once(self.predict.network, layout, seen)
+            inputs = training_inputs(self.family)
+            stacked = run_at_once(self.predict.network, layout, inputs)
             some = networks[list(evenly(len(networks), VARIANCE_NETWORKS))]
-            behaviour = Behaviour(stacked, layout, seen, some)
+            count = NeuronTrainConfig.behaviour_inputs if of_pipeline is None else of_pipeline.behaviour_inputs
+            behaviour = Behaviour(stacked, layout, inputs, some, count)
         except NotStackableError:
             pass
 
@@ -234,7 +254,8 @@ class ConditionAudit:
             def mix(near: torch.Tensor) -> torch.Tensor:
                 return layout.normalize(gauge.mix(vectors[near])[None])[0]
 
-        found = answers(rows, networks, behaviour, self.seed, on_validation, mix)
+        seen = 0 if of_pipeline is None else of_pipeline.transformer_steps * of_pipeline.batch_size
+        found = answers(rows, networks, behaviour, self.seed, on_validation, mix, seen)
         return [(name, layout(answer(self.asked), return_dict=False)[0]) for name, answer in found.items()]
 
     def _of_zoo(self, zoo: WeightZoo) -> torch.Tensor:
@@ -275,50 +296,6 @@ class ConditionAudit:
         return facts, {name: self._score(vectors[:, None]) for name, vectors in networks.items()}
 
 
-def asked_quality(scorer: Scorer, trained: WeightZoo, pipeline: NeuralNetworkDiffusionPipeline) -> Any:
-    r"""
-    Whether a pipeline that can be asked for a validation accuracy delivers it: over the range of the zoo, the slope of
-    what is measured against what was asked for, and its 95 % interval over networks. None where it cannot be asked, or
-    not without an initialization, or where the zoo's networks are equally good.
-
-    Args:
-        scorer (`Scorer`): Of the task.
-        trained (`WeightZoo`): Its rows tell the range.
-        pipeline (`NeuralNetworkDiffusionPipeline`): Is asked.
-    """
-    encoder = pipeline.condition_encoder
-    if QUALITY not in {column["name"] for column in getattr(getattr(encoder, "config", None), "columns", ())}:
-        return None
-    found = torch.tensor([row[QUALITY] for row in trained.rows() if isinstance(row.get(QUALITY), float)])
-    try:
-        check_draws(pipeline)
-    except PipelineError:
-        return None
-    if not len(found):
-        return None
-    low, high = torch.quantile(found.double(), torch.tensor([0.05, 0.95]).double()).tolist()
-    if not high - low > SMALLEST_RANGE:
-        return None
-    asked = torch.linspace(low, high, LEVELS, dtype=torch.float64).repeat_interleave(NETWORKS)
-    pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(asked))]
-    rows = [{QUALITY: value} for value in asked.tolist()]
-    vectors = pipeline(condition=rows, generator=generators, output_type="pt").state_dicts.cpu()
-    scores = scorer(lambda some: vectors[some.start : some.stop], len(vectors), "asked", vectors)
-    # Least squares of each bootstrap sample, whose weights sum to 1.
-    weights = resample(len(asked), 0)
-    weights = torch.cat([torch.full_like(weights[:1], 1 / len(asked)), weights])
-    x, y = asked - asked.mean(), scores.validation.double()
-    slopes = (weights @ (x * y) - (weights @ x) * (weights @ y)) / (weights @ x.square() - (weights @ x).square())
-    return {
-        "column": QUALITY,
-        "asked": asked[::NETWORKS].tolist(),
-        "measured": scores.validation.view(LEVELS, NETWORKS).mean(1).tolist(),
-        "slope": slopes[0].item(),
-        "interval": interval(slopes[1:]),
-    }
-
-
 def _deranged(order: torch.Tensor) -> list[int]:
     """A permutation without fixed places: each place's successor in this order."""
     following = torch.empty_like(order)
@@ -327,25 +304,27 @@ def _deranged(order: torch.Tensor) -> list[int]:
 
 
 def _scored(tasks: Sequence[Any], vectors: torch.Tensor, predict: Predictor, split: str) -> dict[str, Any]:
+    """How often the networks of a task, `[K, P]` each, and their ensembles answer each of its examples right, `[E]`
+    for each task; and the accuracy of the least, `[C]`."""
     accuracies: dict[str, list[torch.Tensor]] = {}
     least = []
     for task, networks, (inputs, targets) in zip(tasks, vectors, data_of(tasks, split), strict=True):
         predictions = predict.of(task)(networks.float(), inputs)
 
         def accuracy(probabilities: torch.Tensor, task: Any = task, targets: Any = targets) -> torch.Tensor:
-            return task.correct(probabilities, targets.cpu()).float().mean()
+            return task.correct(probabilities, targets.cpu()).float().flatten()
 
         each = torch.stack([accuracy(one) for one in predictions])
-        accuracies.setdefault("single", []).append(each.mean())
-        least.append(each.min())
+        accuracies.setdefault("single", []).append(each.mean(0))
+        least.append(each.mean(1).min())
         for size in ENSEMBLES:
             if len(networks) >= size:
                 groups = (
                     predictions.unflatten(0, (-1, size)) if len(networks) % size == 0 else predictions[None, :size]
                 )
-                joint = torch.stack([accuracy(group.mean(0)) for group in groups]).mean()
+                joint = torch.stack([accuracy(group.mean(0)) for group in groups]).mean(0)
                 accuracies.setdefault(f"ensemble of {size}", []).append(joint)
-    return {**{name: torch.stack(values) for name, values in accuracies.items()}, "least": torch.stack(least)}
+    return {**accuracies, "least": torch.stack(least)}
 
 
 def _summary(group: dict[str, Any], alike: torch.Tensor) -> dict[str, Any]:
@@ -359,8 +338,8 @@ def _summary(group: dict[str, Any], alike: torch.Tensor) -> dict[str, Any]:
 
 
 def _verdict(groups: dict[str, dict[str, Any]], rivals: Sequence[str], alike: torch.Tensor) -> dict[str, Any]:
-    """The generator against each, over conditions, those that are solved alike together; what the family knows without
-    a network is looked up, too."""
+    """The generator against each, over conditions, those that are solved alike together, and the examples that they
+    share; what the family knows without a network is looked up, too."""
     ours = groups["generated"]["single"]
 
     def gain(names: Sequence[str]) -> dict[str, Any]:

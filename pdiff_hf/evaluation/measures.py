@@ -80,17 +80,25 @@ def resample(count: int, seed: int) -> torch.Tensor:
 
 def resampled_means(values: torch.Tensor, seed: int, groups: torch.Tensor | None = None) -> torch.Tensor:
     """Means of bootstrap samples of values `[n]`, `[RESAMPLES]`, with memory for a part of the samples at a time.
-    Values of the same group, of 0 to G - 1 `[n]`, are drawn together: they tell what one of them would."""
+    Values of the same group, of 0 to G - 1 `[n]`, are drawn together: they tell what one of them would. Of values on
+    the same E examples, `[n, E]`, examples are drawn, too, the same for all (Owen 2007, arXiv 0712.1111)."""
     if groups is None:
         groups = torch.arange(len(values))
     members = groups.bincount()
-    sums = values.new_zeros(len(members)).index_add(0, groups, values)
+    sums = values.new_zeros(len(members), *values.shape[1:]).index_add(0, groups, values)
+    examples = resample(values.shape[1], seed + 1).to(values.dtype) if values.ndim == 2 else None
     generator = torch.Generator().manual_seed(seed)
-    rows = max(1, BATCH_VALUES // len(sums))
+    rows = max(1, BATCH_VALUES // max(sums.numel() // len(sums), len(sums)))
     means = []
     for start in range(0, RESAMPLES, rows):
         drawn = torch.randint(len(sums), (min(rows, RESAMPLES - start), len(sums)), generator=generator)
-        means.append(sums[drawn].sum(1) / members[drawn].sum(1))
+        times = torch.zeros(drawn.shape, dtype=values.dtype).scatter_add_(
+            1, drawn, torch.ones_like(drawn, dtype=values.dtype)
+        )
+        totals = times @ sums
+        if examples is not None:
+            totals = (totals * examples[start : start + len(drawn)]).sum(1)
+        means.append(totals / (times @ members.to(values.dtype)))
     return torch.cat(means)
 
 

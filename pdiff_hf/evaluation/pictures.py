@@ -92,7 +92,7 @@ def conditions(report: dict[str, Any], folder: Path) -> list[Path]:
             ax.annotate(f" ← {mean:.1f}", (left, place), va="center")
     ax.set_xlabel(
         f"accuracy on {report['conditions']} held-out conditions, %\n"
-        "full: single networks, 95 % intervals over conditions\n"
+        "full: single networks, 95 % intervals\n"
         "open: ensembles of 4 and 16; as long: as generating takes",
         fontsize=9,
     )
@@ -100,17 +100,29 @@ def conditions(report: dict[str, Any], folder: Path) -> list[Path]:
     return _save(figure, folder, "conditions")
 
 
-def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.Tensor]], folder: Path) -> list[Path]:
-    """The networks of each group by similarity and accuracy, the baselines as curves, and the front with its interval
-    where the generated networks are."""
+def plane(
+    report: dict[str, Any], networks: dict[str, tuple[list[int], torch.Tensor, torch.Tensor]], folder: Path
+) -> list[Path]:
+    """Some networks of each group, by their places, similarity and accuracy, its mean, the baselines as curves, and
+    the front with its interval where the generated networks are."""
     figure, ax = _figure(8.4, 4.8)
-    shown = {}
+    groups = report["groups"]
+    shown = {
+        name: (groups[name]["maximum_similarity"]["mean"], 100 * groups[name]["accuracy"]["mean"]) for name in networks
+    }
+    # The networks and what surrounds them; the curves lead on to chance.
+    means = [mean for _, mean in shown.values()]
+    spread = max(0.5, 3 * max((100 * y.std(correction=0).item()) for *_, y in networks.values()))
+    (left, right), (low, high) = limits = (
+        (max(0.0, min(similar for similar, _ in shown.values()) - 0.15), 1.01),
+        (min(means) - spread - 1, min(100.5, max(means) + spread)),
+    )
     for name, marker, size in (("trained", "o", 190), ("generated", "^", 130), ("fresh", "D", 70)):
         if name in networks:
-            x, y = networks[name][0], 100 * networks[name][1]
+            # Those that lie outside stand at the edge.
+            x, y = networks[name][1].clamp(left, right), (100 * networks[name][2]).clamp(low, high)
             ax.scatter(x, y, s=8, marker=marker, color=COLOURS[name], alpha=0.25, linewidths=0, gid=f"networks-{name}")
-            shown[name] = (x.mean().item(), y.mean().item())
-            label = f"{LABELS[name]}: mean of {report['groups'][name]['count']}"
+            label = f"{LABELS[name]}: mean of {groups[name]['count']}"
             ax.scatter(
                 *shown[name], s=size, marker=marker, color=COLOURS[name], edgecolor="black", zorder=4, label=label
             )
@@ -130,13 +142,6 @@ def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.
             zorder=5,
             label="best baseline there, 99 %",
         )
-    # The networks and what surrounds them; the curves lead on to chance.
-    means = [mean for _, mean in shown.values()]
-    spread = max(0.5, 3 * max((100 * y.std(correction=0).item()) for _, y in networks.values()))
-    (left, right), (low, high) = limits = (
-        (max(0.0, min(similar for similar, _ in shown.values()) - 0.15), 1.01),
-        (min(means) - spread - 1, min(100.5, max(means) + spread)),
-    )
     for kind, (colour, line) in CURVES.items():
         points = [point for point in report["baselines"] if point["kind"] == kind]
         curve = [(point["maximum_similarity"]["mean"], 100 * point["accuracy"]["mean"]) for point in points]
@@ -153,21 +158,23 @@ def plane(report: dict[str, Any], networks: dict[str, tuple[torch.Tensor, torch.
     )
     files = _save(figure, folder, "plane")
     svg = files[1].read_text(encoding="utf-8")
-    for name, (x, y) in networks.items():
-        svg = _named(svg, f"networks-{name}", LABELS.get(name, name), x.tolist(), (100 * y).tolist())
+    for name, (places, x, y) in networks.items():
+        svg = _named(svg, f"networks-{name}", LABELS.get(name, name), places, x.tolist(), (100 * y).tolist())
     files[1].write_text(svg, encoding="utf-8")
     return files
 
 
-def _named(svg: str, group: str, label: str, similarities: list[float], accuracies: list[float]) -> str:
+def _named(
+    svg: str, group: str, label: str, places: list[int], similarities: list[float], accuracies: list[float]
+) -> str:
     """The picture with a title, which browsers show where one points, in each mark of a group of networks."""
     start = svg.find(f'<g id="{group}">')
     end = svg.find("<g id=", start + 1)
     marks = re.split(r"(<use [^>]*)/>", svg[start:end])
     if start < 0 or len(marks) != 2 * len(accuracies) + 1:
         return svg
-    for index, (similar, accuracy) in enumerate(zip(similarities, accuracies, strict=True)):
-        marks[2 * index + 1] += f"><title>{label} {index}: {accuracy:.2f} %, similarity {similar:.3f}</title></use>"
+    for index, (place, similar, accuracy) in enumerate(zip(places, similarities, accuracies, strict=True)):
+        marks[2 * index + 1] += f"><title>{label} {place}: {accuracy:.2f} %, similarity {similar:.3f}</title></use>"
     return svg[:start] + "".join(marks) + svg[end:]
 
 

@@ -19,10 +19,12 @@ Candidate = TypeVar("Candidate")
 Answer = Callable[[Sequence[Row]], torch.Tensor]
 # Numbers of the conditions whose products of two, and of three, are features.
 MOST_FEATURES = 2000
-PENALTIES = (1e-3, 1e-1, 1e1, 1e3)
+# Of ridge regression, in units of the number of networks.
+PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 NEIGHBOURS = (1, 4, 16)
+# Of the hypernetwork; more steps where the generator has seen more networks.
 HIDDEN, STEPS, BATCH, RATE = 512, 2000, 128, 1e-3
-# Of the difference of outputs in the hypernetwork's loss: whichever is better after this share of its steps.
+# Of the difference of outputs in the hypernetwork's loss: whichever is better after this share of those steps.
 WEIGHTS, CHOSEN_AFTER = (1.0, 256.0), 1 / 4
 
 
@@ -65,6 +67,7 @@ def answers(
     seed: int,
     on_validation: Callable[[Answer], float],
     mix: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    seen: int = 0,
 ) -> dict[str, Answer]:
     r"""
     What needs no generator, by name; each as strong as validation conditions prefer.
@@ -76,6 +79,7 @@ def answers(
         seed (`int`): Of the hypernetwork.
         on_validation (`Callable`): The accuracy of an answer on validation conditions.
         mix (`Callable`, *optional*): A network `[P]` of these, by a boolean mask `[N]`: of adapters, by their updates.
+        seen (`int`, *optional*, defaults to 0): Networks that the generator saw: no more than the hypernetwork does.
     """
     conditions = Conditions(rows)
     candidates: dict[str, list[Answer]] = {
@@ -97,7 +101,7 @@ def answers(
     weights = WEIGHTS if behaviour is not None else WEIGHTS[:1]
     few = int(CHOSEN_AFTER * STEPS)
     weight = _best(weights, lambda one: on_validation(hypernetwork(one, few)))
-    return {**found, "hypernetwork": hypernetwork(weight, STEPS)}
+    return {**found, "hypernetwork": hypernetwork(weight, max(STEPS, -(-seen // BATCH)))}
 
 
 def _best(candidates: Sequence[Candidate], measure: Callable[[Candidate], float]) -> Candidate:
@@ -135,7 +139,8 @@ def _ridge(conditions: Conditions, features: torch.Tensor, networks: torch.Tenso
     gram, products = inputs.T @ inputs, inputs.T @ networks.double()
     penalized = torch.eye(len(gram), dtype=gram.dtype)
     penalized[0, 0] = 0  # the constant is free
-    weights = [torch.linalg.solve(gram + penalty * penalized, products).float() for penalty in PENALTIES]
+    strengths = [penalty * len(inputs) for penalty in PENALTIES]
+    weights = [torch.linalg.solve(gram + strength * penalized, products).float() for strength in strengths]
 
     def answer(asked: Sequence[Row], solved: torch.Tensor) -> torch.Tensor:
         some = _interactions(conditions(asked), degree)

@@ -16,7 +16,7 @@ from ..text import plain, printable
 from .baselines import KINDS
 
 
-# Columns of the table of groups that stand everywhere; report.md has all of them.
+# Columns of the table of groups in the terminal and in cards; reports have all of them.
 SHORT = ("networks", "count", "mean", "min", "chosen on validation", "similarity")
 LABELS = {
     "trained": "original",
@@ -35,12 +35,29 @@ MEANINGS = {
     "fresh": "networks trained from new seeds, the gold standard",
     "reconstructed": "originals, encoded and decoded by the autoencoder",
 }
+# The rows of a report on conditions.
+CONDITION_MEANINGS = {
+    "generated": "what is judged here",
+    "shuffled condition": "the same generator, asked for another held-out condition",
+    "majority class": "always the class that is the most frequent in training",
+    "mean network": "the average of all training networks",
+    "one network for all tasks": "one that was trained on many training tasks together, without being told of which",
+    "nearest condition": "a training network of the nearest condition",
+    "mean of the nearest": "the average of training networks of the nearest conditions",
+    "mix of the nearest": "the mean update of the adapters of the nearest conditions",
+    "ridge regression": "from the numbers of the condition to the weights, linear",
+    "ridge, pairs": "the same with products of two of the numbers",
+    "ridge, triples": "the same with products of three",
+    "hypernetwork": "a perceptron from the condition to the weights, trained on the same with the same losses",
+    "trained on the task": "networks that were trained on the held-out tasks, the gold standard",
+}
 # What is to be seen, and what a good and a bad one looks like.
 CAPTIONS = {
     "plane": "Accuracy against similarity to the most similar training network. Large marks: means; small: single "
-    "networks, at most 2,000 of a group. The curves are what needs no generator; the bar is the 99 % interval of "
-    "their front where the generated networks are. Good: the generated networks are above the bar. Bad: on or below "
-    "a curve, which gives the same for nothing, or at similarity 1, where errors are those of a training network",
+    "networks, some 2,000 of a group at most; those that lie outside stand at the edge. The curves are what needs no "
+    "generator; the bar is the 99 % interval of their front where the generated networks are. Good: the generated "
+    "networks are above the bar. Bad: on or below a curve, which gives the same for nothing, or at similarity 1, "
+    "where errors are those of a training network",
     "parameters": "Values of the parameters of each tensor, under its name in the network. Good: the outline follows "
     "the filled histogram. Bad: it is narrower, since generated networks are nearly one network, or has tails of its "
     "own",
@@ -55,9 +72,9 @@ CAPTIONS = {
     "map": "The networks on the first two principal components of the training networks, which say little where they "
     "hold little of the variance. Good: the generated ones are where the originals are, and spread as these. Bad: "
     "they cluster at the centre, or lie elsewhere",
-    "denoising": "Accuracy of 20 networks if their denoising ended after a step; early steps give nearly the mean "
-    "network, which may be good. Good: it reaches that of the originals by the last step. Bad: it ends below, or "
-    "rises steeply to the end, so that more steps may help",
+    "denoising": "Accuracy of some networks, 20 at most, if their denoising ended after a step; early steps give "
+    "nearly the mean network, which may be good. Good: it reaches that of the originals by the last step. Bad: it "
+    "ends below, or rises steeply to the end, so that more steps may help",
     "training": "Left: how much each latent, or without an autoencoder each parameter, varies over networks. Good: "
     "generated ones vary as the originals. Bad: they vary less, often in late latents. Right: the loss of the "
     "denoiser. Bad: it still falls at the end, so that more training may help",
@@ -108,7 +125,7 @@ def condition_table(report: dict[str, Any]) -> list[dict[str, str]]:
             found = figures.get(kind)
             row[kind] = percent(None if found is None else found["mean"])
             if kind == "single":
-                row["95 % over conditions"] = " to ".join(map(percent, figures["single"]["interval"]))
+                row["95 % interval"] = " to ".join(map(percent, figures["single"]["interval"]))
                 row["least"] = percent(figures["min"])
         rows.append(row)
     return rows
@@ -204,6 +221,11 @@ def _embedded(file: Path) -> str:
     return svg[svg.index("<svg") :]
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """Those of a report that was written into a folder."""
+    return [file for name in CAPTIONS if (file := folder / f"{name}.png").is_file()]
+
+
 def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> None:
     """Writes `report.json`, `report.md` and `report.html`; the latter holds the pictures itself."""
     rows, kind = (condition_table(report), "conditions") if "conditions" in report else (group_table(report), "report")
@@ -216,9 +238,9 @@ def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> Non
         texts[f"report.{ending}"] = template.render(
             report=report if escape else {**report, "task": plain(report["task"])},
             labels=LABELS,
-            meanings=MEANINGS,
+            meanings=MEANINGS | CONDITION_MEANINGS if kind == "conditions" else MEANINGS,
             kinds={kind: KINDS[kind] for kind in {point["kind"]: 0 for point in report.get("baselines", ())}},
-            columns=SHORT if escape and kind == "report" else tuple(rows[0]),
+            columns=tuple(rows[0]),
             rows=rows,
             pictures=pictures,
         )

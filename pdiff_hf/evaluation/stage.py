@@ -1,15 +1,17 @@
 """Stage 4: what generated networks are worth, against those they were learned from and against what costs nothing."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..configs import EvaluateConfig
+from ..config import load_config
+from ..configs import EvaluateConfig, NeuronTrainConfig
 from ..errors import ConfigError, ZooError
 from ..extras import require
 from ..files import check_parts, locked
@@ -22,7 +24,8 @@ from ..runs import save_run, versions
 from ..tasks import Task, TaskFamily, check_family
 from ..zoo import WeightZoo
 from . import pictures
-from .conditions import ConditionAudit, asked_quality
+from .conditions import ConditionAudit
+from .quality import asked_quality
 from .report import card_results, card_section, table, write_report
 from .study import PARTS, Study
 from .subjects import NetworksLike, Sampler, Subjects, family_of, holds_pipeline, load, opened
@@ -167,6 +170,7 @@ def _audit(
 ) -> tuple[dict[str, Any], list[Path]]:
     """The report on the conditions of a family of tasks, and its pictures."""
     name, family, zoo = found
+    training: NeuronTrainConfig | None = None
     started = time.perf_counter()
     if isinstance(generated, str | Path):
         if not holds_pipeline(generated):
@@ -174,6 +178,10 @@ def _audit(
                 f"{name} is a family of tasks, and {generated} holds no pipeline to ask for some of them: pass "
                 "--generated PIPELINE."
             )
+        folder = pipeline_folder(generated)
+        _check_learned_from(folder, zoo)
+        with suppress(ConfigError, OSError):  # of a pipeline that came without it, or was trained otherwise
+            training = load_config(NeuronTrainConfig, folder / "train.yaml")
         generated = load(generated)
     if not hasattr(generated, "condition_encoder"):
         raise ZooError(
@@ -182,7 +190,7 @@ def _audit(
         )
     gold = fresh if isinstance(fresh, WeightZoo | None) else WeightZoo.from_pretrained(str(fresh))
     check_family(family, processes().device, training=False)
-    figures = from_main(lambda: ConditionAudit(family, zoo, generated, gold, seed).figures())
+    figures = from_main(lambda: ConditionAudit(family, zoo, generated, gold, seed, training).figures())
     report = {"report_version": REPORT_VERSION, "task": name, **figures, "versions": versions()}
     report["seconds"] = round(time.perf_counter() - started, 2)
     files: list[Path] = []
@@ -193,6 +201,21 @@ def _audit(
         write_report(report, folder, files)
     wait_for_everyone()
     return report, files
+
+
+def _check_learned_from(pipeline: Path, zoo: WeightZoo) -> None:
+    """Raises [`ZooError`] where a pipeline notes that it learned from another zoo: of what it has seen, and of what
+    baselines have, nothing would be known."""
+    try:
+        facts = json.loads((pipeline / "train.facts.json").read_text(encoding="utf-8"))
+        learned_from = facts.get("zoo_sha256")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # of a pipeline that came without them
+    if learned_from is not None and learned_from != zoo.sha256():
+        raise ZooError(
+            f"{pipeline} did not learn from {zoo.folder} as it is now: it has grown or changed, or is another. Pass "
+            "--trained ZOO, the one of the training."
+        )
 
 
 def _write(

@@ -317,11 +317,15 @@ class Study:
             files += pictures.training(self.pipeline, self.latents, self._encode(self.generated), report, folder)
         return files
 
-    def _shown(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Similarity and accuracy of each network of a group, of the training networks those that are compared."""
-        accuracies = {name: scores.test for name, scores in self.scores.items()}
-        accuracies["trained"] = accuracies["trained"][self.compared]
-        return {name: (self.similarity[name].values[:, 0], accuracies[name]) for name in accuracies}
+    def _shown(self) -> dict[str, tuple[list[int], torch.Tensor, torch.Tensor]]:
+        """Places, similarity and accuracy of some networks of each group, of the training networks of those that are
+        compared."""
+        found = {}
+        for name, scores in self.scores.items():
+            some = picked(len(scores.test))
+            similar = self.similarity[name].values[:, 0]
+            found[name] = (some.tolist(), similar if name == "trained" else similar[some], scores.test[some])
+        return found
 
     def _mapped(self) -> dict[str, Iterator[torch.Tensor]]:
         """Networks for the map, as vectors `[n, P]` at a time."""

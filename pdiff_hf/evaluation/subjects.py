@@ -1,5 +1,6 @@
 """What is evaluated: zoos, made of whatever holds or generates networks."""
 
+import glob
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 
 from ..errors import HubError, ZooError
-from ..files import is_pipeline
-from ..hub.client import is_repository
+from ..files import is_pipeline, is_zoo
+from ..hub.client import SUFFIXES, is_repository
 from ..hub.pipelines import check_draws, load_pipeline, pipeline_folder, weights_sha256
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout
@@ -126,7 +127,7 @@ def family_of(task: str | Task | TaskFamily | None, trained: NetworksLike) -> tu
     """Name, family and training zoo where networks are those of a family of tasks."""
     zoo = trained
     if isinstance(trained, str | Path) and not checkpoint_files(trained):
-        zoo = WeightZoo.from_pretrained(trained)
+        zoo = _zoo(trained)
     of_zoo = zoo.task if isinstance(zoo, WeightZoo) else None
     if task is None and of_zoo is None:
         return None
@@ -175,7 +176,7 @@ def _open(networks: NetworksLike, scratch: Path, like: WeightZoo | None = None) 
     if isinstance(networks, str | Path):
         files = checkpoint_files(networks)
         if not files:
-            return WeightZoo.from_pretrained(networks)
+            return _zoo(networks)
         if like is None:
             return WeightZoo.from_checkpoints(scratch, files)
         layout, found = like.layout, ((one.read(), one.row) for one in checkpoints_of_files(files, None))
@@ -193,6 +194,18 @@ def _open(networks: NetworksLike, scratch: Path, like: WeightZoo | None = None) 
         for network, row in found:
             zoo.append(network, **row)
     return zoo
+
+
+def _zoo(place: str | Path) -> WeightZoo:
+    """A zoo by its folder or its name on the Hub, where there are no checkpoints."""
+    kinds = ", ".join(SUFFIXES)
+    if glob.has_magic(str(place)):
+        raise ZooError(f"Nothing matches {place}: expected files of networks ({kinds}).")
+    if Path(place).expanduser().is_dir() and not is_zoo(Path(place).expanduser()):
+        raise ZooError(f"{place} holds neither a zoo nor files of networks ({kinds}).")
+    if str(place).endswith(SUFFIXES):
+        raise ZooError(f"There is no file {place}.")
+    return WeightZoo.from_pretrained(place)
 
 
 def _sample(sampler: Sampler, trained: WeightZoo, scratch: Path, count: int, seed: int) -> WeightZoo:

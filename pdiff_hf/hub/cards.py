@@ -13,7 +13,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from ..errors import HubError, PipelineError
 from ..files import stays_inside, whole
 from ..text import load_yaml, plain
-from .client import is_repository, license_of
+from .client import is_model, license_of
 
 
 EVALUATION = ("<!-- pdiff-hf: evaluation -->", "<!-- pdiff-hf: evaluation end -->")
@@ -122,6 +122,7 @@ def write_zoo_card(
     which may be adapters of this configuration, and keeps what a person wrote into it."""
     base = _base_model(adapter)
     card_data = DatasetCardData(
+        library_name="peft" if adapter else None,
         dataset_info=None if features is None else {"features": features},
         tags=["neural-network-diffusion", "model-zoo", "weights", *(ADAPTER_TAGS if adapter is not None else ())],
         base_model=base,
@@ -151,7 +152,15 @@ def _size_category(count: int) -> str:
 def _base_model(adapter: dict[str, Any] | None) -> str | None:
     """The name on the Hub of what networks are adapters of."""
     name = (adapter or {}).get("base_model_name_or_path")
-    return name if name is not None and is_repository(name) and not Path(name).exists() else None
+    return name if name is not None and is_model(name) else None
+
+
+def adapter_card(adapter: dict[str, Any]) -> str:
+    """The card of one adapter of this configuration, by which the Hub and PEFT find its base model."""
+    base = _base_model(adapter)
+    tags = [*ADAPTER_TAGS, "weight-generation", *([f"base_model:adapter:{base}"] if base else [])]
+    data = ModelCardData(base_model=base, library_name="peft", tags=sorted(tags))
+    return _card(data.to_dict(), f"\n# A LoRA adapter\n\n{_of_adapter(adapter, base)}\n")
 
 
 def _of_adapter(adapter: dict[str, Any] | None, base: str | None) -> str | None:

@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, RepoCard, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, RepoCard, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -16,15 +17,28 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the one that the client was built with
+from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]  # the client's own
 
 from ..errors import HubError
 
 
+# Of weights: what ends so is a file, that may lack.
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
 def is_repository(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether this can be the name of a repository: `namespace/name`. In `runs/` are the folders of the defaults."""
-    name = str(name_or_path)
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith("runs/")
+    """Whether this can be the name of a repository: `namespace/name`, and neither something here nor a path. In
+    `runs/` are the folders of the defaults."""
+    return "/" in str(name_or_path) and is_model(str(name_or_path))
+
+
+def is_model(name: str) -> bool:
+    """The same, or the name alone, as the first models on the Hub have it."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not (name.startswith(("runs/", ".")) or name.endswith(SUFFIXES) or os.path.lexists(name))
 
 
 def download(repo_id: str, repo_type: str, revision: str | None, token: str | None, patterns: list[str]) -> str:
@@ -85,9 +99,16 @@ def repository_files(repo_id: str, revision: str, token: str | None) -> list[str
         return HfApi(token=token).list_repo_files(repo_id, revision=revision)
 
 
+def _hub() -> str:
+    """The Hub, and where the client looks for it, without what an address may hold beside the host."""
+    host = urlsplit(constants.ENDPOINT)
+    return f"the Hub at {host.hostname}{f':{host.port}' if host.port else ''}"
+
+
 @contextmanager
 def explained(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turns the client's errors into ones that say what to do. Tokens and addresses stay out of the message."""
+    """Turns the client's errors into ones that say what to do. Tokens, and addresses but for the Hub's host, stay out
+    of the message."""
     at = f" at revision {revision!r}" if revision else ""
     try:
         yield
@@ -100,7 +121,7 @@ def explained(repo_id: str, revision: str | None) -> Iterator[None]:
         raise HubError(f"{repo_id} has no revision {revision!r}.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise HubError(
-            f"{repo_id}{at} is no folder here and not in the cache, and the Hub cannot be reached (offline?). Go "
+            f"{repo_id}{at} is no folder here and not in the cache, and {_hub()} cannot be reached (offline?). Go "
             "online and try again."
         ) from error
     except EntryNotFoundError as error:
@@ -125,5 +146,5 @@ def explained(repo_id: str, revision: str | None) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not isinstance(error.__cause__, httpx.HTTPError):
             raise
         raise HubError(
-            f"{repo_id}{at}: the connection to the Hub was lost. Try again: what was transferred is not repeated."
+            f"{repo_id}{at}: the connection to {_hub()} was lost. Try again: what was transferred is not repeated."
         ) from error

@@ -14,6 +14,9 @@ from ..errors import TaskError
 FACTORS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 # It puts this before the names of the base network.
 PREFIX = "base_model.model."
+BASE_LAYER = ".base_layer."
+MAGNITUDE = "lora_magnitude_vector"
+_BACK = {b: a for a, b in FACTORS.items()}
 
 
 class AdaptedNetwork(nn.Module):
@@ -48,11 +51,14 @@ class AdaptedNetwork(nn.Module):
         # In a list, modules are no children.
         self._base = [base.requires_grad_(False)]
         self.training = base.training
-        parameters = dict(base.named_parameters())
+        parameters = dict(base.named_parameters(remove_duplicate=False))
         self._updates: list[tuple[str, str, str]] = []  # weight of the base network, A, B
         self._trained: dict[str, str] = {}  # of the base network: of the adapter
         for name, value in adapter.items():
-            path = name.removeprefix(PREFIX)
+            if MAGNITUDE in name:
+                raise TaskError(f"The adapter has `{name}`: DoRA is imported and exported, and cannot be run here.")
+            # Of layers that it adapts, PEFT calls what else is trained so.
+            path = name.removeprefix(PREFIX).replace(BASE_LAYER, ".")
             suffix = next((suffix for suffix in (*FACTORS, *FACTORS.values()) if path.endswith(suffix)), None)
             target = path if suffix is None else f"{path.removesuffix(suffix)}.weight"
             if target not in parameters:
@@ -64,6 +70,8 @@ class AdaptedNetwork(nn.Module):
                 if other not in adapter:
                     raise TaskError(f"The adapter has `{name}`, and no `{other}`.")
                 self._updates.append((target, name, other))
+            elif (other := name.removesuffix(suffix) + _BACK[suffix]) not in adapter:
+                raise TaskError(f"The adapter has `{name}`, and no `{other}`.")
             _register(self, name, nn.Parameter(value.detach().clone()))
         own = dict(self.named_parameters())
         for target, name in self._trained.items():
@@ -84,7 +92,8 @@ class AdaptedNetwork(nn.Module):
         own = dict(self.named_parameters())
         ranks = {target.removesuffix(".weight"): len(own[a]) for target, a, _ in self._updates}
         rank = next(iter(ranks.values()), 1)
-        trained = sorted({target.rpartition(".")[0] for target in self._trained})
+        trained = sorted({target.rpartition(".")[0] for target, n in self._trained.items() if BASE_LAYER not in n})
+        biases = any(BASE_LAYER in name and name.endswith(".bias") for name in self._trained.values())
         return {
             "peft_type": "LORA",
             "base_model_name_or_path": getattr(self._base[0], "name_or_path", None) or None,
@@ -93,6 +102,7 @@ class AdaptedNetwork(nn.Module):
             "rank_pattern": {name: own_rank for name, own_rank in ranks.items() if own_rank != rank},
             "target_modules": sorted(ranks),
             "modules_to_save": trained or None,
+            "bias": "lora_only" if biases else "none",
             "fan_in_fan_out": any(_by_inputs(self._layer(target)) for target, _, _ in self._updates),
         }
 
@@ -119,6 +129,8 @@ class AdaptedNetwork(nn.Module):
         changed: dict[str, torch.Tensor] = {target: own[name] for target, name in self._trained.items()}
         for target, a, b in self._updates:
             changed[target] = changed.get(target, base.get_parameter(target)) + self._update(target, own[a], own[b])
+        # Adapters are in float32, whatever their base is in.
+        changed = {target: value.to(base.get_parameter(target).dtype) for target, value in changed.items()}
         # A tensor that the base ties to an adapted one stays as it is, as with PEFT.
         outputs = functional_call(base, changed, args, kwargs, tie_weights=False)
         return getattr(outputs, "logits", outputs)

@@ -140,7 +140,7 @@ def with_equivalents(
             of the family's own.
     """
     names, places = list(family.conditions("train")[0]), _places(layout)
-    splits = {key_of(condition): split for split in SPLITS for condition in family.conditions(split)}
+    splits = {key_of(condition, DECIMALS): split for split in SPLITS for condition in family.conditions(split)}
     of: dict[str, list[tuple[dict[str, Any], torch.Tensor]]] = {}
     known: dict[bytes, torch.Tensor] = {}
     found, orders = list(rows), []
@@ -177,15 +177,19 @@ def solved_alike(family: TaskFamily, layout: ParameterLayout, conditions: Sequen
     Returns:
         `torch.Tensor`: The group of each, `[C]`, from 0.
     """
-    places = _places(layout)
     groups: dict[str, int] = {}
     for index, condition in enumerate(conditions):
-        forms = [condition, *(other for other, _ in _forms(family, condition, places, {}))]
-        keys = [key_of(form, DECIMALS) for form in forms]
+        keys = forms_of(family, layout, condition)
         joined = {groups[key] for key in keys if key in groups}
         groups |= dict.fromkeys([*keys, *(key for key, group in groups.items() if group in joined)], index)
     own = [groups[key_of(condition, DECIMALS)] for condition in conditions]
     return torch.tensor(own).unique(return_inverse=True)[1]
+
+
+def forms_of(family: TaskFamily, layout: ParameterLayout, condition: dict[str, Any]) -> list[str]:
+    """Keys, up to some decimals, of a condition and of those that its networks solve in other forms."""
+    others = (other for other, _ in _forms(family, condition, _places(layout), {}))
+    return [key_of(form, DECIMALS) for form in (condition, *others)]
 
 
 def _places(layout: ParameterLayout) -> StateDict:
@@ -215,7 +219,8 @@ def _forms(
         order = torch.cat([moved[key].flatten() for key in places])
         if not torch.equal(order.sort().values, torch.arange(len(order))):
             raise TaskError(f"{name} lacks or repeats parameters: they may only change places.")
-        if (split := splits.get(key_of(other))) not in (None, splits.get(key_of(condition))):
+        own_split = splits.get(key_of(condition, DECIMALS))
+        if (split := splits.get(key_of(other, DECIMALS))) not in (None, own_split):
             raise TaskError(f"{name} leads to the condition {other!r:.200} of {split!r}.")
         found.append((json.loads(key_of(other)), order))
     return found

@@ -122,6 +122,7 @@ class NeuronDiffusion:
             self.encoder,
             behaviour,
             self.config.behaviour_weight,
+            self.config.min_sigma,
         )
 
     @property

@@ -101,6 +101,7 @@ class FlowMatchingObjective(ConditionalObjective):
         condition_encoder (`ConditionEncoder`, *optional*): Trained with it.
         behaviour (`Behaviour`, *optional*): Compares the outputs.
         behaviour_weight (`float`, *optional*, defaults to 1.0): Of that difference.
+        min_sigma (`float`, *optional*, defaults to 0.0): The least noise, from 0 to 1.
     """
 
     denoiser: NeuronTransformerModel
@@ -112,9 +113,10 @@ class FlowMatchingObjective(ConditionalObjective):
         condition_encoder: ConditionEncoder | None = None,
         behaviour: Behaviour | None = None,
         behaviour_weight: float = 1.0,
+        min_sigma: float = 0.0,
     ):
         super().__init__(denoiser, scheduler, condition_encoder)
-        self.behaviour, self.behaviour_weight = behaviour, behaviour_weight
+        self.behaviour, self.behaviour_weight, self.min_sigma = behaviour, behaviour_weight, min_sigma
 
     def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
         """Muon (Jordan et al. 2024) for the matrices of the blocks, its steps in units of Adam's (Liu et al. 2025,
@@ -131,9 +133,11 @@ class FlowMatchingObjective(ConditionalObjective):
         """Noise `[count, 1, P]`, its levels `[count]`, whether predictions are told, `[count]`, what is told of the
         condition, `[count, columns]`, and inputs `[count, E]`; predictions and inputs are the same in all."""
         size = (count, 1, data["networks"].shape[-1])
+        noise = torch.randn(size, generator=generator, device=generator.device)
+        sigmas = torch.rand(count, generator=generator, device=generator.device)
         drawn = {
-            "noise": torch.randn(size, generator=generator, device=generator.device),
-            "sigmas": torch.rand(count, generator=generator, device=generator.device),
+            "noise": noise,
+            "sigmas": self.min_sigma + (1 - self.min_sigma) * sigmas,
             "again": torch.rand((), generator=generator, device=generator.device).lt(TOLD_BEFORE).expand(count),
             **self.draw_asked(count, generator),
         }

@@ -1,3 +1,4 @@
+# Over 400 lines: formats of three libraries become one, and what does not belong together is told apart.
 """LoRA adapters that were trained elsewhere: folders and repositories of PEFT, and files of diffusers and kohya."""
 
 import contextlib
@@ -19,7 +20,7 @@ import torch
 from ..errors import ZooError
 from ..extras import require
 from ..hub.client import commit_of, download_file, is_repository, repository_files
-from ..networks.adapted import FACTORS, PREFIX
+from ..networks.adapted import FACTORS, MAGNITUDE, PREFIX
 from .imports import Names, StateDict, matched, natural, read_metadata, read_state_dict
 
 
@@ -35,11 +36,10 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 # By which other tensors, or other layers, come into the update; and initializations that change the base model.
 UNREAD = (
     *("lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
-    *("trainable_token_indices", "target_parameters"),
+    *("trainable_token_indices", "target_parameters", "ensure_weight_tying"),
 )
 CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MOST_CONFIG, MOST_NAMES = 2**20, 10_000
-MAGNITUDE = "lora_magnitude_vector"
 COMPARED = {
     BASE: "base models",
     "revision": "revisions of the base model",
@@ -48,7 +48,10 @@ COMPARED = {
 }
 # Of the U-Nets of Stable Diffusion, XL too: by it diffusers reads the places that kohya numbers.
 LAYERS_PER_BLOCK = 2
-INSTEAD = "Load it with its own pipeline, and save it with `save_lora_weights`."
+INSTEAD = (
+    "Load it with its own pipeline, and save it with `save_lora_weights(..., unet_lora_adapter_metadata=...)`, "
+    "which keeps its scale."
+)
 # Tensors of scale 1, and what PEFT's configuration says.
 Read = tuple[StateDict, dict[str, Any]]
 
@@ -96,8 +99,12 @@ class Adapter:
         known = (*FACTORS, *FACTORS.values())
         if unknown := [n for n in state_dict if ".lora_" in n and not n.endswith(known) and MAGNITUDE not in n]:
             raise ZooError(f"`{unknown[0]}` is no part of a LoRA that is known here.")
+        for a, b in FACTORS.items():
+            for name in [name for name in state_dict if name.endswith(b)]:
+                if (other := name.removesuffix(b) + a) not in state_dict:
+                    raise ZooError(f"it has `{name}` and no `{other}`.")
         for name, suffix in [(name, a) for name in state_dict for a in FACTORS if name.endswith(a)]:
-            module, rank = name.removesuffix(suffix), len(state_dict[name])
+            module, rank = name.removesuffix(suffix), _rank(name, state_dict[name])
             said = _of_pattern(config["rank_pattern"], module, config["r"])
             if rank != said:
                 raise ZooError(f"its {CONFIG} says rank {said}, and `{name}` has {rank}.")
@@ -206,6 +213,13 @@ def _of_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
     return default
 
 
+def _rank(name: str, a: torch.Tensor, remedy: str = "") -> int:
+    """That of an A, `[rank, in, ...]`, or a [`ZooError`], with a remedy."""
+    if a.ndim < 2:
+        raise ZooError(f"`{name}` is {list(a.shape)}, which is no factor of a LoRA that is known here.{remedy}")
+    return len(a)
+
+
 def _check_factor(name: str, b: torch.Tensor, rank: int, remedy: str = "") -> None:
     """Raises [`ZooError`], with a remedy, where a tensor is no B of this rank, `[out, rank, ...]`."""
     if rank == 0 or b.ndim < 2 or b.shape[1] != rank:
@@ -236,7 +250,7 @@ def _converted(state_dict: StateDict, packed: dict[str, Any]) -> StateDict:
     """Tensors of a LoRA of diffusers or kohya under PEFT's names, of scale 1."""
     loaders = require("diffusers.loaders.lora_pipeline", "adapters")
     if any("dora_scale" in name for name in state_dict):
-        raise ZooError(f"it has scales of DoRA, which diffusers leaves out. {INSTEAD}")
+        raise ZooError("it has scales of DoRA, which diffusers leaves out: without them it is another adapter.")
     try:
         of_diffusers, alphas = loaders.StableDiffusionLoraLoaderMixin.lora_state_dict(
             dict(state_dict), unet_config=SimpleNamespace(layers_per_block=LAYERS_PER_BLOCK)
@@ -254,12 +268,12 @@ def _converted(state_dict: StateDict, packed: dict[str, Any]) -> StateDict:
         if other not in converted:
             raise ZooError(f"it has `{name}` and no `{other}`.")
         if kind == "B.weight":
-            rank = len(converted[other])
+            rank = _rank(other, converted[other], f" {INSTEAD}")
             _check_factor(name, factor, rank, f" {INSTEAD}")
-            part = module.partition(".")[0]
+            part, _, inner = module.partition(".")
             own = {key.removeprefix(f"{part}."): value for key, value in packed.items() if key.startswith(f"{part}.")}
             config = checked_config(own) if own else {"lora_alpha": scales.get(module, rank), "alpha_pattern": {}}
-            converted[name] = factor * _scale(config, module, rank)
+            converted[name] = factor * _scale(config, inner, rank)
     return converted
 
 
@@ -384,9 +398,13 @@ def check_same(one: Adapter, first: Adapter, ours: Read, theirs: Read) -> None:
             )
 
 
-def config_of_zoo(config: dict[str, Any]) -> dict[str, Any]:
-    """PEFT's configuration of the adapters of a zoo, which are all of scale 1."""
+def config_of_zoo(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """PEFT's configuration of the adapters of a zoo, which have tensors of these names and are all of scale 1."""
     if not config:
         return {}
+    # Whatever rules chose them: others, such as which layers to leave out, stay behind.
+    adapted = {
+        name.removesuffix(suffix).removeprefix(PREFIX) for name in names for suffix in FACTORS if name.endswith(suffix)
+    }
     of_scale_1 = {"lora_alpha": config["r"], "alpha_pattern": dict(config["rank_pattern"]), "use_rslora": False}
-    return config | of_scale_1 | {"inference_mode": True}
+    return config | of_scale_1 | {"target_modules": sorted(adapted), "inference_mode": True}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import ZooError
 from ..files import whole
+from ..hub.cards import adapter_card
 from ..pipelines.neural_network_diffusion import ParameterLayout
 from .adapters import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS
 from .imports import StateDict
@@ -34,6 +35,7 @@ def check_export(folder: str | os.PathLike[str], count: int) -> None:
 def export(layout: ParameterLayout, networks: Iterable[StateDict], folder: str | os.PathLike[str]) -> None:
     """Writes state dicts of a layout as [`WeightZoo.export`] says."""
     adapter = layout.config.adapter
+    card = adapter_card(adapter) if adapter else ""
     name = "model.safetensors" if adapter is None else WEIGHTS if adapter else DIFFUSERS_WEIGHTS
     for index, network in enumerate(networks):
         target = Path(folder, f"{index:05d}")
@@ -48,6 +50,8 @@ def export(layout: ParameterLayout, networks: Iterable[StateDict], folder: str |
                 # Where PEFT is told nothing, its defaults hold.
                 told = {key: value for key, value in adapter.items() if value is not None}
                 file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            with whole(target / "README.md") as file:
+                file.write_text(card, encoding="utf-8")
 
 
 def _check_same(file: Path, network: StateDict) -> None:

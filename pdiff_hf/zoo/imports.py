@@ -16,13 +16,12 @@ from safetensors import safe_open
 
 from ..errors import HubError, ZooError
 from ..files import check_opens, is_zoo
-from ..hub.client import download_file, matching_models, repository_files
+from ..hub.client import SUFFIXES, download_file, matching_models, repository_files
 
 
 StateDict = dict[str, torch.Tensor]
 Names = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 # What files of weights are called.
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,15 @@ def checkpoints_of_files(files: Iterable[str | os.PathLike[str]], key: str | Non
 
 
 def checkpoint_files(place: str | os.PathLike[str]) -> list[Path]:
-    """The files of weights in a folder, or those that a pattern such as `runs/*.pt` matches, in natural order; none
-    where it is something else, such as a zoo, a file or a name on the Hub."""
+    """The files of weights in a folder, or those that a pattern such as `runs/*.pt` matches, in natural order, or a
+    file itself; none where it is something else, such as a zoo or a name on the Hub."""
     path = Path(place).expanduser()
     if is_zoo(path):
         return []
     if path.is_dir():
         found = [file for file in path.iterdir() if file.suffix in SUFFIXES]
+    elif path.suffix in SUFFIXES and path.is_file():
+        found = [path]
     else:
         found = [Path(name) for name in glob.glob(str(path), recursive=True)] if glob.has_magic(str(path)) else []
     return sorted((file for file in found if file.is_file()), key=lambda file: natural(str(file)))

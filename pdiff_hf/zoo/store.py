@@ -736,7 +736,7 @@ def make_layout(
     try:
         layout = ParameterLayout.from_state_dict(state_dict, patterns)
         if adapter is not None:
-            layout.register_to_config(adapter=config_of_zoo(adapter))
+            layout.register_to_config(adapter=config_of_zoo(adapter, state_dict))
         return layout
     except ValueError as error:
         raise ZooError(str(error)) from error

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from torch import nn
 import pdiff_hf
 from pdiff_hf import Baseline, EvaluateConfig, ParameterLayout, Task, WeightZoo, ZooError, load_task, run_evaluate
 from pdiff_hf.errors import ConfigError, MissingExtraError, PipelineError, TaskError
-from pdiff_hf.evaluation import scoring, stage
+from pdiff_hf.evaluation import measures, scoring, stage
 from pdiff_hf.evaluation.measures import parameter_statistics
+from pdiff_hf.evaluation.report import write_report
 from pdiff_hf.evaluation.scoring import Scorer
 from pdiff_hf.files import PARTS
 from pdiff_hf.tasks.digits import DigitsMLP
@@ -422,6 +424,55 @@ def test_the_page_holds_all_it_shows(written):
         assert len(re.findall(rf"<title>{group} \d+: [\d.]+ %, similarity [\d.]+</title></use>", plane)) > 1
 
 
+def test_networks_far_from_the_others_stand_at_the_edge_under_their_own_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(measures, "MOST_COMPARED", 6)
+    trained = [answering(1, offset / 100) for offset in range(12)]
+    generated = [answering(1, 0.5), answering(0.5, 3.0), answering(-1, 0.0)]
+    pdiff_hf.evaluate(BlobTask(), trained=trained, generated=generated, output_dir=tmp_path)
+    plane = (tmp_path / "plane.svg").read_text()
+    places = {name: re.findall(rf"<title>{name} (\d+):", plane) for name in ("original", "generated")}
+    assert places == {"original": ["0", "2", "4", "6", "8", "10"], "generated": ["0", "1", "2"]}
+
+
+def test_the_page_has_the_figures_of_the_text(written):
+    report, folder = written
+    page, text = (" ".join((folder / f"report.{ending}").read_text().split()) for ending in ("html", "md"))
+    header = next(
+        line for line in (folder / "report.md").read_text().splitlines() if line.startswith("| networks | count")
+    )
+    for column in header.strip("| ").split(" | "):
+        assert f"<th>{column}</th>" in page
+    for figure in ("leads out of what weighted sums", "the same, min"):
+        assert (figure in page) == (figure in text)
+    assert "the same, min" in page
+    (folder / "again").mkdir()
+    write_report({**report, "timings_s": {"collect": 1.5, "train": 2.0}}, folder / "again", [])
+    assert "All stages: collect 1.5 s, train 2.0 s." in " ".join(
+        (folder / "again" / "report.html").read_text().split()
+    )
+    assert "Seconds of the stages: collect 1.5, train 2.0." in (folder / "again" / "report.md").read_text()
+
+
+def test_what_is_no_network_is_named_and_the_hub_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: pytest.fail("asked the Hub"))
+    Path("theirs").mkdir()
+    trained = [answering(1, offset) for offset in (0, 0.1, 0.2)]
+    for place, message in (
+        ("theirs/*.pth", r"Nothing matches theirs/\*\.pth: expected files of networks \(\.safetensors, \.pt,"),
+        ("theirs", "theirs holds neither a zoo nor files of networks"),
+        ("theirs/net.pt", r"There is no file theirs/net\.pt"),
+        ("./theirs", "holds neither a zoo nor files"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            pdiff_hf.evaluate(BlobTask(), trained=trained, generated=place)
+    with pytest.raises(ZooError, match=r"`pdiff-hf collect` makes a zoo"):
+        pdiff_hf.evaluate(BlobTask(), trained=trained, generated="../elsewhere")
+    torch.save(answering(1, 0.1), "theirs/net.pt")
+    report = pdiff_hf.evaluate(BlobTask(), trained=trained, generated="theirs/net.pt")
+    assert report["groups"]["generated"]["count"] == 1
+
+
 def test_a_page_does_not_run_what_names_hold(tmp_path):
     class Evil(BlobTask):
         pass
@@ -724,7 +775,7 @@ def test_networks_of_an_unknown_task_need_one(zoo, layout, tmp_path):
 def test_what_is_neither_zoo_nor_pipeline_is_refused(digits_zoo, tmp_path):
     with pytest.raises(ZooError, match="is no folder here, and no name of a repository"):
         pdiff_hf.evaluate(trained=digits_zoo, generated=str(tmp_path / "nothing" / "here"))
-    with pytest.raises(ZooError, match="holds no zoo"):
+    with pytest.raises(ZooError, match="holds neither a zoo nor files of networks"):
         pdiff_hf.evaluate(trained=digits_zoo, generated=tmp_path)
 
 

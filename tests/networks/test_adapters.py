@@ -176,6 +176,7 @@ LIKE_PEFT = {
     "vit": (vit, ["q_proj", "v_proj"], ["classifier"], IMAGES),
     "layers that store weights by inputs": (gpt2, ["c_attn"], None, WORDS),
     "an embedding that the head is tied to": (gpt2, ["wte"], None, WORDS),
+    "a head that is tied to an embedding": (gpt2, ["lm_head"], None, WORDS),
     "convolutions and embeddings": (Convolutions, ["words", "conv"], None, WORDS.view(5, 2, 3)),
 }
 
@@ -192,7 +193,8 @@ def test_an_adapted_network_is_what_peft_makes_of_the_same_file(name):
         for key, value in model.state_dict().items() if "lora" not in key
     })  # fmt: skip
     state_dict = {
-        key: torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
+        # Of a head, PEFT saves the base network's own weight, too.
+        key: value if "base_layer" in key else torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
         for key, value in peft.get_peft_model_state_dict(model).items()
     }
     assert not peft.set_peft_model_state_dict(model, state_dict).unexpected_keys
@@ -204,6 +206,15 @@ def test_an_adapted_network_is_what_peft_makes_of_the_same_file(name):
     changed = Gauge(layout).shuffled(layout.flatten(state_dict), torch.Generator().manual_seed(0))
     ours.load_state_dict(layout.unflatten(changed[None])[0])
     torch.testing.assert_close(ours(inputs), getattr(theirs, "logits", theirs), atol=1e-3, rtol=1e-3)
+
+
+def test_adapters_are_in_float32_whatever_their_base_is_in():
+    state_dict = {name: value.float() for name, value in lora(vit(), ["q_proj"], 2, ["classifier"]).items()}
+    state_dict = {name: 0.1 * torch.randn_like(value) for name, value in state_dict.items()}
+    expected = AdaptedNetwork(vit(), state_dict)(IMAGES)
+    found = AdaptedNetwork(vit().bfloat16(), state_dict)(IMAGES.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize(("build", "targets"), [(vit, ["q_proj", "v_proj"]), (gpt2, ["c_attn"])])
@@ -224,6 +235,8 @@ def test_what_does_not_fit_the_base_network_is_said():
     good = lora(vit(), ["q_proj"], 2)
     with pytest.raises(TaskError, match=r"the base network no `nothing\.weight`"):
         AdaptedNetwork(vit(), {f"{PREFIX}nothing.lora_A.weight": torch.zeros(2, 3)})
+    with pytest.raises(TaskError, match=r"has `.*lora_B\.weight`, and no `.*lora_A\.weight`"):
+        AdaptedNetwork(vit(), {name: value for name, value in good.items() if "lora_B" in name})
     with pytest.raises(TaskError, match=r"and no `.*lora_B\.weight`"):
         AdaptedNetwork(vit(), {name: value for name, value in good.items() if "lora_A" in name})
     with pytest.raises(TaskError, match=r"The update of .* is \[16, 15\], and the weight \[16, 16\]"):

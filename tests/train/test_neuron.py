@@ -134,6 +134,26 @@ def test_the_last_step_leads_from_the_noise_that_was_asked_for(zoo, tmp_path):
     assert scheduler.sigmas[-2:].tolist() == pytest.approx([0.5, 0.0])
 
 
+def test_the_least_noise_of_the_training_is_what_was_asked_for(trained):
+    denoiser = load_pipeline(trained).transformer
+    data = {"networks": torch.zeros(1, 1, denoiser.config.num_parameters)}
+
+    def draw(**least) -> dict:
+        objective = FlowMatchingObjective(denoiser, FlowMatchEulerDiscreteScheduler(), **least)
+        return objective.draw(1000, data, torch.Generator().manual_seed(0))
+
+    everywhere, above = draw(), draw(min_sigma=0.9)
+    assert everywhere["sigmas"].aminmax().min < 0.01
+    torch.testing.assert_close(above["sigmas"], 0.9 + 0.1 * everywhere["sigmas"])
+    torch.testing.assert_close(above["noise"], everywhere["noise"])
+
+
+def test_the_least_noise_that_was_asked_for_is_trained_with(zoo, tmp_path):
+    for least in (0.0, 0.2):
+        run_train(config(zoo, tmp_path / str(least), transformer_steps=2, min_sigma=least))
+    assert losses(tmp_path / "0.0") != losses(tmp_path / "0.2")
+
+
 def sample(pipe, count: int = 3, **arguments) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
@@ -387,6 +407,8 @@ def test_a_zoo_whose_task_is_foreign_code_needs_its_name(zoo, tmp_path):
         ({"transformer_learning_rate": 0.0}, "learning_rate has to be above 0"),
         ({"mixed_precision": "fp16"}, "this family has two: take bf16"),
         ({"last_sigma": 1.0}, "last_sigma has to be above 0 and below 1, and is 1.0"),
+        ({"min_sigma": 0.3}, r"min_sigma has to be from 0 to last_sigma, 0\.2, and is 0\.3"),
+        ({"min_sigma": -0.1}, "min_sigma has to be from 0 to last_sigma"),
     ],
 )
 def test_settings_out_of_range_are_refused(zoo, tmp_path, changes, message):

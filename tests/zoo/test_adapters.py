@@ -8,13 +8,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
+from huggingface_hub import DatasetCard, ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pdiff_hf import ParameterLayout, WeightZoo
 from pdiff_hf.cli import main
-from pdiff_hf.configs import ImportConfig
-from pdiff_hf.errors import ConfigError, ZooError
+from pdiff_hf.configs import ImportConfig, InfoConfig
+from pdiff_hf.errors import ConfigError, TaskError, ZooError
+from pdiff_hf.info import run_info
 from pdiff_hf.networks.adapted import AdaptedNetwork
 from pdiff_hf.zoo import adapters
 
@@ -103,6 +105,79 @@ def test_what_is_exported_is_loaded_by_peft(tmp_path):
         zoo.export(tmp_path / "out")
 
 
+class Deep(nn.Module):
+    """Two blocks, one of which PEFT would adapt by its rules, and a layer that it does not know."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList([nn.ModuleDict({"query": nn.Linear(6, 6)}) for _ in range(2)])
+            self.other = nn.ModuleDict({"query": nn.LayerNorm(6)})
+
+    def forward(self, inputs):
+        for layer in self.layers:
+            inputs = layer["query"](inputs).tanh()
+        return self.other["query"](inputs)
+
+
+def test_what_is_exported_adapts_the_layers_that_rules_had_chosen(tmp_path):
+    rules = {"layers_to_transform": [1], "layers_pattern": "layers", "exclude_modules": ["other.query"]}
+    model = peft.get_peft_model(
+        Deep(), peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False, **rules)
+    )
+    model.save_pretrained(tmp_path / "in" / "0")
+    WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in").export(tmp_path / "out")
+    found = peft.PeftModel.from_pretrained(Deep(), tmp_path / "out" / "00000")
+    assert not any("lora" in name for name, _ in found.base_model.model.layers[0].named_parameters())
+    torch.testing.assert_close(found(INPUTS), model(INPUTS), atol=1e-5, rtol=1e-5)
+
+
+def test_biases_of_adapted_layers_belong_to_the_adapter(tmp_path):
+    expected = save_adapter(tmp_path / "in" / "0", bias="lora_only")
+    zoo = WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in")
+    assert "base_model.model.query.base_layer.bias" in zoo.state_dict(0)
+    torch.testing.assert_close(outputs(zoo.state_dict(0)), expected, atol=1e-5, rtol=1e-5)
+    network = AdaptedNetwork(Base(), zoo.state_dict(0))
+    assert network.adapter_config["bias"] == "lora_only"
+    assert network.adapter_config["modules_to_save"] == ["head"]
+    zoo.export(tmp_path / "out")
+    model = peft.PeftModel.from_pretrained(Base(), tmp_path / "out" / "00000")
+    torch.testing.assert_close(model(INPUTS), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_exported_folders_say_what_they_adapt(tmp_path):
+    save_adapter(tmp_path / "in" / "0")
+    zoo = WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in")
+    zoo.export(tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "00000" / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.base_model == "me/base"
+    assert {"lora", "peft", "base_model:adapter:me/base"} <= set(card.data.tags)
+    assert "of `me/base`, of rank 2" in card.text
+    assert "library_name: peft" in (tmp_path / "zoo" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("gpt2", "gpt2"),
+        ("me/base", "me/base"),
+        ("./base", None),
+        ("../x/y", None),
+        ("b" * 300 + "/c", None),
+        (None, None),
+    ],
+)
+def test_cards_name_a_base_model_that_can_be_on_the_hub(tmp_path, name, named):
+    save_adapter(tmp_path / "in" / "0")
+    change_config(tmp_path / "in" / "0", base_model_name_or_path=name)
+    zoo = WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in")
+    assert DatasetCard.load(zoo.folder / "README.md").data.to_dict().get("base_model") == named
+    said = run_info(InfoConfig(str(zoo.folder)))
+    assert f"adapters of {name or 'a model that their files do not name'}." in said
+
+
 def test_hotswap_takes_what_is_exported(tmp_path):
     settings = {"modules_to_save": None}
     expected = [save_adapter(tmp_path / "in" / str(seed), seed, **settings) for seed in range(2)]
@@ -115,7 +190,10 @@ def test_hotswap_takes_what_is_exported(tmp_path):
 
 def test_dora_keeps_its_magnitudes(tmp_path):
     expected = [save_adapter(tmp_path / "in" / str(seed), seed, use_dora=True) for seed in range(2)]
-    WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in").export(tmp_path / "out")
+    zoo = WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in")
+    zoo.export(tmp_path / "out")
+    with pytest.raises(TaskError, match="DoRA is imported and exported, and cannot be run here"):
+        AdaptedNetwork(Base(), zoo.state_dict(0))
     model = peft.PeftModel.from_pretrained(Base(), tmp_path / "out" / "00001")
     torch.testing.assert_close(model(INPUTS), expected[1], atol=1e-4, rtol=1e-4)
 
@@ -165,6 +243,11 @@ def rename(folder, old, new):
     save_file({name.replace(old, new): value for name, value in load_file(file).items()}, file)
 
 
+def drop(folder, part):
+    file = folder / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if part not in name}, file)
+
+
 def change_values(folder, change):
     file = folder / "adapter_model.safetensors"
     save_file({name: change(value).contiguous() for name, value in load_file(file).items()}, file)
@@ -196,6 +279,16 @@ REFUSED = {
     "changed base": (lambda f: change_config(f, init_lora_weights="pissa_niter_4"), "which changes the base model"),
     "other base": (lambda f: change_config(f, init_lora_weights="lora_ga"), "which changes the base model"),
     "tokens": (lambda f: change_config(f, trainable_token_indices={"query": [1]}), "has trainable_token_indices, by"),
+    "ties": (lambda f: change_config(f, ensure_weight_tying=True), "has ensure_weight_tying, by which"),
+    "alone": (lambda f: drop(f, "query.lora_A"), r"b: it has `.*lora_B\.weight` and no `.*lora_A\.weight`"),
+    "a number": (
+        lambda f: change_values(f, lambda v: v[0, 0] if v.shape == (2, 6) else v),
+        r"A\.weight` is \[\], which",
+    ),
+    "a row": (
+        lambda f: change_values(f, lambda v: v[:, 0] if v.shape == (2, 6) else v),
+        r"A\.weight` is \[2\], which",
+    ),
     "no number": (lambda f: change_values(f, lambda v: v * torch.nan), "^b: .* holds NaN or infinite values"),
     "groups": (lambda f: change_values(f, lambda v: v[:, :1] if len(v) == 8 else v), "is no factor of a LoRA"),
     "nonsense": (lambda f: change_config(f, lora_alpha="8"), "has lora_alpha = '8'"),
@@ -266,9 +359,9 @@ def of_unet(model: UNet2DConditionModel) -> torch.Tensor:
     return model(NOISE, 5, TEXT).sample.detach()
 
 
-def adapted_unet(seed: int) -> tuple[UNet2DConditionModel, dict[str, torch.Tensor]]:
+def adapted_unet(seed: int, **settings) -> tuple[UNet2DConditionModel, dict[str, torch.Tensor]]:
     model = unet()
-    model.add_adapter(peft.LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"]))
+    model.add_adapter(peft.LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], **settings))
     generator = torch.Generator().manual_seed(seed)
     state_dict = {
         name: 0.5 * torch.randn(value.shape, generator=generator)
@@ -318,6 +411,16 @@ def test_loras_of_diffusers_and_kohya_are_converted_by_diffusers(tmp_path, save)
         assert (one - plain).abs().max() > 1e-2
 
 
+def test_patterns_of_diffusers_name_modules_from_the_start(tmp_path):
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    model, state_dict = adapted_unet(0, alpha_pattern={f"^{module}": 1})
+    save_with_metadata(tmp_path / "in" / "0", model, state_dict)
+    found = WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in").state_dict(0)
+    for name, scale in ((module, 1 / 2), (module.replace("to_q", "to_v"), 8 / 2)):
+        b, a = (f"{name}.lora_{factor}.weight" for factor in "BA")
+        torch.testing.assert_close(found[f"unet.{b}"] @ found[f"unet.{a}"], scale * state_dict[b] @ state_dict[a])
+
+
 def test_a_pipeline_loads_what_is_exported(tmp_path):
     model, state_dict = adapted_unet(3)
     save_with_metadata(tmp_path / "in" / "0", model, state_dict)
@@ -345,7 +448,7 @@ def test_blocks_that_kohya_numbers_are_found(tmp_path):
 
 def test_a_file_of_another_format_says_what_to_do(tmp_path):
     save_file({"blocks.0.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ZooError, match=r"other\.safetensors: .* save it with `save_lora_weights`"):
+    with pytest.raises(ZooError, match=r"other\.safetensors: .* save it with `save_lora_weights\(.*keeps its scale"):
         WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "other.safetensors")
 
 

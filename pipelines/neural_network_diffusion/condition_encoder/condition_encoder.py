@@ -24,7 +24,9 @@ Row = dict[str, Any]
 class ConditionEncoder(ModelMixin, ConfigMixin):
     r"""
     Turns rows of what is asked for, such as `{"accuracy": 0.97, "classes": [0, 1, 1]}`, into embeddings. Numbers are
-    standardized, words are looked up, and a learned vector stands for each column of which nothing is asked.
+    standardized, words are looked up, and a learned vector stands for each column of which nothing is asked. The
+    numbers of a list, such as pixels, have one unit: those that vary less than a tenth of what the most varying one
+    does are divided by that tenth. Numbers of other units are columns of their own.
 
     Parameters:
         columns (`list[dict]`):
