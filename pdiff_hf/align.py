@@ -1,5 +1,6 @@
 """A zoo in canonical form: of the networks that differ by what means nothing, one representative each."""
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -95,5 +96,6 @@ def _align(config: AlignConfig, folder: Path) -> str:
     return (
         f"{len(zoo)} networks with {symmetry}: the mean distance to their mean was "
         f"{before / len(zoo):.4g} and is {after / len(zoo):.4g}. Predictions differ by {largest:.2g} of the "
-        "largest at most."
+        f"largest at most. They are in {folder}. Next: pdiff-hf train --family neuron --no-initial --zoo "
+        f"{shlex.quote(str(folder))}"
     )

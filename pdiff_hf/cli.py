@@ -153,6 +153,10 @@ def _outcome(stage: str, config: Any, result: Any, seconds: float) -> str | None
         return None
     folder = shlex.quote(config.output_dir)
     took = f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    if config.push_to_hub is not None:
+        from .hub.client import address
+
+        took += f"; on the Hub, {address(config.push_to_hub, stage in ('collect', 'generate'))}"
     if stage in ("collect", "generate"):
         what = f"{len(result)} networks of {result.vector_size:,} parameters are in {folder} ({took})."
         if stage == "collect" and config.split != "train":

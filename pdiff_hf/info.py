@@ -1,6 +1,7 @@
 """`pdiff-hf info`: what a folder or a repository holds, of what it was made, and how good it is."""
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import yaml
 from .configs import InfoConfig
 from .errors import ConfigError, HubError
 from .files import is_pipeline, is_zoo
-from .hub.cards import EVALUATION
+from .hub.cards import EVALUATION, UNKNOWN_TASK
 from .hub.client import is_repository
 from .hub.pipelines import load_pipeline, pipeline_folder
 from .text import load_yaml, printable
@@ -84,7 +85,7 @@ def _of_pipeline(folder: Path) -> str:
     ]
     if pipe.condition_encoder is not None:
         lines.append(f"It can be asked. {pipe.condition_encoder.known()}")
-    return "\n".join(lines + _made(folder, ("train",)) + verdict_of_card(folder))
+    return "\n".join(lines + _of_card(folder) + _made(folder, ("train",)) + verdict_of_card(folder))
 
 
 def _of_report(folder: Path) -> str:
@@ -93,6 +94,20 @@ def _of_report(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{folder / 'report.json'} is damaged: {error!r:.200}") from error
     return "\n".join([f"A report. {sentence}", *_made(folder, ("evaluate",))])
+
+
+def _of_card(folder: Path) -> list[str]:
+    """What the networks of a pipeline do, and from how many it learned, as its card says."""
+    card = " ".join(_card(folder).split())
+    task = re.search(r"Generates networks for the task `([^`]{1,200})`", card)
+    count = re.search(r"learned from (\d+) trained networks", card)
+    lines = [f"Task: {task[1]}."] if task is not None and task[1] != UNKNOWN_TASK else []
+    return lines + ([f"Learned from {int(count[1]):,} networks."] if count is not None else [])
+
+
+def _card(folder: Path) -> str:
+    file = folder / "README.md"
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def _made(folder: Path, stages: tuple[str, ...]) -> list[str]:
@@ -107,9 +122,6 @@ def _made(folder: Path, stages: tuple[str, ...]) -> list[str]:
 
 def verdict_of_card(folder: Path) -> list[str]:
     """The first sentence of the evaluation in the card, where there is one."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return []
     start, end = EVALUATION
-    section = card.read_text(encoding="utf-8", errors="replace").partition(start)[2].partition(end)[0]
+    section = _card(folder).partition(start)[2].partition(end)[0]
     return [line for line in section.splitlines() if line.strip()][:1]

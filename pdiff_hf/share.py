@@ -1,6 +1,7 @@
 """`pdiff-hf push`, `pull` and `import`: folders to the Hub and back."""
 
 import json
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def run_import(config: ImportConfig) -> str:
         zoo = WeightZoo.from_checkpoints(config.output_dir, config.checkpoints if more else one, **common)
     else:
         zoo = WeightZoo.from_hub(config.output_dir, config.repositories, config.filename, **common)
-    return repr(zoo)
+    return f"{zoo!r} Next: pdiff-hf train --zoo {shlex.quote(config.output_dir)}"
 
 
 def run_push(config: PushConfig) -> str:
@@ -50,7 +51,7 @@ def run_push(config: PushConfig) -> str:
 
 
 def run_pull(config: PullConfig) -> str:
-    """Downloads, and returns the folder."""
+    """Downloads, and says where it is."""
     with locked(config.output_dir):
         return _pull(config, Path(config.output_dir))
 
@@ -84,7 +85,10 @@ def _pull(config: PullConfig, folder: Path) -> str:
             (folder / name).unlink(missing_ok=True)
             noted[name].unlink()
         hf_hub_download(config.repo, index, local_dir=folder, **arguments)
-    return str(folder)
+    next_command = (
+        f"generate --pipeline {shlex.quote(str(folder))}" if kind == "pipeline" else f"info {shlex.quote(str(folder))}"
+    )
+    return f"The {kind} is in {folder}. Next: pdiff-hf {next_command}"
 
 
 def _check_pulled(file: Path, note: Path | None) -> None:

@@ -28,6 +28,12 @@ class Document(NamedTuple):
         (block,) = [block for block in self.blocks(language) if text in block]
         return block
 
+    def inline(self) -> list[list[str]]:
+        """The commands within sentences that have arguments, but for those that name an option alone."""
+        text = re.sub(r"^```.*?^```", "", self.text, flags=re.MULTILINE | re.DOTALL)
+        found = [shlex.split(one) for one in re.findall(r"`(pdiff-hf [a-z]+ [^`]+)`", text)]
+        return [one for one in found if len(one) > 3 or not one[-1].startswith("--")]
+
     def commands(self, text: str = "pdiff-hf") -> list[list[str]]:
         """The command lines in shell blocks that hold a text."""
         lines = "".join(block for block in self.blocks("bash") if text in block).replace("\\\n", " ").splitlines()

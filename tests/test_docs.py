@@ -25,7 +25,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_has_arguments_that_exist(page):
-    for program, *arguments in Document(page).commands():
+    document = Document(page)
+    for program, *arguments in document.commands() + document.inline():
         if program == "pdiff-hf" and arguments[0] in cli.STAGES:
             stage = arguments[0]
             assert config.parse(cli.config_class(stage), stage, arguments[1:]) is not None

@@ -43,6 +43,11 @@ def test_a_pipeline_and_its_report_say_the_verdict(digits_zoo, digits_pipeline, 
     assert "A pipeline that samples networks of 1,898 generated parameters, by DDPMScheduler" in before
     assert "unet of " in before.partition("Trained parts: ")[2]
     assert "Not evaluated yet" in before
+    assert f"\nLearned from {len(digits_zoo)} networks.\n" in before
+    (tmp_path / "pipeline" / "train.yaml").unlink()
+    card = (tmp_path / "pipeline" / "README.md").read_text()
+    (tmp_path / "pipeline" / "README.md").write_text(card.replace("the task `networks`", "the task `digits-convnet`"))
+    assert "\nTask: digits-convnet.\n" in run_info(InfoConfig(str(tmp_path / "pipeline")))
     report = run_evaluate(
         EvaluateConfig(
             "digits-convnet",

@@ -126,7 +126,10 @@ def test_the_wheel_runs_the_stages_outside_of_a_clone(installed, tmp_path):
 def test_a_checkout_without_links_says_in_one_line_what_is_missing(checkout, tmp_path):
     shutil.copytree(checkout, tmp_path / "source", symlinks=True)
     link = tmp_path / "source" / "pdiff_hf" / "pipelines"
-    link.unlink()
+    if link.is_symlink():
+        link.unlink()
+    else:  # of an unpacked source distribution
+        shutil.rmtree(link)
     link.write_text("../pipelines")  # what git leaves on such a system
     done = run("setup.py", "--version", cwd=tmp_path / "source")
     assert done.returncode == 1

@@ -49,7 +49,8 @@ def test_ones_own_checkpoints_become_a_zoo(digits_zoo, tmp_path):
     for index in range(3):
         save_file(digits_zoo.state_dict(index), tmp_path / "checkpoints" / f"{index}.safetensors")
     command, _ = README.commands("--checkpoints")
-    assert run_here(tmp_path, *command).stdout.endswith(": 3 networks of 1898 parameters)\n")
+    said = ": 3 networks of 1898 parameters) Next: pdiff-hf train --zoo runs/my-zoo\n"
+    assert run_here(tmp_path, *command).stdout.endswith(said)
 
 
 def test_the_python_example_samples_networks(digits_pipeline, tmp_path):

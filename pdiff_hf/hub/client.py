@@ -99,6 +99,11 @@ def repository_files(repo_id: str, revision: str, token: str | None) -> list[str
         return HfApi(token=token).list_repo_files(repo_id, revision=revision)
 
 
+def address(repo_id: str, is_zoo: bool) -> str:
+    """Where people look at a repository."""
+    return f"{constants.ENDPOINT}/{'datasets/' if is_zoo else ''}{repo_id}"
+
+
 def _hub() -> str:
     """The Hub, and where the client looks for it, without what an address may hold beside the host."""
     host = urlsplit(constants.ENDPOINT)

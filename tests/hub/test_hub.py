@@ -1,7 +1,9 @@
 # Over 400 lines: all of it shares one running server and its clients.
 """Zoos and pipelines over a real server with the real clients. What talks to it runs in a process of its own."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -592,6 +594,25 @@ def test_the_command_line_pushes_and_pulls(alice, zoo, digits_pipeline, tmp_path
 def run_cli_in(folder: Path, arguments: list[str]) -> None:
     os.chdir(folder)
     run_cli(*arguments)
+
+
+def run_cli_aloud(*arguments: str) -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        run_cli(*arguments)
+    return said.getvalue()
+
+
+def test_a_stage_that_pushes_says_where_to_look(alice, server, tmp_path):
+    zoo, pipeline = str(tmp_path / "zoo"), str(tmp_path / "pipeline")
+    said = alice(run_cli_aloud, "collect", "--num-networks", "4", "--epochs", "1", "--output-dir", zoo,
+                 "--push-to-hub", "alice/said-zoo")  # fmt: skip
+    assert f"; on the Hub, {server.url}/datasets/alice/said-zoo). Next:" in said
+    said = alice(run_cli_aloud, "train", "--zoo", zoo, "--output-dir", pipeline, "--autoencoder", "linear",
+                 "--unet-steps", "2", "--push-to-hub", "alice/said-pipeline")  # fmt: skip
+    assert f"; on the Hub, {server.url}/alice/said-pipeline). Next:" in said
+    said = alice(run_cli_aloud, "pull", "--repo", "alice/said-zoo", "--output-dir", str(tmp_path / "pulled"))
+    assert said == f"The zoo is in {tmp_path / 'pulled'}. Next: pdiff-hf info {tmp_path / 'pulled'}\n"
 
 
 def test_the_readme_shares_as_it_says(alice, digits_zoo, digits_pipeline, tmp_path):

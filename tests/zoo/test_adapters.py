@@ -1,3 +1,4 @@
+# Over 400 lines: each format of the libraries, and each way in which an adapter does not belong, on one base network.
 """LoRA adapters in and out, as the libraries that made them read and write them."""
 
 import json
