@@ -1,0 +1,69 @@
+"""Whether networks have the validation accuracy that they are asked for.
+
+Collects checkpoints of a trajectory from early on, learns them with their validation accuracy as the condition, and
+asks for levels of it (`evaluate`). Prints a line a seed of the generator: what was asked for, what was measured, and
+the slope, 1 where both agree, with its 95 % interval over networks.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks import table
+from pdiff_hf import CollectConfig, EvaluateConfig, TrainConfig, run_collect, run_evaluate, run_train
+from pdiff_hf.files import is_pipeline
+
+
+HEADER = "task | seed | asked for | measured | slope | interval"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Asks for levels of an accuracy, and measures them."""
+
+    rows: tuple[str, ...] = ("digits-convnet",)
+    """Tasks."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the generators."""
+    checkpoints: int = 400
+    """Consecutive ones, from the second epoch on."""
+    unet_steps: int = TrainConfig.unet_steps
+    """Of the generator's training."""
+    threads: int = 2
+    """Of torch."""
+    work_dir: str = "runs/asked-quality"
+    """Folder of zoos and pipelines."""
+    output: str | None = None
+    """Where the figures go: a JSON file."""
+
+
+def measure(config: Config, task: str, seed: int) -> dict[str, Any]:
+    """The figures of one generator."""
+    folder = Path(config.work_dir, task)
+    zoo, pipeline = str(folder / "zoo"), str(folder / f"seed-{seed}" / "pipeline")
+    run_collect(CollectConfig(task, output_dir=zoo, num_networks=config.checkpoints, epochs=1))
+    if not is_pipeline(pipeline):
+        settings: dict[str, Any] = {"autoencoder": "linear", "unet_steps": config.unet_steps, "seed": seed}
+        run_train(TrainConfig(zoo=zoo, output_dir=pipeline, condition=("validation_accuracy",), **settings))
+    report = run_evaluate(EvaluateConfig(task, zoo, pipeline, output_dir=str(Path(pipeline).parent / "report")))
+    return {"quality": report["quality"], "verdict": report["verdict"]["label"]}
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    found = row["quality"]
+    asked, measured = (" ".join(f"{100 * value:.1f}" for value in found[name]) for name in ("asked", "measured"))
+    return [asked, measured, f"{found['slope']:.2f}", "{:.2f} to {:.2f}".format(*found["interval"])]
+
+
+def main(config: Config) -> None:
+    """Prints a line a generator."""
+    torch.set_num_threads(config.threads)
+    table(config, HEADER, measure, cells)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
