@@ -1,9 +1,11 @@
 """The documentation builds without a warning, and what it tells people to run runs."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pdiff_hf import cli, config
 
@@ -47,6 +49,42 @@ def test_a_task_of_ones_own_is_learned_and_audited(tmp_path):
     assert "the front of the baselines" in done.stdout.replace("\n", " ") or "do not work" in done.stdout.replace(
         "\n", " "
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/tour.md"])
+def test_the_tour_leads_from_a_zoo_to_a_verdict(tmp_path, page):
+    small = {
+        "collect": ["--num-networks", "20", "--epochs", "2"],
+        "train": ["--autoencoder-steps", "20", "--unet-steps", "30"],
+        "generate": ["--num-networks", "5", "--num-inference-steps", "5"],
+        "evaluate": ["--networks-per-point", "5"],
+    }
+    stages = [one for one in Document(page).commands("pdiff-hf") if {"runs/zoo", "runs/pipeline"} & set(one)]
+    told = [one for one in stages if one[1] in small or one[1] == "info"]
+    assert [one[1] for one in told if one[1] in small] == list(small)
+    done = {one[1]: run_here(tmp_path, *one, *small.get(one[1], [])) for one in told}
+    assert "Next: pdiff-hf train --zoo runs/zoo" in done["collect"].stdout
+    assert "the baselines" in done["evaluate"].stdout or "do not work" in done["evaluate"].stdout
+    if "info" in done:
+        assert "A pipeline that samples networks of 1,898 generated parameters" in done["info"].stdout
+
+
+@pytest.mark.slow
+def test_checkpoints_of_another_generator_are_audited(tmp_path):
+    written(tmp_path, "two_moons.py")
+    (tmp_path / "two_moons.py").rename(tmp_path / "my_task.py")
+    spec = importlib.util.spec_from_file_location("my_task", tmp_path / "my_task.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for group, count in (("train", 6), ("generated", 3), ("fresh", 3)):
+        (tmp_path / "theirs" / group).mkdir(parents=True)
+        for index in range(count):
+            torch.save(module.TwoMoons().build_network().state_dict(), tmp_path / "theirs" / group / f"{index}.pt")
+    (command,) = Document("docs/audit.md").commands("theirs/generated")
+    done = run_here(tmp_path, *(argument.replace("MyTask", "TwoMoons") for argument in command))
+    assert "3" in done.stdout
+    assert (tmp_path / "runs" / "audit" / "report.html").is_file()
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """The page to play with: what it computes, what it shows in a browser, and that it is a Space."""
 
+import contextlib
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -56,6 +58,28 @@ def test_networks_have_the_accuracy_that_the_task_finds(ground):
     assert {row["networks"] for row in rows} == {"generated", "original"}
     alone = ground.pipe(generator=torch.Generator().manual_seed(6), output_type="pt").state_dicts
     torch.testing.assert_close(vectors[1:2], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_command_serves_the_page(digits_pipeline, digits_zoo):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = ["--pipeline", str(digits_pipeline), "--zoo", str(digits_zoo.folder), "--task", "digits-convnet"]
+    command = [sys.executable, "-m", "pdiff_hf", "play", *places, "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as served:
+        try:
+            page = None
+            for _ in range(240):
+                with contextlib.suppress(OSError):
+                    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read().decode()
+                    break
+                assert served.poll() is None, served.stdout.read()
+                time.sleep(0.5)
+            assert page is not None
+            assert "Networks that nobody trained" in page
+        finally:
+            served.terminate()
 
 
 def test_a_walk_leads_from_one_network_to_the_other(ground):
