@@ -52,8 +52,8 @@ def main(args: Sequence[str] | None = None) -> None:
     lines += [
         "",
         "`pdiff-hf STAGE --help` lists a stage's arguments; --traceback shows where an error came from,",
-        "--quiet leaves out the last line, on where the result is and what comes next, and --version says which",
-        "pdiff-hf this is. Completion of what you type:",
+        "--quiet leaves out progress, and the last line, on where the result is and what comes next, and --version",
+        "says which pdiff-hf this is. Completion of what you type:",
         '    eval "$(pdiff-hf --completion bash)"    (or zsh)',
     ]
     if stage == "--version":
@@ -123,6 +123,8 @@ def stage_function(stage: str) -> Callable[[Any], Any]:
 
 def _run(stage: str, args: Sequence[str]) -> None:
     show_all, quiet = "--traceback" in args, "--quiet" in args
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # read when the bars' package is imported, as that of a stage is
     try:
         from .config import parse
 

@@ -11,6 +11,7 @@ import pytest
 from pdiff_hf.cli import main
 
 from . import families
+from .documents import run_here
 from .test_cli import line_of
 
 
@@ -89,7 +90,16 @@ def test_of_independent_networks_the_next_command_names_the_family(task, options
         assert said in capsys.readouterr().out
 
 
-def test_a_stage_ends_with_where_its_result_is_and_what_comes_next(tmp_path, capsys):
+def test_quietly_there_is_no_progress(tmp_path):
+    done = run_here(tmp_path, "pdiff-hf", "collect", "--num-networks", "4", "--epochs", "1", "--quiet")
+    assert done.stdout == ""
+    assert "%|" not in done.stderr
+    done = run_here(tmp_path, "pdiff-hf", "collect", "--num-networks", "5", "--epochs", "1")
+    assert "%|" in done.stderr
+
+
+def test_a_stage_ends_with_where_its_result_is_and_what_comes_next(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "")  # is set below, and as it was when the test ends
     zoo, pipeline, generated, report = (str(tmp_path / name) for name in ("a zoo", "pipeline", "generated", "report"))
     main(["collect", "--output-dir", zoo, "--num-networks", "4", "--epochs", "1"])
     said = capsys.readouterr().out

@@ -316,6 +316,16 @@ def test_the_hypernetwork_has_the_training_of_the_generator(zoo, trained, monkey
         assert {inputs.shape for inputs in drawn} == {(1, 5)}
 
 
+def test_kept_outputs_change_nothing_but_the_time(zoo, trained, monkeypatch):
+    audit = conditions.ConditionAudit(FAMILY, zoo, load_pipeline(trained))
+    monkeypatch.setattr(regression, "STEPS", 60)
+    found = []
+    for most in (regression.MOST_OUTPUTS, 0):
+        monkeypatch.setattr(regression, "MOST_OUTPUTS", most)
+        found.append(dict(audit._answers())["hypernetwork"])
+    torch.testing.assert_close(*found, atol=1e-3, rtol=1e-3)
+
+
 def test_conditions_whose_networks_in_other_forms_were_learned_from_are_not_held_out(zoo, trained):
     """The opposite direction of each, whose last digits differ."""
     few = families.Sides()

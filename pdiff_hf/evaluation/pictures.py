@@ -34,6 +34,8 @@ CURVES = {
 }
 MOST_TENSORS = 12
 MOST_ROWS = 60
+# By how much of an axis single networks are moved, at most to both sides together.
+JITTER = 0.012
 # Points below the best that an axis shows.
 SHOWN_POINTS = 15
 
@@ -119,8 +121,10 @@ def plane(
     )
     for name, marker, size in (("trained", "o", 190), ("generated", "^", 130), ("fresh", "D", 70)):
         if name in networks:
-            # Those that lie outside stand at the edge.
-            x, y = networks[name][1].clamp(left, right), (100 * networks[name][2]).clamp(low, high)
+            # Moved a little, as accuracies have few values; those that lie outside stand at the edge.
+            moved = JITTER * (torch.rand(2, len(networks[name][1]), generator=torch.Generator().manual_seed(0)) - 0.5)
+            x = (networks[name][1] + (right - left) * moved[0]).clamp(left, right)
+            y = (100 * networks[name][2] + (high - low) * moved[1]).clamp(low, high)
             ax.scatter(x, y, s=8, marker=marker, color=COLOURS[name], alpha=0.25, linewidths=0, gid=f"networks-{name}")
             label = f"{LABELS[name]}: mean of {groups[name]['count']}"
             ax.scatter(

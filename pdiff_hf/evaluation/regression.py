@@ -24,6 +24,8 @@ PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 NEIGHBOURS = (1, 4, 16)
 # Of the hypernetwork; more steps where the generator has seen more networks.
 HIDDEN, STEPS, BATCH, RATE = 512, 2000, 128, 1e-3
+# Outputs of the training networks that are kept: half a gigabyte.
+MOST_OUTPUTS = 2**27
 # Of the difference of outputs in the hypernetwork's loss: whichever is better after this share of those steps.
 WEIGHTS, CHOSEN_AFTER = (1.0, 256.0), 1 / 4
 
@@ -168,15 +170,30 @@ def _hypernetwork(
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
+    known = None if behaviour is None else _known_outputs(behaviour, networks, steps)
     with torch.enable_grad():
         for _ in range(steps):
             indices = torch.randint(len(networks), (BATCH,), generator=generator)
             predicted, stored = model(conditions.rows[indices]), networks[indices]
             loss = F.mse_loss(predicted, stored)
             if behaviour is not None:
-                loss = loss + weight * behaviour(predicted, stored, behaviour.draw(1, generator)[0])
+                inputs = behaviour.draw(1, generator)[0]
+                if known is None:
+                    loss = loss + weight * behaviour(predicted, stored, inputs)
+                else:
+                    loss = loss + weight * behaviour.difference(predicted, known[indices][:, inputs], inputs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     return lambda asked: model(conditions(asked)).detach()
+
+
+@torch.no_grad()
+def _known_outputs(behaviour: Behaviour, networks: torch.Tensor, steps: int) -> torch.Tensor | None:
+    """Of all networks on all inputs, `[N, E, ...]`, where that is less than what so many steps compare, and fits."""
+    count = len(behaviour.inputs)
+    values = behaviour.outputs(networks[:1], behaviour.inputs[:1]).numel() * len(networks) * count
+    if values > MOST_OUTPUTS or len(networks) * count > steps * BATCH * behaviour.count:
+        return None
+    return torch.cat([behaviour.outputs(some, behaviour.inputs) for some in networks.split(BATCH // 8)])

@@ -79,11 +79,14 @@ class Behaviour:
 
     def __call__(self, ours: torch.Tensor, stored: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Of normalized vectors, both `[N, P]`, on these inputs, `[E]`."""
-        inputs = self.inputs[indices]
+        with torch.no_grad(), torch.autocast(ours.device.type, enabled=False):
+            expected = self.outputs(stored, self.inputs[indices])
+        return self.difference(ours, expected, indices)
+
+    def difference(self, ours: torch.Tensor, expected: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Of normalized vectors, `[N, P]`, from outputs, `[N, E, ...]`, on these inputs, `[E]`."""
         with torch.autocast(ours.device.type, enabled=False):  # small products, whose errors add up
-            with torch.no_grad():
-                expected = self.outputs(stored, inputs)
-            return F.mse_loss(self.outputs(ours, inputs), expected) / self.variance
+            return F.mse_loss(self.outputs(ours, self.inputs[indices]), expected) / self.variance
 
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Indices of inputs for so many networks, `[count, E]`: a row each, since processes share them, all alike."""
