@@ -78,8 +78,8 @@ CAPTIONS = {
     "training": "Left: how much each latent, or without an autoencoder each parameter, varies over networks. Good: "
     "generated ones vary as the originals. Bad: they vary less, often in late latents. Right: the loss of the "
     "denoiser. Bad: it still falls at the end, so that more training may help",
-    "conditions": "Accuracy on conditions that no training network had, the mean and its 95 % interval; rows share the "
-    "conditions, and often the images, so that differences are surer than that. Good: the generator lies right of all "
+    "conditions": "Accuracy on conditions that no training network had, the mean and its 95 % interval; rows share "
+    "conditions, and often images, so that differences are surer than that. Good: the generator lies right of all "
     "that needs none, and near networks trained on the task. Bad: left of retrieval or regression, or as its shuffled "
     "condition, which then means nothing",
 }
