@@ -143,6 +143,9 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
         "gain": verdict["accuracy_gain"],
         "interval": verdict["interval"],
         "fresh_gain": verdict["fresh_accuracy_gain"],
+        "gain_at_fresh": verdict["gain_at_fresh"],
+        "gain_at_fresh_interval": verdict["gain_at_fresh_interval"],
+        "share_at_fresh": verdict["share_at_fresh"],
         "share_of_gap": verdict["share_of_gap"],
         "share_of_gap_interval": verdict["share_of_gap_interval"],
         "ensembles": ensembles,
@@ -165,9 +168,10 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{percent(row['accuracy'], row['minimum'])}, {row['similarity']:.3f}",
         f"{percent(row['fresh_accuracy'], row['fresh_minimum'])}, {row['fresh_similarity']:.3f}",
         f"{percent(row['gain'])} ({percent(*row['interval'])})",
+        f"{percent(row['gain_at_fresh'])} ({percent(*row['gain_at_fresh_interval'])})",
         percent(row["fresh_gain"]),
         percent(row["share_of_gap"]),
-        percent(row["ensembles"]["generated"], row["ensembles"]["fresh"]),
+        percent(*(row["ensembles"][name] for name in ("trained", "generated", "fresh"))),
         f"{row['minutes']:.1f}",
         f"{training['steps']}, {percent(training['accuracy']['mean'])}" if training else "-",
     ]
@@ -177,8 +181,8 @@ def main(config: Config) -> None:
     """Prints a line a generator."""
     torch.set_num_threads(config.threads)
     header = (
-        "zoo | seed | verdict | generated: mean, min, similarity | fresh | gain | fresh | share"
-        " | ensembles: generated, fresh | minutes | steps of training, their accuracy"
+        "zoo | seed | verdict | generated: mean, min, similarity | fresh | gain | gain at that of fresh | fresh"
+        " | share | ensembles: trained, generated, fresh | minutes | steps of training, their accuracy"
     )
     table(config, header, measure, cells)
 

@@ -81,14 +81,18 @@ class Neighbours:
         self, zoo: WeightZoo, some: torch.Tensor, similar: torch.Tensor, own: torch.Tensor | None = None
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Distances `[n]` of some networks to the nearest training networks, and which those are: as they are stored,
-        and, where hidden units are recognized, up to permutations."""
+        and, where hidden units are recognized, up to permutations and scales."""
         closest = nearest(zoo, self.trained, some, own)
         found = {"stored": (closest.values[:, 0], closest.indices[:, 0])}
         values = self.trained.vector_size * (len(self.trained) + len(self.generated))
         if self.symmetry is not None and values <= MOST_ALIGNED_VALUES:
             candidates = torch.cat([closest.indices, similar, self._alike(zoo, some, own)], 1)
             places = candidates.unique()
-            ours, theirs = zoo.vectors(some.tolist()).double(), self.trained.vectors(places.tolist()).double()
+            # Units of one scale, too.
+            ours, theirs = (
+                self._balanced(one).double()
+                for one in (zoo.vectors(some.tolist()), self.trained.vectors(places.tolist()))
+            )
             distances, which = aligned_distances(self.symmetry, ours, theirs, torch.searchsorted(places, candidates))
             found["aligned"] = distances, places[which]
         return found
@@ -107,7 +111,15 @@ class Neighbours:
     def _trained_sorted(self) -> torch.Tensor:
         return torch.cat([self._sorted(batch) for batch in self.trained.batches()])
 
+    def _balanced(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Networks with hidden units of one scale, where these are recognized and no number is too large for it."""
+        if self.symmetry is None:
+            return vectors
+        balanced = self.symmetry.balance(vectors)
+        return torch.where(balanced.isfinite().all(1, keepdim=True), balanced, vectors)
+
     def _sorted(self, vectors: torch.Tensor) -> torch.Tensor:
-        """The values of each tensor, which permutations of hidden units leave as they are."""
+        """The values of each tensor in one scale, which permutations of hidden units leave as they are."""
+        vectors = self._balanced(vectors)
         slices = self.trained.layout.slices.values()
         return torch.cat([vectors[:, place].sort(1).values for place in slices], 1)

@@ -21,7 +21,7 @@ from .measures import Nearest, mean, most_similar, parameter_statistics, picked
 from .neighbours import CANDIDATES, Neighbours
 from .scoring import Scorer, Scores
 from .subjects import Subjects
-from .verdict import Place, Plane, share_of_gap, verdict
+from .verdict import Place, Plane, beside_fresh, share_of_gap, verdict
 
 
 # Where a curve passes the generated networks' similarity, it is refined by so many points.
@@ -34,6 +34,8 @@ MOST_STEPS = 1000
 # Parameters of all networks of a baseline that are made at a time: for each time, the whole zoo is read.
 BASELINE_VALUES = 2**27
 PARTS = f"{UNFINISHED}scores"
+# Baselines that are a training network where their strength is 0.
+FROM_ONE = ("noise", "interpolation", "shrinking", "difference", "nearest-interpolation")
 
 
 class Point(NamedTuple):
@@ -212,6 +214,8 @@ class Study:
 
     def _verdict(self, nearest: dict[str, Any]) -> dict[str, Any]:
         curves = {kind: [point.place for point in points] for kind, points in self.curves.items()}
+        unchanged = from_main(lambda: self.plane.unchanged(self.compared))
+        curves = {kind: [unchanged, *places] if kind in FROM_ONE else places for kind, places in curves.items()}
         against = {
             "curves": curves,
             "trained_accuracy": self.groups["trained"]["accuracy"]["mean"],
@@ -229,6 +233,7 @@ class Study:
             of_fresh = verdict(place, copied=0.0, outside=1.0, **against)
             found["fresh_accuracy_gain"], found["fresh_interval"] = of_fresh["accuracy_gain"], of_fresh["interval"]
             found["share_of_gap"], found["share_of_gap_interval"] = share_of_gap(self.place, place, curves)
+            found |= beside_fresh(self.place, place, curves)
         return found
 
     def _score(self, zoo: WeightZoo, name: str) -> Scores:

@@ -50,6 +50,13 @@ class Plane:
         examples = trained.shape[1]
         self.examples = torch.cat([torch.ones(1, examples), resample(examples, 1).float() * examples]).T
 
+    def unchanged(self, some: torch.Tensor) -> Place:
+        """That of the training networks themselves, of some of them `[n]`: where curves begin."""
+        networks = torch.cat([torch.full((1, len(some)), 1 / len(some)), resample(len(some), 4).float()]).T
+        accuracy = 1 - (self.trained[some].float() @ self.examples) / len(self.examples)
+        mean = (accuracy * networks).sum(0)
+        return Place(mean, torch.ones_like(mean))
+
     def place(self, scores: Scores, seed: int) -> Place:
         """The place of a set of networks; `seed` is that of the resampled networks."""
         wrong = scores.wrong
@@ -78,24 +85,40 @@ def front(curve: list[Place], at: torch.Tensor) -> torch.Tensor:
     return best
 
 
-def gain(generated: Place, curves: dict[str, list[Place]]) -> torch.Tensor:
-    """Accuracy above the curves at that similarity or below, `[B]`; infinite where none reaches it."""
-    fronts = [front(curve, generated.similarity) for curve in curves.values()]
+def gain(generated: Place, curves: dict[str, list[Place]], least: torch.Tensor | None = None) -> torch.Tensor:
+    """Accuracy above the curves at that similarity or below, or at the least one that is worth anything `[B]`, where
+    it is below that: `[B]`, infinite where none reaches it."""
+    at = generated.similarity if least is None else torch.maximum(generated.similarity, least)
+    fronts = [front(curve, at) for curve in curves.values()]
     return generated.accuracy - torch.stack(fronts).amax(0)
 
 
 def share_of_gap(
-    generated: Place, fresh: Place, curves: dict[str, list[Place]]
+    generated: Place, fresh: Place, curves: dict[str, list[Place]], at_fresh: bool = False
 ) -> tuple[float | None, list[float | None]]:
     """How much of the way from the front to fresh networks generated ones go: the ratio of the gains of both over the
-    front, each at its own similarity, and its interval; None where fresh networks are not clear of the front, or no
-    baseline reaches so low a similarity."""
-    ours, theirs = gain(generated, curves), gain(fresh, curves)
+    front, each at its own similarity, or both at no less than that of the fresh ones, and its interval; None where
+    fresh networks are not clear of the front, or no baseline reaches so low a similarity."""
+    ours = gain(generated, curves, fresh.similarity if at_fresh else None)
+    theirs = gain(fresh, curves)
     if not interval(theirs[1:], CONFIDENCE)[0] > 0 or not torch.isfinite(torch.stack([ours[0], theirs[0]])).all():
         return None, [None, None]
     shares = ours / theirs
     low, high = interval(shares[1:], CONFIDENCE)
     return _number(shares[0]), [_number(torch.tensor(low)), _number(torch.tensor(high))]
+
+
+def beside_fresh(generated: Place, fresh: Place, curves: dict[str, list[Place]]) -> dict[str, Any]:
+    """The gain and the share where no similarity below that of fresh networks counts: to be less similar to the zoo
+    than new networks are is nothing that is won."""
+    over = gain(generated, curves, fresh.similarity)
+    share, interval_of_share = share_of_gap(generated, fresh, curves, at_fresh=True)
+    return {
+        "gain_at_fresh": _number(over[0]),
+        "gain_at_fresh_interval": [_number(torch.tensor(end)) for end in interval(over[1:], CONFIDENCE)],
+        "share_at_fresh": share,
+        "share_at_fresh_interval": interval_of_share,
+    }
 
 
 def verdict(

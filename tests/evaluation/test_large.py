@@ -12,7 +12,7 @@ import pdiff_hf
 from pdiff_hf import ParameterLayout, WeightZoo
 from pdiff_hf.evaluation import measures
 from pdiff_hf.evaluation.measures import most_similar, nearest, outside_span, picked, resampled_means, similarity
-from pdiff_hf.evaluation.verdict import Place, share_of_gap, verdict
+from pdiff_hf.evaluation.verdict import Place, beside_fresh, share_of_gap, verdict
 
 from .test_verdict import HardDigits, independent_zoo, noisy
 
@@ -169,6 +169,18 @@ def test_the_share_of_the_way_to_fresh_networks_is_that_of_the_gains():
     assert low == pytest.approx(share)
     assert high == pytest.approx(share)
     assert share_of_gap(place(0.83, 0.8), place(0.85, 0.9), CURVES) == (None, [None, None])
+
+
+def test_less_similar_than_fresh_networks_is_worth_nothing():
+    found = beside_fresh(place(0.83, 0.8), place(0.90, 0.9), CURVES)
+    # At .9 the front is at .86.
+    assert found["gain_at_fresh"] == pytest.approx(-0.03, abs=1e-4)
+    assert found["gain_at_fresh_interval"] == pytest.approx([-0.03, -0.03], abs=1e-4)
+    assert found["share_at_fresh"] == pytest.approx(-0.03 / 0.04, abs=1e-3)
+    more = beside_fresh(place(0.89, 0.95), place(0.90, 0.9), CURVES)
+    assert more["gain_at_fresh"] == pytest.approx(0.89 - 0.88, abs=1e-4)
+    unreached = beside_fresh(place(0.83, 0.2), place(0.90, 0.3), CURVES)
+    assert unreached["gain_at_fresh"] is None
 
 
 def test_networks_that_are_nearly_one_are_called_collapsed():

@@ -723,6 +723,29 @@ def test_copies_are_found_where_each_training_network_is_there_twice():
     assert report["verdict"]["copied"] == 1
 
 
+def test_copies_whose_units_have_other_scales_are_found():
+    networks = states(BlobTask(), 5)
+    copies = [
+        {
+            "0.weight": 3 * one["0.weight"],
+            "0.bias": 3 * one["0.bias"],
+            "2.weight": one["2.weight"] / 3,
+            "2.bias": one["2.bias"],
+        }
+        for one in networks
+    ]
+    report = pdiff_hf.evaluate(BlobTask(), trained=networks, generated=copies, networks_per_point=4)
+    assert report["verdict"]["copied"] == 1
+
+
+def test_curves_begin_with_the_training_networks():
+    trained = [answering(1, offset / 20) for offset in range(8)]
+    generated = [{**one, "2.weight": 1.001 * one["2.weight"]} for one in trained]
+    verdict = pdiff_hf.evaluate(BlobTask(), trained=trained, generated=generated, networks_per_point=4)["verdict"]
+    assert verdict["gain_over_noise"] <= 1e-6
+    assert verdict["gain_over_averaging"] <= 1e-6
+
+
 def test_copies_in_another_order_are_found_where_all_networks_err_alike():
     """Nothing but the values of the weights tells of which network each is one."""
     generator = torch.Generator().manual_seed(0)
