@@ -19,7 +19,7 @@ from .parallel import Saving, from_main, processes, wait_for_everyone, written
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .runs import check_not_fewer, check_same_facts, check_same_run, own_randomness, save_run
 from .tasks import Task, TaskFamily, check_family, load_family
-from .tasks.family import OneTask, code_sha256
+from .tasks.family import OneTask, code_sha256, is_shared
 from .zoo import WeightZoo, check_room_for, make_layout, networks_per_batch
 from .zoo.fill import fill
 
@@ -200,6 +200,9 @@ def _collect_independent(
         )
 
     size = layout.vector_size
+    some = [family.task(condition).data("train")[0] for condition in (conditions[0], conditions[-1])]
+    if not is_shared(some):
+        size += some[0].numel()  # the examples of each are held, too
     at_once = (
         networks_per_batch(size) if processes().device.type == "cpu" else networks_per_batch(size, ON_ACCELERATOR)
     )

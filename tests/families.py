@@ -88,6 +88,16 @@ class AdaptersOfSides(Sides):
         return AdapterOfSide(super().task(condition).angle)
 
 
+class UpdatesOfSides(Sides):
+    """Adapters that are updates alone."""
+
+    def task(self, condition):
+        side = AdapterOfSide(super().task(condition).angle)
+        base = Base()
+        side.build_network = lambda: AdaptedNetwork(base, lora(base, ["hidden", "out"], 2))
+        return side
+
+
 class OwnInputs(Sides):
     """Each task with inputs of its own."""
 

@@ -55,9 +55,9 @@ class NormalizedNetworks:
     def __call__(self, indices: torch.Tensor) -> torch.Tensor:
         if self._held is not None:
             return self._held[indices.to(self._held.device)]
-        members = indices.cpu()[:, None] + torch.arange(self.window)
-        vectors = self._normalize(self.zoo.vectors(members.flatten().tolist()))
-        return vectors.unflatten(0, (-1, self.window)).mean(1)
+        # One window at a time: a batch of them takes as many times the memory.
+        windows = (self.zoo.vectors(range(first, first + self.window)) for first in indices.tolist())
+        return torch.stack([self._normalize(vectors).mean(0) for vectors in windows])
 
     def batches(self) -> Iterator[torch.Tensor]:
         """All of them in order, `[n, P]` at a time."""

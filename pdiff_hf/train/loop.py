@@ -171,6 +171,8 @@ class TrainingLoop:
             for optimizer, peak in zip(optimizers, peaks, strict=True)
         ]
 
+        if accelerator.is_main_process and self.resume_from is not None:
+            self._remove_later(self.step + 1)
         model.train()
         while self.step < last:
             losses = []
@@ -235,7 +237,8 @@ class TrainingLoop:
         wait_for_everyone()
         try:
             with explained(target, "The checkpoints before are whole; make room and resume from the latest."):
-                self.accelerator.save_state(str(temporary))
+                # safetensors would leave out weights without numbers, of tokens that have none, and miss them later.
+                self.accelerator.save_state(str(temporary), safe_serialization=False)
                 if self.accelerator.is_main_process:
                     save_file(self.finished, temporary / FINISHED)
                     if ema is not None:
@@ -245,14 +248,17 @@ class TrainingLoop:
             raise
         wait_for_everyone()
         if self.accelerator.is_main_process:
-            # Those of a training that went on from here before are of another future.
-            for later in _checkpoints(self.folder):
-                if _step_of(later) >= self.step:
-                    shutil.rmtree(later)
+            self._remove_later(self.step)
             temporary.rename(target)
             limit = self.config.checkpoints_total_limit
             for old in _checkpoints(self.folder)[: -limit if limit else 0]:
                 shutil.rmtree(old)
+
+    def _remove_later(self, step: int) -> None:
+        """Removes checkpoints from a step on: to a training that goes on before it, they are another future."""
+        for later in _checkpoints(self.folder):
+            if _step_of(later) >= step:
+                shutil.rmtree(later)
 
     def __enter__(self) -> "TrainingLoop":
         return self

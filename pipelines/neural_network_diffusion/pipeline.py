@@ -280,7 +280,18 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             raise ValueError("`timesteps` and `sigmas` both set the steps: pass one of them.")
         for name in custom.keys() - inspect.signature(self.scheduler.set_timesteps).parameters.keys():
             raise ValueError(f"{type(self.scheduler).__name__} takes no {name} of one's own.")
-        self.scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
+        last = self.scheduler.config.get("shift_terminal")
+        if custom and last:
+            # By itself the scheduler would stretch them to end there, and given timesteps would tell other levels.
+            most = self.scheduler.config.num_train_timesteps
+            levels = sigmas if timesteps is None else [timestep / most for timestep in timesteps]
+            self.scheduler.register_to_config(shift_terminal=None)
+            try:
+                self.scheduler.set_timesteps(sigmas=levels, device=device)
+            finally:
+                self.scheduler.register_to_config(shift_terminal=last)
+        else:
+            self.scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
         if not torch.isfinite(torch.as_tensor(self.scheduler.timesteps, dtype=torch.float32)).all():
             raise ValueError(f"{num_inference_steps} denoising steps are too few for this scheduler: take 2 or more.")
         return self.scheduler.timesteps

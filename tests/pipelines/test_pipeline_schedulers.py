@@ -172,16 +172,21 @@ def test_timesteps_of_ones_own_are_refused_where_the_scheduler_takes_none(schedu
         run(swapped(build_pipe(), scheduler), timesteps=[900, 500, 100])
 
 
-@pytest.mark.parametrize("sigmas", [[1.0, 0.6, 0.3], [1.0, 0.25]], ids=str)
-def test_sigmas_of_ones_own_are_the_noise_of_the_steps_where_the_scheduler_takes_them(sigmas):
+@pytest.mark.parametrize("last", [None, 0.2])
+@pytest.mark.parametrize("name", ["sigmas", "timesteps"])
+@pytest.mark.parametrize("sigmas", [[1.0, 0.6, 0.3], [1.0, 0.25], [1.0]], ids=str)
+def test_steps_of_ones_own_are_the_noise_of_the_steps_where_the_scheduler_takes_them(sigmas, name, last):
     pipe = knowing_pipe(FlowMatchEulerDiscreteScheduler)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift_terminal=last)
+    given = {name: sigmas if name == "sigmas" else [1000 * sigma for sigma in sigmas]}
     seen, latents = [], randn(2, 2, 6)
 
     def note(pipe, step, timestep, tensors):
         seen.append((float(timestep), tensors["latents"]))
         return tensors
 
-    run(pipe, sigmas=sigmas, latents=latents, callback_on_step_end=note)
+    run(pipe, **given, latents=latents, callback_on_step_end=note)
+    assert pipe.scheduler.config.shift_terminal == last
     assert [timestep for timestep, _ in seen] == pytest.approx([1000 * sigma for sigma in sigmas])
     for (_, found), sigma in zip(seen, [*sigmas[1:], 0.0], strict=True):
         assert_same(found, (1 - sigma) * pipe.transformer.clean + sigma * latents)

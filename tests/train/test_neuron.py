@@ -39,6 +39,7 @@ from pdiff_hf.tasks.digits import DigitsMLP
 from pdiff_hf.train.neuron_diffusion import initial_vectors, share_statistics
 from pdiff_hf.train.objectives import FlowMatchingObjective
 
+from .. import families
 from ..conftest import launch, site_without_this_package
 
 
@@ -215,6 +216,36 @@ def test_an_interrupted_training_resumes_with_the_losses_of_an_uninterrupted_one
         path.unlink() if path.is_file() else path.rename(tmp_path / "gone")
     run_train(config(zoo, tmp_path / "part", checkpointing_steps=10, resume_from_checkpoint="latest"))
     assert losses(tmp_path / "part") == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_training_of_adapters_alone_goes_on(tmp_path):
+    """No number of such a network is outside of its updates: one token of the transformer is empty."""
+    task = f"{families.__name__}:UpdatesOfSides"
+    folder = str(tmp_path / "zoo")
+    run_collect(CollectConfig(task, folder, networks_per_task=1, epochs=1))
+    settings = {**SETTINGS, "zoo": folder, "output_dir": str(tmp_path / "pipeline"), "task": task}
+    settings |= {"checkpointing_steps": 3, "transformer_steps": 9}
+    run_train(NeuronTrainConfig(**settings))
+    expected = losses(tmp_path / "pipeline")
+    run_train(NeuronTrainConfig(**settings, resume_from_checkpoint="checkpoint-3"))
+    assert losses(tmp_path / "pipeline") == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_training_that_goes_on_from_an_earlier_checkpoint_has_no_later_ones(zoo, tmp_path, monkeypatch):
+    settings = {"checkpointing_steps": 10, "transformer_steps": 30}
+    run_train(config(zoo, tmp_path, **settings))
+    again = config(zoo, tmp_path, **settings, resume_from_checkpoint="checkpoint-10")
+    with monkeypatch.context() as patch:
+        patch.setattr(FlowMatchingObjective, "draw", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_train(again)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
+    run_train(replace(again, resume_from_checkpoint="latest"))
+    assert len(losses(tmp_path)) == 30
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_training_does_not_go_on_with_another_task(tmp_path):
