@@ -26,7 +26,7 @@ from .zoo.fill import fill
 
 STATE_FILE = "collect.state.pt"
 # What a network that diverged is trained again from: seeds far from those of its neighbours.
-RETRIES, FAR = 3, 1_000_003
+RETRIES, FAR = 3, 2**40
 # Networks that are trained at once on an accelerator, which steps of few small ones leave idle.
 ON_ACCELERATOR = 256
 
