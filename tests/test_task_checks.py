@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pdiff_hf import CollectConfig, Task, WeightZoo, ZooError, evaluate, run_collect
+from pdiff_hf.collect import FAR
 from pdiff_hf.errors import TaskError
 from pdiff_hf.tasks import check_family, check_task, load_family
 from pdiff_hf.tasks.task import BUILT_IN
@@ -251,10 +252,10 @@ class T(Blobs):
 
 
 def test_a_seed_that_diverges_is_named_and_replaced_and_the_others_finish(tmp_path, capsys):
-    task = written(tmp_path, DIVERGING.format(bad="{8, 8 + 1_000_003}"))
+    task = written(tmp_path, DIVERGING.format(bad=f"{{8, 8 + {FAR}}}"))
     config = {"task": task, "protocol": "independent", "seed": 6}
     zoo = run_collect(CollectConfig(output_dir=str(tmp_path / "zoo"), num_networks=5, **config))
-    assert [row["seed"] for row in zoo.metadata] == [6, 7, 8 + 2 * 1_000_003, 9, 10]
+    assert [row["seed"] for row in zoo.metadata] == [6, 7, 8 + 2 * FAR, 9, 10]
     assert "The network of seed 8 diverged" in capsys.readouterr().err
     assert torch.isfinite(zoo.vectors()).all()
 
