@@ -172,11 +172,15 @@ def _outcome(stage: str, config: Any, result: Any, seconds: float) -> str | None
     if stage == "train":
         what = f"The pipeline is in {folder} ({took}). Next: pdiff-hf"
         if config.condition:
-            own = getattr(config, "task", None) or ""
-            task = f" --task {shlex.quote(own)}" if ":" in own else ""
-            return f"{what} evaluate --trained {shlex.quote(config.zoo)} --generated {folder}{task}"
+            own = _own_task(getattr(config, "task", None))
+            return f"{what} evaluate --trained {shlex.quote(config.zoo)} --generated {folder}{own}"
         return f"{what} generate --pipeline {folder}"
     return f"The report is in {folder} ({took}): report.html, report.md, and pictures."
+
+
+def _own_task(task: str | None) -> str:
+    """The option that names code of one's own, which that of a zoo does not run unasked."""
+    return f" --task {shlex.quote(task)}" if task and ":" in task else ""
 
 
 def _family_of(zoo: Any, task: str) -> str:
@@ -186,8 +190,9 @@ def _family_of(zoo: Any, task: str) -> str:
     row = next(zoo.rows())
     if "initial_norm" not in row:
         return ""
-    own = f" --task {shlex.quote(task)}" if ":" in task else ""  # of a zoo, code of one's own is not run unasked
-    return " --family neuron" + own + "".join(f" --condition {name}" for name in sorted(row.keys() - COLUMNS))
+    return (
+        " --family neuron" + _own_task(task) + "".join(f" --condition {name}" for name in sorted(row.keys() - COLUMNS))
+    )
 
 
 def _explanation(error: Exception) -> str:

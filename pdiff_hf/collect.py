@@ -14,7 +14,7 @@ from .errors import ConfigError, ZooError
 from .files import human_size, is_zoo
 from .networks.adapted import AdaptedNetwork
 from .networks.stacked import NotStackableError
-from .networks.trainer import NetworkTrainer, StackedTrainer, is_stackable
+from .networks.trainer import NetworkTrainer, StackedTrainer, data_of, is_stackable
 from .parallel import Saving, from_main, processes, wait_for_everyone, written
 from .pipelines.neural_network_diffusion import ParameterLayout
 from .runs import check_not_fewer, check_same_facts, check_same_run, own_randomness, save_run
@@ -157,13 +157,13 @@ def _collect_independent(
     layout: ParameterLayout,
 ) -> WeightZoo:
     """Networks of all conditions in turn, so that more networks come after those that are there."""
-    task = family.task(conditions[0])
+    task, last = family.task(conditions[0]), family.task(conditions[-1])
     if any(not name.endswith("num_batches_tracked") for name in layout.frozen_state_dict()):
         # Flags and the like are as they are after training.
         layout.load_frozen(
             from_main(lambda: NetworkTrainer(task, config.seed, config.epochs).trained().cpu().state_dict())
         )
-    stackable = from_main(lambda: is_stackable([task, family.task(conditions[-1])], layout))
+    stackable = from_main(lambda: is_stackable([task, last], layout))
 
     def train(indices: range) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         seeds = [config.seed + index for index in indices]
@@ -200,7 +200,7 @@ def _collect_independent(
         )
 
     size = layout.vector_size
-    some = [family.task(condition).data("train")[0] for condition in (conditions[0], conditions[-1])]
+    some = [inputs for inputs, _ in data_of([task, last], "train")]
     if not is_shared(some):
         size += some[0].numel()  # the examples of each are held, too
     at_once = (

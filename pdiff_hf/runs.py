@@ -85,6 +85,14 @@ def check_same_facts(folder: str | Path, stage: str, facts: dict[str, Any]) -> N
         raise ConfigError(f"{folder} holds a run with {before[name]} {name}, not {value}: it cannot be resumed.")
 
 
+def noted(folder: str | Path, stage: str, name: str) -> Any:
+    """A fact that a run noted; None in a folder that came without it, or whose facts are damaged."""
+    try:
+        return json.loads(Path(folder, f"{stage}.facts.json").read_text(encoding="utf-8")).get(name)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
 def generator_at(seed: int, position: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The randomness of a step of a run, which depends on the run's seed and the step alone."""
     return torch.Generator(device).manual_seed((seed * 1_000_003 + position) % 2**63)

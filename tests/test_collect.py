@@ -8,12 +8,13 @@ import time
 import pytest
 import torch
 
-from pdiff_hf import CollectConfig, ParameterLayout, WeightZoo, ZooError, load_task, run_collect
+from pdiff_hf import CollectConfig, ParameterLayout, WeightZoo, ZooError, collect, load_task, run_collect
 from pdiff_hf.collect import FAR, RETRIES
 from pdiff_hf.errors import ConfigError
 from pdiff_hf.networks.predictor import in_float32
 from pdiff_hf.networks.trainer import NetworkTrainer, StackedTrainer, is_stackable
 from pdiff_hf.tasks.digits import DigitsMLP
+from pdiff_hf.zoo import networks_per_batch
 
 from .conftest import ROOT, assert_same_networks, run
 
@@ -193,6 +194,27 @@ def test_frozen_layers_that_differ_between_seeds_are_refused_where_networks_are_
         together.train(layout)
     accepted = StackedTrainer([RandomFeatures()] * 2, [0, 1], 1).train(layout, ["1.*"])
     assert len(accepted) == 2
+
+
+class Anew(DigitsMLP):
+    """Reads its examples anew each time."""
+
+    def data(self, split):
+        return tuple(part.clone() for part in super().data(split))
+
+
+@pytest.mark.parametrize(("task", "held"), [(f"{__name__}:Anew", False), ("tests.families:OwnInputs", True)])
+def test_examples_are_counted_where_each_network_has_its_own(tmp_path, monkeypatch, task, held):
+    sizes = []
+
+    def counted(size, *most):
+        sizes.append(size)
+        return networks_per_batch(size, *most)
+
+    monkeypatch.setattr(collect, "networks_per_batch", counted)
+    settings = {"num_networks": 1, "networks_per_task": 1, "protocol": "independent", "epochs": 1}
+    zoo = run_collect(config(tmp_path / "zoo", task=task, **settings))
+    assert (sizes[0] > zoo.vector_size) == held
 
 
 def test_the_last_replacement_of_a_network_that_diverges_counts(tmp_path):

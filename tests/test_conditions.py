@@ -32,7 +32,7 @@ from pdiff_hf.evaluation.measures import interval, resampled_means
 from pdiff_hf.networks.trainer import NetworkTrainer
 from pdiff_hf.quickstart import run_quickstart
 from pdiff_hf.tasks import load_family
-from pdiff_hf.tasks.family import solved_alike
+from pdiff_hf.tasks.family import forms_of, solved_alike
 from pdiff_hf.train.neuron_diffusion import initial_vectors
 
 from . import families
@@ -390,12 +390,12 @@ def test_an_audit_needs_a_pipeline_that_can_be_asked(zoo, trained, fresh, tmp_pa
 
 
 def test_conditions_that_the_same_networks_solve_count_once(zoo):
-    alike = solved_alike(FAMILY, zoo.layout, FAMILY.conditions("test"))
+    alike = solved_alike(forms_of(FAMILY, zoo.layout, FAMILY.conditions("test")))
     assert alike.tolist() == [place // 2 for place in range(16)]
     subsets = load_family("digits-subsets")
     asked = subsets.conditions("test")
     layout = ParameterLayout.from_state_dict(subsets.task(asked[0]).build_network().state_dict())
-    assert solved_alike(subsets, layout, asked).bincount().tolist() == [2] * 102
+    assert solved_alike(forms_of(subsets, layout, asked)).bincount().tolist() == [2] * 102
     values = torch.randn(50, generator=torch.Generator().manual_seed(0))
     twice = resampled_means(values.repeat_interleave(2), 0, torch.arange(50).repeat_interleave(2))
     torch.testing.assert_close(twice, resampled_means(values, 0))

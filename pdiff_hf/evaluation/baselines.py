@@ -93,7 +93,7 @@ def _difference(zoo: StandardizedZoo, strength: float, draw: torch.Generator) ->
 
 class Kind(NamedTuple):
     """How a baseline weights the training networks, whether it adds noise, its first strength, its name, what the
-    strength is, and whether it is for independent networks alone."""
+    strength is, whether it is for independent networks alone, and whether it is a training network at strength 0."""
 
     weights: Callable[[StandardizedZoo, float, torch.Generator], torch.Tensor]
     noisy: bool
@@ -101,23 +101,24 @@ class Kind(NamedTuple):
     label: str
     unit: str
     independent: bool = False
+    from_one: bool = False
 
 
 DEVIATIONS = "the noise, in standard deviations of each parameter over the zoo"
 KINDS = {
-    "noise": Kind(_copies, True, 1 / 16, "training network + noise", DEVIATIONS),
+    "noise": Kind(_copies, True, 1 / 16, "training network + noise", DEVIATIONS, from_one=True),
     "soup": Kind(_soup, False, 2, "soup of k", "k"),
-    "interpolation": Kind(_pair, False, 0.1, "interpolation of two", "the share of the second"),
+    "interpolation": Kind(_pair, False, 0.1, "interpolation of two", "the share of the second", from_one=True),
     "gaussian": Kind(_mean, True, 1 / 4, "per-parameter Gaussian", DEVIATIONS),
     "low-rank-gaussian": Kind(
         _deviations, False, 1 / 4, "low-rank Gaussian", "a factor on the deviation from the mean"
     ),
-    "shrinking": Kind(_shrunk, False, 0.1, "shrunk to the mean", "the share of the mean", True),
+    "shrinking": Kind(_shrunk, False, 0.1, "shrunk to the mean", "the share of the mean", True, True),
     "difference": Kind(
-        _difference, False, 1 / 16, "plus a difference of two others", "the part of that difference", True
+        _difference, False, 1 / 16, "plus a difference of two others", "the part of that difference", True, True
     ),
     "nearest-interpolation": Kind(
-        _nearest_pair, False, 0.1, "interpolation with the nearest of many", "the share of that one", True
+        _nearest_pair, False, 0.1, "interpolation with the nearest of many", "the share of that one", True, True
     ),
 }
 

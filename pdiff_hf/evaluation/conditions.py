@@ -93,13 +93,14 @@ class ConditionAudit:
         if lacking := [name for name in names if any(row[name] is None for row in self.rows)]:
             raise ZooError(f"Rows of {trained.folder} lack the condition {lacking[0]!r}.")
         had = {key_of(row, DECIMALS) for row in self.rows}
-        for condition in held_out:
-            if not had.isdisjoint(forms_of(family, trained.layout, condition)):
+        forms = forms_of(family, trained.layout, held_out)
+        for condition, keys in zip(held_out, forms, strict=True):
+            if not had.isdisjoint(keys):
                 raise ZooError(
                     f"{trained.folder} has networks of {condition!r:.200}, or other forms of them, which is held out: "
                     'nothing can be said of conditions that no training network had. Collect them with split "train".'
                 )
-        self.alike = solved_alike(family, trained.layout, self.asked)
+        self.alike = solved_alike(forms[: len(self.asked)])
         if len(self.alike.unique()) < 2:
             raise ZooError("The audit of a condition needs two held-out conditions, which other networks solve.")
         self.tasks = [family.task(condition) for condition in self.asked]

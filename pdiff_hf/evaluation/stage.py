@@ -1,6 +1,5 @@
 """Stage 4: what generated networks are worth, against those they were learned from and against what costs nothing."""
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from ..hub.pipelines import check_weights, pipeline_folder, weights_sha256
 from ..hub.push import push_evaluation
 from ..parallel import from_main, processes, wait_for_everyone, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
-from ..runs import save_run, versions
+from ..runs import noted, save_run, versions
 from ..tasks import Task, TaskFamily, check_family
 from ..zoo import WeightZoo
 from . import pictures
@@ -206,11 +205,7 @@ def _audit(
 def _check_learned_from(pipeline: Path, zoo: WeightZoo) -> None:
     """Raises [`ZooError`] where a pipeline notes that it learned from another zoo: of what it has seen, and of what
     baselines have, nothing would be known."""
-    try:
-        facts = json.loads((pipeline / "train.facts.json").read_text(encoding="utf-8"))
-        learned_from = facts.get("zoo_sha256")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return  # of a pipeline that came without them
+    learned_from = noted(pipeline, "train", "zoo_sha256")
     if learned_from is not None and learned_from != zoo.sha256():
         raise ZooError(
             f"{pipeline} did not learn from {zoo.folder} as it is now: it has grown or changed, or is another. Pass "

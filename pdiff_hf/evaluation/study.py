@@ -34,8 +34,6 @@ MOST_STEPS = 1000
 # Parameters of all networks of a baseline that are made at a time: for each time, the whole zoo is read.
 BASELINE_VALUES = 2**27
 PARTS = f"{UNFINISHED}scores"
-# Baselines that are a training network where their strength is 0.
-FROM_ONE = ("noise", "interpolation", "shrinking", "difference", "nearest-interpolation")
 
 
 class Point(NamedTuple):
@@ -215,7 +213,7 @@ class Study:
     def _verdict(self, nearest: dict[str, Any]) -> dict[str, Any]:
         curves = {kind: [point.place for point in points] for kind, points in self.curves.items()}
         unchanged = from_main(lambda: self.plane.unchanged(self.compared))
-        curves = {kind: [unchanged, *places] if kind in FROM_ONE else places for kind, places in curves.items()}
+        curves = {kind: [unchanged, *places] if KINDS[kind].from_one else places for kind, places in curves.items()}
         against = {
             "curves": curves,
             "trained_accuracy": self.groups["trained"]["accuracy"]["mean"],

@@ -156,11 +156,12 @@ def _base_model(adapter: dict[str, Any] | None) -> str | None:
 
 
 def adapter_card(adapter: dict[str, Any]) -> str:
-    """The card of one adapter of this configuration, by which the Hub and PEFT find its base model."""
+    """The card of one adapter of this configuration, by which the Hub and PEFT find its base model. The Hub is not
+    asked for a licence: the card of the zoo has it."""
     base = _base_model(adapter)
     tags = [*ADAPTER_TAGS, "weight-generation", *([f"base_model:adapter:{base}"] if base else [])]
     data = ModelCardData(base_model=base, library_name="peft", tags=sorted(tags))
-    return _card(data.to_dict(), f"\n# A LoRA adapter\n\n{_of_adapter(adapter, base)}\n")
+    return _card(data.to_dict(), f"\n# A LoRA adapter\n\n{_of_adapter(adapter, None)}\n")
 
 
 def _of_adapter(adapter: dict[str, Any] | None, base: str | None) -> str | None:

@@ -165,31 +165,32 @@ def with_equivalents(
     return found, in_all_forms
 
 
-def solved_alike(family: TaskFamily, layout: ParameterLayout, conditions: Sequence[dict[str, Any]]) -> torch.Tensor:
+def forms_of(family: TaskFamily, layout: ParameterLayout, conditions: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Keys, up to some decimals, of each condition, which comes first, and of those that its networks solve in other
+    forms."""
+    places, found = _places(layout), []
+    for condition in conditions:
+        others = (other for other, _ in _forms(family, condition, places, {}))
+        found.append([key_of(form, DECIMALS) for form in (condition, *others)])
+    return found
+
+
+def solved_alike(forms: Sequence[Sequence[str]]) -> torch.Tensor:
     r"""
     Which conditions the same networks solve, in other forms: figures on them tell what one of them would.
 
     Args:
-        family (`TaskFamily`): Knows other forms of its networks.
-        layout (`ParameterLayout`): Theirs.
-        conditions (`Sequence[dict]`): C conditions.
+        forms (`Sequence[Sequence[str]]`): Of C conditions, as [`forms_of`] tells them.
 
     Returns:
         `torch.Tensor`: The group of each, `[C]`, from 0.
     """
     groups: dict[str, int] = {}
-    for index, condition in enumerate(conditions):
-        keys = forms_of(family, layout, condition)
+    for index, keys in enumerate(forms):
         joined = {groups[key] for key in keys if key in groups}
         groups |= dict.fromkeys([*keys, *(key for key, group in groups.items() if group in joined)], index)
-    own = [groups[key_of(condition, DECIMALS)] for condition in conditions]
+    own = [groups[keys[0]] for keys in forms]
     return torch.tensor(own).unique(return_inverse=True)[1]
-
-
-def forms_of(family: TaskFamily, layout: ParameterLayout, condition: dict[str, Any]) -> list[str]:
-    """Keys, up to some decimals, of a condition and of those that its networks solve in other forms."""
-    others = (other for other, _ in _forms(family, condition, _places(layout), {}))
-    return [key_of(form, DECIMALS) for form in (condition, *others)]
 
 
 def _places(layout: ParameterLayout) -> StateDict:
@@ -207,7 +208,7 @@ def _forms(
         forms = [(other, moved) for other, moved in family.equivalents(condition, dict(places))]
     except Exception as error:
         raise TaskError(f"{name} failed for {condition!r:.200}: {error!r:.200}") from error
-    found = []
+    found, own_split = [], splits.get(key_of(condition, DECIMALS))
     for other, moved in forms:
         if not isinstance(other, dict) or other.keys() != condition.keys():
             raise TaskError(f"{name} gives {other!r:.200} as a condition, which has {', '.join(condition)}.")
@@ -219,7 +220,6 @@ def _forms(
         order = torch.cat([moved[key].flatten() for key in places])
         if not torch.equal(order.sort().values, torch.arange(len(order))):
             raise TaskError(f"{name} lacks or repeats parameters: they may only change places.")
-        own_split = splits.get(key_of(condition, DECIMALS))
         if (split := splits.get(key_of(other, DECIMALS))) not in (None, own_split):
             raise TaskError(f"{name} leads to the condition {other!r:.200} of {split!r}.")
         found.append((json.loads(key_of(other)), order))
