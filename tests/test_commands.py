@@ -90,6 +90,7 @@ def test_of_independent_networks_the_next_command_names_the_family(task, options
         assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_quietly_there_is_no_progress(tmp_path):
     done = run_here(tmp_path, "pdiff-hf", "collect", "--num-networks", "4", "--epochs", "1", "--quiet")
     assert done.stdout == ""
