@@ -33,6 +33,7 @@ STAGES = {
 AGAIN = " The same command goes on from there."
 GO_ON = {
     "collect": AGAIN,
+    "evaluate": f"{AGAIN} The audit of a family of tasks starts anew.",
     "generate": AGAIN,
     "train": " With --resume-from-checkpoint latest, the same command goes on from the last checkpoint.",
 }

@@ -203,8 +203,9 @@ class NeuronTrainConfig(LoopConfig):
     """Training inputs of a step on which outputs are compared."""
 
     last_sigma: float = 0.2
-    """The noise, 0 to 1, from which the last step of the sampling leads to the network. More of it where the
-    transformer is far from having learned the details: chosen by the accuracy on validation data."""
+    """The noise, 0 to 1, from which the last step of the sampling leads to the network. More of it, .5 to .9, is
+    better where the transformer is far from having learned the details: try, and compare accuracies on validation
+    data."""
     min_sigma: float = 0.0
     """The least noise that the transformer is trained with. As much as the last sigma, so that it is trained only
     where sampling goes, helps where outputs count far more than parameters do, and harms where they do not."""

@@ -15,6 +15,7 @@ from .hub.pipelines import check_draws, load_pipeline, pipeline_folder, settings
 from .parallel import processes, wait_for_everyone, written
 from .runs import check_not_fewer, check_same_facts, check_same_run, save_run
 from .schedulers import replacement
+from .tasks.family import COLUMNS
 from .zoo import WeightZoo, check_room_for
 from .zoo.export import check_export
 from .zoo.fill import fill
@@ -22,9 +23,9 @@ from .zoo.fill import fill
 
 def run_generate(config: GenerateConfig) -> WeightZoo:
     r"""
-    Samples networks, in one process or in several. The metadata of each names scheduler, steps, noise and seed: the
-    same pipeline makes the network again with
-    `pipe(generator=torch.Generator().manual_seed(row["seed"]), num_inference_steps=row["num_inference_steps"])`, with
+    Samples networks, in one process or in several. The metadata of each names the scheduler, `num_inference_steps`,
+    `parameter_noise`, `guidance_scale`, what was asked for, and the seed: with that scheduler the same pipeline makes
+    the network again of all of these, `pipe(generator=torch.Generator().manual_seed(row["seed"]), ...)`, with
     `mixed_precision="bf16"` under `torch.autocast`.
 
     Raises:
@@ -37,7 +38,7 @@ def run_generate(config: GenerateConfig) -> WeightZoo:
 
 def _recorded(asked: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """What was asked for, under another name where the row of a generated network says that of itself."""
-    taken = {"index", "seed", *own}
+    taken = {*COLUMNS, "accuracy", *own}
     return {f"asked_{name}" if name in taken else name: value for name, value in asked.items()}
 
 

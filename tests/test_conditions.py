@@ -27,7 +27,7 @@ from pdiff_hf import (
 from pdiff_hf.cli import main
 from pdiff_hf.configs import QuickstartConfig
 from pdiff_hf.errors import ConfigError, ZooError
-from pdiff_hf.evaluation import conditions, quality, regression
+from pdiff_hf.evaluation import conditions, quality, regression, stage
 from pdiff_hf.evaluation.measures import interval, resampled_means
 from pdiff_hf.networks.trainer import NetworkTrainer
 from pdiff_hf.quickstart import run_quickstart
@@ -298,7 +298,6 @@ def test_the_hypernetwork_weighs_outputs_as_validation_conditions_prefer(zoo, tr
 
 
 def test_the_hypernetwork_has_the_training_of_the_generator(zoo, trained, monkeypatch):
-    settings = {"zoo": str(zoo.folder), "output_dir": str(trained), "transformer_steps": 10, "behaviour_inputs": 5}
     monkeypatch.setattr(regression, "STEPS", 8)
     drawn = []
 
@@ -308,12 +307,21 @@ def test_the_hypernetwork_has_the_training_of_the_generator(zoo, trained, monkey
             return drawn[-1]
 
     monkeypatch.setattr(conditions, "Behaviour", Counted)
-    for batch_size, steps in ((regression.BATCH, 10), (1, 8)):
+    for networks, steps in ((10 * regression.BATCH, 10), (10, 8)):
         drawn.clear()
-        training = NeuronTrainConfig(**settings, batch_size=batch_size)
-        conditions.ConditionAudit(FAMILY, zoo, load_pipeline(trained), training=training)._answers()
+        seen = conditions.Seen(networks, inputs=5)
+        conditions.ConditionAudit(FAMILY, zoo, load_pipeline(trained), seen=seen)._answers()
         assert len(drawn) == 2 * 2 + steps  # each weight for two steps, and the better one
         assert {inputs.shape for inputs in drawn} == {(1, 5)}
+
+
+def test_what_a_training_saw_stays_with_its_pipeline(trained, tmp_path):
+    """What was pushed and pulled, too, whose configuration stays where it was."""
+    assert stage._seen(trained) == conditions.Seen(300 * SMALL["batch_size"], NeuronTrainConfig.behaviour_inputs)
+    facts = tmp_path / "train.facts.json"
+    for seen in ({"networks": 10**15, "inputs": -1}, {"networks": True, "inputs": "9", "other": 1}, [3], None):
+        facts.write_text(json.dumps({"seen": seen}))
+        assert stage._seen(tmp_path) == conditions.Seen()
 
 
 def test_kept_outputs_change_nothing_but_the_time(zoo, trained, monkeypatch):

@@ -3,11 +3,10 @@
 import copy
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..configs import NeuronTrainConfig
 from ..errors import ZooError
 from ..hub.pipelines import check_draws
 from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour, run_at_once
@@ -46,6 +45,14 @@ LOOKED_UP = (
 TOGETHER, TIMES = 256, 4
 
 
+class Seen(NamedTuple):
+    """What a training saw: networks, those of all steps together, and inputs of each step, for which it compares
+    outputs."""
+
+    networks: int = 0
+    inputs: int = 64
+
+
 class ConditionAudit:
     r"""
     The audit of a conditional generator.
@@ -56,9 +63,8 @@ class ConditionAudit:
         pipeline (`NeuralNetworkDiffusionPipeline`): Learned from them, and can be asked for the conditions.
         fresh (`WeightZoo`, *optional*): Networks trained on held-out conditions: the gold standard.
         seed (`int`, *optional*, defaults to 0): Of the generated networks.
-        training (`NeuronTrainConfig`, *optional*):
-            That of the pipeline, where it is known: the hypernetwork sees as many networks, or more, and compares
-            outputs for as many inputs of a step.
+        seen (`Seen`, *optional*):
+            What the training of the pipeline saw, where it is known: the hypernetwork sees as much, or more.
 
     Raises:
         [`ZooError`]: rows without conditions, a pipeline that cannot be asked for them, or other networks.
@@ -71,10 +77,10 @@ class ConditionAudit:
         pipeline: NeuralNetworkDiffusionPipeline,
         fresh: WeightZoo | None = None,
         seed: int = 0,
-        training: NeuronTrainConfig | None = None,
+        seen: Seen | None = None,
     ):
         self.family, self.trained, self.pipeline, self.fresh, self.seed = family, trained, pipeline, fresh, seed
-        self.training = training
+        self.seen = seen or Seen()
         every = family.conditions("test")
         self.asked = [every[place] for place in evenly(len(every), MOST_CONDITIONS)]
         names = list(self.asked[0])
@@ -139,7 +145,7 @@ class ConditionAudit:
 
     def _generate(self, asked: Sequence[Row], count: int, scale: float) -> torch.Tensor:
         """So many networks of each condition, `[C, K, P]`."""
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.set_progress_bar_config(desc=f"generate {count} of each condition", unit="step", leave=False)
         seeds = range(self.seed, self.seed + count * len(asked))
         made = self.pipeline(
             condition=[condition for condition in asked for _ in range(count)],
@@ -235,13 +241,12 @@ class ConditionAudit:
                 vectors, symmetry.reference(zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS)))
             )
         networks = layout.normalize(vectors)
-        behaviour, of_pipeline = None, self.training
+        behaviour = None
         try:
             inputs = training_inputs(self.family)
             stacked = run_at_once(self.predict.network, layout, inputs)
             some = networks[list(evenly(len(networks), VARIANCE_NETWORKS))]
-            count = NeuronTrainConfig.behaviour_inputs if of_pipeline is None else of_pipeline.behaviour_inputs
-            behaviour = Behaviour(stacked, layout, inputs, some, count)
+            behaviour = Behaviour(stacked, layout, inputs, some, self.seen.inputs)
         except NotStackableError:
             pass
 
@@ -255,8 +260,7 @@ class ConditionAudit:
             def mix(near: torch.Tensor) -> torch.Tensor:
                 return layout.normalize(gauge.mix(vectors[near])[None])[0]
 
-        seen = 0 if of_pipeline is None else of_pipeline.transformer_steps * of_pipeline.batch_size
-        found = answers(rows, networks, behaviour, self.seed, on_validation, mix, seen)
+        found = answers(rows, networks, behaviour, self.seed, on_validation, mix, self.seen.networks)
         return [(name, layout(answer(self.asked), return_dict=False)[0]) for name, answer in found.items()]
 
     def _of_zoo(self, zoo: WeightZoo) -> torch.Tensor:

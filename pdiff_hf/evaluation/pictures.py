@@ -106,7 +106,7 @@ def plane(
     report: dict[str, Any], networks: dict[str, tuple[list[int], torch.Tensor, torch.Tensor]], folder: Path
 ) -> list[Path]:
     """Some networks of each group, by their places, similarity and accuracy, its mean, the baselines as curves, and
-    the front with its interval where the generated networks are."""
+    the front with its interval, which is marked where the generated networks are."""
     figure, ax = _figure(8.4, 4.8)
     groups = report["groups"]
     shown = {
@@ -130,6 +130,14 @@ def plane(
             ax.scatter(
                 *shown[name], s=size, marker=marker, color=COLOURS[name], edgecolor="black", zorder=4, label=label
             )
+    if report["front"]:
+        x, best, least, most = torch.tensor(
+            [[at["similarity"], at["accuracy"], *at["interval"]] for at in report["front"]]
+        ).T
+        ax.plot(x, 100 * best, color="black", linewidth=0.8, zorder=3)
+        ax.fill_between(
+            x, 100 * least, 100 * most, color="black", alpha=0.18, linewidth=0, label="front of the baselines, 99 %"
+        )
     verdict = report["verdict"]
     if "generated" in shown and verdict["accuracy_gain"] is not None and None not in verdict["interval"]:
         similar, accurate = shown["generated"]
@@ -144,7 +152,7 @@ def plane(
             capsize=4,
             marker="_",
             zorder=5,
-            label="best baseline there, 99 %",
+            label="front at the generated ones",
         )
     for kind, (colour, line) in CURVES.items():
         points = [point for point in report["baselines"] if point["kind"] == kind]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from ..networks.behaviour import Behaviour
 from ..pipelines.neural_network_diffusion import ConditionEncoder
@@ -172,7 +173,7 @@ def _hypernetwork(
     generator = torch.Generator().manual_seed(seed)
     known = None if behaviour is None else _known_outputs(behaviour, networks, steps)
     with torch.enable_grad():
-        for _ in range(steps):
+        for _ in tqdm(range(steps), desc=f"train hypernetwork (outputs count {weight:g})", unit="step", leave=False):
             indices = torch.randint(len(networks), (BATCH,), generator=generator)
             predicted, stored = model(conditions.rows[indices]), networks[indices]
             loss = F.mse_loss(predicted, stored)

@@ -55,9 +55,10 @@ CONDITION_MEANINGS = {
 CAPTIONS = {
     "plane": "Accuracy against similarity to the most similar training network. Large marks: means; small: single "
     "networks, some 2,000 of a group at most, moved a little, so that equal ones do not hide each other; those that "
-    "lie outside stand at the edge. The curves are what needs no generator; the bar is the 99 % interval of their "
-    "front where the generated networks are. Good: the generated networks are above the bar. Bad: on or below a "
-    "curve, which gives the same for nothing, or at similarity 1, where errors are those of a training network",
+    "lie outside stand at the edge. The curves are what needs no generator, and the grey band is the 99 % interval "
+    "of their front, the best that any of them reaches there or further left; the bar marks it where the generated "
+    "networks are. Good: the generated networks are above the bar. Bad: on or below the band, which costs nothing, "
+    "or at similarity 1, where errors are those of a training network",
     "parameters": "Values of the parameters of each tensor, under its name in the network. Good: the outline follows "
     "the filled histogram. Bad: it is narrower, since generated networks are nearly one network, or has tails of its "
     "own",

@@ -3,14 +3,13 @@
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..config import load_config
-from ..configs import EvaluateConfig, NeuronTrainConfig
+from ..configs import EvaluateConfig
 from ..errors import ConfigError, ZooError
 from ..extras import require
 from ..files import check_parts, locked
@@ -23,7 +22,7 @@ from ..runs import noted, save_run, versions
 from ..tasks import Task, TaskFamily, check_family
 from ..zoo import WeightZoo
 from . import pictures
-from .conditions import ConditionAudit
+from .conditions import ConditionAudit, Seen
 from .quality import asked_quality
 from .report import card_results, card_section, table, write_report
 from .study import PARTS, Study
@@ -31,6 +30,8 @@ from .subjects import NetworksLike, Sampler, Subjects, family_of, holds_pipeline
 
 
 REPORT_VERSION = 2
+# More than any training sees, so that facts from elsewhere make no audit endless.
+MOST_SEEN = {"networks": 10**8, "inputs": 10**4}
 
 
 def evaluate(
@@ -169,7 +170,7 @@ def _audit(
 ) -> tuple[dict[str, Any], list[Path]]:
     """The report on the conditions of a family of tasks, and its pictures."""
     name, family, zoo = found
-    training: NeuronTrainConfig | None = None
+    seen = Seen()
     started = time.perf_counter()
     if isinstance(generated, str | Path):
         if not holds_pipeline(generated):
@@ -179,8 +180,7 @@ def _audit(
             )
         folder = pipeline_folder(generated)
         _check_learned_from(folder, zoo)
-        with suppress(ConfigError, OSError):  # of a pipeline that came without it, or was trained otherwise
-            training = load_config(NeuronTrainConfig, folder / "train.yaml")
+        seen = _seen(folder)
         generated = load(generated)
     if not hasattr(generated, "condition_encoder"):
         raise ZooError(
@@ -189,7 +189,7 @@ def _audit(
         )
     gold = fresh if isinstance(fresh, WeightZoo | None) else WeightZoo.from_pretrained(str(fresh))
     check_family(family, processes().device, training=False)
-    figures = from_main(lambda: ConditionAudit(family, zoo, generated, gold, seed, training).figures())
+    figures = from_main(lambda: ConditionAudit(family, zoo, generated, gold, seed, seen).figures())
     report = {"report_version": REPORT_VERSION, "task": name, **figures, "versions": versions()}
     report["seconds"] = round(time.perf_counter() - started, 2)
     files: list[Path] = []
@@ -200,6 +200,17 @@ def _audit(
         write_report(report, folder, files)
     wait_for_everyone()
     return report, files
+
+
+def _seen(pipeline: Path) -> Seen:
+    """What the training of a pipeline noted that it saw, in numbers that one may believe."""
+    found = noted(pipeline, "train", "seen")
+    known = {
+        name: number
+        for name, number in (found.items() if isinstance(found, dict) else ())
+        if name in MOST_SEEN and type(number) is int and 0 < number <= MOST_SEEN[name]
+    }
+    return Seen(**known)
 
 
 def _check_learned_from(pipeline: Path, zoo: WeightZoo) -> None:

@@ -21,7 +21,7 @@ from .measures import Nearest, mean, most_similar, parameter_statistics, picked
 from .neighbours import CANDIDATES, Neighbours
 from .scoring import Scorer, Scores
 from .subjects import Subjects
-from .verdict import Place, Plane, beside_fresh, share_of_gap, verdict
+from .verdict import Place, Plane, band, beside_fresh, share_of_gap, verdict
 
 
 # Where a curve passes the generated networks' similarity, it is refined by so many points.
@@ -70,6 +70,7 @@ class Study:
             "examples": len(self.targets),
             "chance": self.chance,
             "verdict": self._verdict(nearest),
+            "front": band(self.place, self._places),
             "groups": groups,
             "similarity": self._pairwise,
             "nearest_l2": {key: nearest[key] for key in ("trained", "generated", "aligned")},
@@ -210,10 +211,15 @@ class Study:
             add(last, (points[last - 1].strength * points[last].strength) ** 0.5)
         return points
 
-    def _verdict(self, nearest: dict[str, Any]) -> dict[str, Any]:
+    @cached_property
+    def _places(self) -> dict[str, list[Place]]:
+        """Those of the baselines; curves of those that change one network begin with the training networks."""
         curves = {kind: [point.place for point in points] for kind, points in self.curves.items()}
         unchanged = from_main(lambda: self.plane.unchanged(self.compared))
-        curves = {kind: [unchanged, *places] if KINDS[kind].from_one else places for kind, places in curves.items()}
+        return {kind: [unchanged, *places] if KINDS[kind].from_one else places for kind, places in curves.items()}
+
+    def _verdict(self, nearest: dict[str, Any]) -> dict[str, Any]:
+        curves = self._places
         against = {
             "curves": curves,
             "trained_accuracy": self.groups["trained"]["accuracy"]["mean"],

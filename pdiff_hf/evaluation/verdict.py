@@ -12,6 +12,8 @@ from .scoring import Scores
 
 # Higher than that of the other intervals, since a verdict compares with many baselines.
 CONFIDENCE = 0.99
+# Similarities at which the front is told, from the least to the greatest of the baselines.
+BAND = 61
 # A network whose distance to the nearest training network is less than this share of the latter's distance to its own
 # neighbour is that network, for our purpose (the test of Yoon et al. 2023 for memorized images).
 COPY_RATIO = 1 / 3
@@ -83,6 +85,22 @@ def front(curve: list[Place], at: torch.Tensor) -> torch.Tensor:
         between = a.accuracy + share * (b.accuracy - a.accuracy)
         best = torch.where((low < at) & (at < high), torch.maximum(best, between), best)
     return best
+
+
+def band(generated: Place, curves: dict[str, list[Place]]) -> list[dict[str, Any]]:
+    """The front over all similarities that baselines have: `similarity`, `accuracy` and its `interval` at each, that
+    of the difference to the generated networks, which are tested on the same examples, put beside these."""
+    reached = [place.point[0] for curve in curves.values() for place in curve]
+    found = []
+    for similar in torch.linspace(min(reached), max(reached), BAND).tolist():
+        at = torch.full_like(generated.similarity, similar)
+        above = gain(Place(generated.accuracy, at), curves)
+        accurate = generated.point[1]
+        low, high = (accurate - end for end in interval(above[1:], CONFIDENCE)[::-1])
+        best = accurate - above[0].item()
+        if torch.isfinite(torch.tensor([best, low, high])).all():  # some samples do not reach the least similarities
+            found.append({"similarity": similar, "accuracy": best, "interval": [low, high]})
+    return found
 
 
 def gain(generated: Place, curves: dict[str, list[Place]], least: torch.Tensor | None = None) -> torch.Tensor:

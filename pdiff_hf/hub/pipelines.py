@@ -26,6 +26,8 @@ MOST_TIMESTEPS = 10**6
 MOST_NUMBER = 10**12
 # Parts of a component. Building them takes a second.
 MOST_MODULES = 20_000
+# What its training noted: of an audit that knows it, what generators are compared with has as much.
+FACTS = "train.facts.json"
 COMPONENTS = ("layout", "vae", "unet", "transformer", "condition_encoder")
 KNOWN = {name: getattr(neural_network_diffusion, name) for name in neural_network_diffusion.__all__}
 # The denoiser of diffusers that fits the slot.
@@ -94,7 +96,7 @@ def pipeline_folder(
     if Path(name_or_path).is_dir() or not is_repository(name_or_path):
         return Path(name_or_path)
     # Code, and weights in other formats than safetensors, stay where they are.
-    patterns = ["model_index.json", "README.md", "*/*.json", "*/*.safetensors"]
+    patterns = ["model_index.json", "README.md", FACTS, "*/*.json", "*/*.safetensors"]
     return Path(download(str(name_or_path), "model", revision, token, patterns))
 
 
@@ -122,7 +124,7 @@ def check_weights(folder: Path, expected: str, name: str | os.PathLike[str] | No
 
 def pipeline_files(index: Mapping[str, Any]) -> list[str]:
     """Patterns of the files that a pipeline consists of, from its `model_index.json`: its code and evaluation too."""
-    found = ["model_index.json", "README.md", "evaluation/*.png"]
+    found = ["model_index.json", "README.md", FACTS, "evaluation/*.png"]
     for name, value in index.items():
         if isinstance(value, list) and len(value) == 2 and name.isidentifier():
             folder = "" if name == "_class_name" else f"{name}/"

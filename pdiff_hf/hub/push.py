@@ -18,7 +18,7 @@ from ..errors import HubError
 from ..files import UNFINISHED, is_pipeline, is_zoo, locked_if_writable, stays_inside
 from .cards import PLACEHOLDER, card_text, merge_cards, write_evaluation
 from .client import check_card, explained
-from .pipelines import check_weights
+from .pipelines import FACTS, check_weights
 
 
 # What belongs to a run on one machine and not into a repository.
@@ -113,7 +113,9 @@ def _push(
         stale = sorted(
             name
             for name in present - files.keys()
-            if name.endswith(".safetensors") or (name.startswith("evaluation/") and name.endswith(".png"))
+            if name == FACTS
+            or name.endswith(".safetensors")
+            or (name.startswith("evaluation/") and name.endswith(".png"))
         )
         operations += [CommitOperationDelete(name) for name in stale]
         return api.create_commit(

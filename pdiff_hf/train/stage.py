@@ -55,7 +55,7 @@ def _train(config: AnyTrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeli
             check_same_facts(folder, "train", facts)
         wait_for_everyone()
         if accelerator.is_main_process:
-            save_run(folder, "train", config, **facts, processes=accelerator.num_processes)
+            save_run(folder, "train", config, **facts, seen=_seen(config, recipe), processes=accelerator.num_processes)
 
         # 1. Statistics of the parameters
         layout = _statistics(zoo)
@@ -85,6 +85,13 @@ def _train(config: AnyTrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeli
                 push(folder, config.push_to_hub)
         wait_for_everyone()
         return pipeline if accelerator.is_main_process else load_pipeline(folder)
+
+
+def _seen(config: LoopConfig, recipe: Any) -> dict[str, int]:
+    """What the denoiser sees: networks, in all of its steps, and inputs of each step where it compares outputs. An
+    audit gives as much to what it compares with."""
+    networks = recipe.budget[0] * config.batch_size * (config.gradient_accumulation_steps or 1)
+    return {"networks": networks, "inputs": getattr(config, "behaviour_inputs", 0)}
 
 
 def _statistics(zoo: WeightZoo) -> ParameterLayout:

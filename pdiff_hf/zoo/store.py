@@ -66,7 +66,7 @@ class WeightZoo:
     | `zoo.json` | format version, task, layout, networks a shard, their dtype |
     | `networks-00001-of-000NN.safetensors` | parameter vectors `[n, P]`, float32 or bfloat16 |
     | `frozen.safetensors` | all that is not generated |
-    | `metadata.jsonl` | one row a network: index, source, seed, step, accuracy, ... |
+    | `metadata.jsonl` | one row a network: index, source, seed, step, validation_accuracy, ... |
     | `README.md` | the dataset card |
 
     A shard is written beside its place and moved there, after the rows of its networks: what a killed process leaves

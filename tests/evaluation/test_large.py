@@ -12,7 +12,7 @@ import pdiff_hf
 from pdiff_hf import ParameterLayout, WeightZoo
 from pdiff_hf.evaluation import measures
 from pdiff_hf.evaluation.measures import most_similar, nearest, outside_span, picked, resampled_means, similarity
-from pdiff_hf.evaluation.verdict import Place, beside_fresh, share_of_gap, verdict
+from pdiff_hf.evaluation.verdict import Place, band, beside_fresh, share_of_gap, verdict
 
 from .test_verdict import HardDigits, independent_zoo, noisy
 
@@ -169,6 +169,22 @@ def test_the_share_of_the_way_to_fresh_networks_is_that_of_the_gains():
     assert low == pytest.approx(share)
     assert high == pytest.approx(share)
     assert share_of_gap(place(0.83, 0.8), place(0.85, 0.9), CURVES) == (None, [None, None])
+
+
+def test_the_front_has_an_interval_at_each_similarity():
+    found = band(place(0.8, 0.7), CURVES)
+    assert [at["similarity"] for at in (found[0], found[-1])] == pytest.approx([0.5, 1.0])
+    for at in found:  # between both ends of the noise, above the soup
+        expected = 0.7 + 0.4 * (at["similarity"] - 0.5)
+        assert [at["accuracy"], *at["interval"]] == pytest.approx(3 * [expected], abs=1e-4)
+    noise = torch.randn(1001, generator=torch.Generator().manual_seed(0))
+    shaken = Place(0.9 + 0.01 * noise, torch.full((1001,), 0.8))
+    ((low, high),) = {tuple(at["interval"]) for at in band(place(0.8, 0.7), {"noise": [shaken]})}
+    assert low < shaken.point[1] < high
+    assert high - low == pytest.approx(2 * 2.576 * 0.01, rel=0.2)
+    # What both share, the test examples, is no uncertainty of where one is above the other.
+    for at in band(shaken, {"noise": [shaken]}):
+        assert at["interval"] == pytest.approx([at["accuracy"], at["accuracy"]], abs=1e-6)
 
 
 def test_less_similar_than_fresh_networks_is_worth_nothing():
