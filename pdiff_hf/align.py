@@ -92,10 +92,13 @@ def _align(config: AlignConfig, folder: Path) -> str:
                 aligned.append(vector, **{k: v for k, v in next(rows).items() if k != "initial_norm"})
             progress.update(len(batch))
     save_run(folder, "align", config)
-    WeightZoo(folder).write_card(f"The networks of `{zoo.folder.name}` in canonical form.")
+    origin = Path(config.zoo).resolve().name if Path(config.zoo).is_dir() else config.zoo
+    WeightZoo(folder).write_card(f"The networks of `{origin}` in canonical form.")
+    options = f" --task {shlex.quote(name)}" if ":" in name else ""  # code of one's own is not run unasked
+    options += "".join(f" --condition {column}" for column in family.conditions("train")[0])
     return (
         f"{len(zoo)} networks with {symmetry}: the mean distance to their mean was "
         f"{before / len(zoo):.4g} and is {after / len(zoo):.4g}. Predictions differ by {largest:.2g} of the "
-        f"largest at most. They are in {folder}. Next: pdiff-hf train --family neuron --no-initial --zoo "
+        f"largest at most. They are in {folder}. Next: pdiff-hf train --family neuron --no-initial{options} --zoo "
         f"{shlex.quote(str(folder))}"
     )

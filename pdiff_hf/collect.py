@@ -20,6 +20,7 @@ from .pipelines.neural_network_diffusion import ParameterLayout
 from .runs import check_not_fewer, check_same_facts, check_same_run, own_randomness, save_run
 from .tasks import Task, TaskFamily, check_family, load_family
 from .tasks.family import OneTask, code_sha256, is_shared
+from .text import shown_name
 from .zoo import WeightZoo, check_room_for, make_layout, networks_per_batch
 from .zoo.fill import fill
 
@@ -27,6 +28,8 @@ from .zoo.fill import fill
 STATE_FILE = "collect.state.pt"
 # What a network that diverged is trained again from: seeds far from those of its neighbours.
 RETRIES, FAR = 3, 2**40
+# By how much of its norm a network that is trained again may differ, by another order of sums and what is stored.
+SAME = 1e-2
 # Networks that are trained at once on an accelerator, which steps of few small ones leave idle.
 ON_ACCELERATOR = 256
 
@@ -89,7 +92,9 @@ def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
         zoo = WeightZoo(folder)
     if state.is_main_process:
         what = "task" if isinstance(family, OneTask) else f"{len(conditions)} tasks"
-        zoo.write_card(f"A {config.protocol} zoo of the {what} `{config.task}`, collected with seed {config.seed}.")
+        zoo.write_card(
+            f"A {config.protocol} zoo of the {what} `{shown_name(config.task)}`, collected with seed {config.seed}."
+        )
         if config.push_to_hub is not None:
             zoo.push_to_hub(config.push_to_hub)
     return zoo
@@ -122,16 +127,29 @@ def _collect_trajectory(config: CollectConfig, task: Task, folder: Path, layout:
             layout.load_frozen(trainer.network.state_dict())
             zoo = _created(config, folder, layout)
         trainer.freeze(layout)
+        stored = len(zoo)
         with zoo:
             for _ in _train(trainer, total, folder, zoo):
                 progress.update()
                 index, rest = divmod(trainer.step - first, config.save_every)
                 # A resumed run trains the last few networks again, which are in the zoo already.
+                if rest == 0 and index == stored:
+                    _check_same(zoo, trainer)
                 if rest == 0 and index > len(zoo):
                     row = trainer.metadata(validation)
                     zoo.append(trainer.network.state_dict(), source=config.task, **row)
                     progress.set_postfix(networks=len(zoo), refresh=False)
     (folder / STATE_FILE).unlink(missing_ok=True)
+
+
+def _check_same(zoo: WeightZoo, trainer: NetworkTrainer) -> None:
+    """Raises [`ConfigError`] where the training of a zoo, again, does not come to its last network."""
+    last, again = zoo.vectors([-1])[0], zoo.layout.flatten(trainer.network.state_dict()).cpu().float()
+    if not (last - again).norm() <= SAME * last.norm():
+        raise ConfigError(
+            f"The training that {zoo.folder} is of has another result on this machine, or with these versions or "
+            "threads: its networks would go on as those of another. Choose another --output-dir."
+        )
 
 
 def _train(trainer: NetworkTrainer, until: int, folder: Path, zoo: WeightZoo | None) -> Iterator[None]:

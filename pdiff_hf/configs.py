@@ -172,6 +172,11 @@ class TrainConfig(LoopConfig):
         widths = self.block_out_channels
         if not widths or any(width < 8 or width % 8 for width in widths):
             raise ConfigError(f"block_out_channels have to be multiples of 8, and are {widths}.")
+        if any(width == 8 and 2**level >= self.latent_length for level, width in enumerate(widths)):
+            raise ConfigError(
+                f"block_out_channels are {widths}: where halving leaves one of {self.latent_length} latents, 8 "
+                "channels are normalized to nothing. Take more of them there, or fewer levels."
+            )
         if self.behaviour_weight and self.autoencoder == "linear":
             raise ConfigError("behaviour_weight is for a trained autoencoder: pass --autoencoder kl.")
 
@@ -449,3 +454,7 @@ class ImportConfig:
     def __post_init__(self) -> None:
         if sum(map(bool, (self.checkpoints, self.repositories, self.adapters))) != 1:
             raise ConfigError("Pass --checkpoints, --repositories or --adapters: what the zoo is made of.")
+        if self.metadata is not None and not self.adapters:
+            raise ConfigError("--metadata is for adapters: rows of other imported networks have none.")
+        if self.adapters and (self.patterns != ("*",) or self.may_differ):
+            raise ConfigError("--patterns and --may-differ are for checkpoints: of adapters, everything is generated.")

@@ -58,6 +58,8 @@ def _quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     subsets = config.story == "subsets"
     task = config.task or ("digits-subsets" if subsets else "digits-convnet")
     conditions = load_family(task).conditions("train") if subsets else []
+    if subsets and not conditions[0]:
+        raise ConfigError(f"{task} is one task, and this story needs a family of tasks: leave out --story, or --task.")
     if not subsets:
         check_goes_on(load_task(task), task)
     save_run(folder, "quickstart", config)

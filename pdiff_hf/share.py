@@ -81,6 +81,8 @@ def _pull(config: PullConfig, folder: Path) -> str:
         # First gone and last there: what an interrupted pull leaves is no mixture of two commits.
         (folder / index).unlink(missing_ok=True)
         snapshot_download(config.repo, local_dir=folder, allow_patterns=patterns, ignore_patterns=index, **arguments)
+        for name in filter_repo_objects(names, allow_patterns=patterns, ignore_patterns=index):
+            _check_commit(notes / f"{name}.metadata", name, str(commit))
         for name in of_earlier:
             (folder / name).unlink(missing_ok=True)
             noted[name].unlink()
@@ -89,6 +91,12 @@ def _pull(config: PullConfig, folder: Path) -> str:
         f"generate --pipeline {shlex.quote(str(folder))}" if kind == "pipeline" else f"info {shlex.quote(str(folder))}"
     )
     return f"The {kind} is in {folder}. Next: pdiff-hf {next_command}"
+
+
+def _check_commit(note: Path, name: str, commit: str) -> None:
+    """Raises [`HubError`] where a file is of another commit: the client keeps what is there where the Hub fails."""
+    if not note.is_file() or note.read_text(encoding="utf-8").partition("\n")[0] != commit:
+        raise HubError(f"{name} could not be downloaded: the connection to the Hub was lost. Pull again.")
 
 
 def _check_pulled(file: Path, note: Path | None) -> None:
@@ -108,8 +116,12 @@ def _check_pulled(file: Path, note: Path | None) -> None:
 def _found(config: PullConfig) -> str:
     """What a repository of this name holds."""
     with explained(config.repo, config.revision):
-        holds_pipeline = HfApi().file_exists(config.repo, "model_index.json", revision=config.revision)
-    return "pipeline" if holds_pipeline else "zoo"
+        if HfApi().file_exists(config.repo, "model_index.json", revision=config.revision):
+            return "pipeline"
+        if not HfApi().repo_exists(config.repo, repo_type="dataset") and HfApi().repo_exists(config.repo):
+            HfApi().repo_info(config.repo, revision=config.revision)  # which may lack
+            raise HubError(f"{config.repo} holds no pipeline: there is no model_index.json.")
+    return "zoo"
 
 
 def _read_index(file: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What strangers wrote, made harmless where it is shown."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -37,3 +38,9 @@ def load_yaml(text: str) -> Any:
         return yaml.load(text, loader)
     except (ValueError, RecursionError) as error:  # dates that do not exist; many levels, without libyaml
         raise yaml.YAMLError(str(error)) from error
+
+
+def shown_name(task: str) -> str:
+    """The name of a task without the path of its file, which says nothing to anyone else."""
+    place, _, class_name = task.rpartition(":")
+    return f"{Path(place).name}:{class_name}" if place.endswith(".py") else task

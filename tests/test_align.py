@@ -1,5 +1,7 @@
 """A zoo in canonical form holds the same networks, nearer to each other."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -94,6 +96,22 @@ def test_an_unknown_architecture_is_named(tmp_path):
     with pytest.raises(TaskError, match="cannot be aligned: Softmax"):
         run_align(AlignConfig(zoo=str(zoo.folder), task=task, output_dir=str(tmp_path / "aligned")))
     assert not (tmp_path / "aligned").exists()
+
+
+def test_what_comes_next_names_code_of_ones_own_and_what_tasks_differ_by(tmp_path, monkeypatch):
+    (tmp_path / "tasks.py").write_text(
+        "from pdiff_hf.tasks.digits import DigitsMLP\nclass T(DigitsMLP):\n    pass\n"
+        "class F:\n    def conditions(self, split):\n"
+        "        return [{'number': len(split) + k / 10} for k in range(2)]\n"
+        "    def task(self, condition):\n        return T()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name, options in (("T", ""), ("F", " --condition number")):
+        of = {"num_networks": 2} if name == "T" else {"networks_per_task": 1}
+        run_collect(CollectConfig(f"tasks.py:{name}", name, protocol="independent", epochs=1, **of))
+        said = run_align(AlignConfig(zoo=name, task=f"tasks.py:{name}", output_dir=f"aligned-{name}"))
+        assert f"--no-initial --task tasks.py:{name}{options} --zoo aligned-{name}" in said
+        assert f"The networks of `{name}` in canonical form." in Path(f"aligned-{name}", "README.md").read_text()
 
 
 def test_networks_that_are_changed_by_it_are_refused(tmp_path):

@@ -102,6 +102,14 @@ def test_a_zoo_can_grow(tmp_path):
     assert_same_networks(grown.vectors(), run_collect(config(tmp_path / "other")).vectors())
 
 
+def test_networks_of_another_training_do_not_go_into_a_zoo_that_grows(tmp_path, monkeypatch):
+    run_collect(config(tmp_path / "zoo", num_networks=3))
+    monkeypatch.setattr(type(load_task("digits-convnet")), "learning_rate", 0.01)  # as versions that work differently
+    with pytest.raises(ConfigError, match="has another result on this machine"):
+        run_collect(config(tmp_path / "zoo"))
+    assert len(WeightZoo(tmp_path / "zoo")) == 3
+
+
 def test_another_run_does_not_go_into_the_same_folder(tmp_path):
     run_collect(config(tmp_path / "zoo"))
     with pytest.raises(ConfigError, match="holds a run with seed 0, not 1"):

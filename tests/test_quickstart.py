@@ -97,6 +97,15 @@ def test_the_quickstart_removes_nothing_that_it_did_not_make(tmp_path):
     assert (tmp_path / "zoo" / "thesis.txt").read_text() == "mine"
 
 
+def test_a_single_task_has_no_story_of_conditions(tmp_path):
+    (tmp_path / "zoo").mkdir()
+    for file in (tmp_path / "quickstart.yaml", tmp_path / "zoo" / "zoo.json"):
+        file.write_text("{}")
+    with pytest.raises(ConfigError, match="digits-mlp is one task, and this story needs a family"):
+        run_quickstart(QuickstartConfig(output_dir=str(tmp_path), story="subsets", task="digits-mlp"))
+    assert (tmp_path / "zoo" / "zoo.json").exists()
+
+
 def test_a_task_without_a_trajectory_is_refused_before_an_earlier_quickstart_is_removed(tmp_path):
     (tmp_path / "zoo").mkdir()
     for file in (tmp_path / "quickstart.yaml", tmp_path / "zoo" / "zoo.json"):

@@ -222,11 +222,13 @@ def test_a_plain_class_of_ones_own_file_becomes_a_task(tmp_path):
     [
         ("own_tasks:Needy", "has to be built without arguments: .*missing 1 required positional argument: 'width'"),
         ("broken_tasks:Mine", "'broken_tasks:Mine' cannot be loaded: ZeroDivisionError"),
+        ("absent_tasks:Mine", "'absent_tasks:Mine' cannot be loaded: ModuleNotFoundError: No module named 'absent'"),
         ("own_tasks:Conditions", r"Conditions\.conditions\('train'\): KeyError: 'nothing'"),
     ],
 )
 def test_errors_of_ones_own_code_are_said_as_such(name, message, tmp_path, monkeypatch):
     (tmp_path / "broken_tasks.py").write_text("1 / 0\n")
+    (tmp_path / "absent_tasks.py").write_text("import absent\n")
     (tmp_path / "own_tasks.py").write_text(
         "class Needy:\n"
         "    def __init__(self, width): pass\n"

@@ -19,7 +19,8 @@ from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline,
 from ..runs import noted
 from ..tasks import Task, TaskFamily, check_task, load_family, load_task
 from ..tasks.family import OneTask
-from ..tasks.task import shown_name, trusted_name
+from ..tasks.task import trusted_name
+from ..text import shown_name
 from ..zoo import WeightZoo, check_room_for, make_layout
 from ..zoo.adapters import BASE
 from ..zoo.imports import checkpoint_files, checkpoints_of_files

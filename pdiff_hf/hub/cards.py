@@ -12,7 +12,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..errors import HubError, PipelineError
 from ..files import stays_inside, whole
-from ..text import load_yaml, plain
+from ..text import load_yaml, plain, shown_name
 from .client import is_model, license_of
 
 
@@ -45,6 +45,7 @@ def merge_cards(new: str, old: str | None, license: str | None = None) -> str:
         if not set(ADAPTER_TAGS) & {*_tags(new_data)}:
             if set(ADAPTER_TAGS) <= tags:
                 old_data.pop("base_model", None)
+                old_data.pop("library_name", None)
             tags -= set(ADAPTER_TAGS)
     data = old_data | new_data
     # Of what `pdiff-hf evaluate` measured, the old card has that of what was there before.
@@ -65,7 +66,10 @@ def _merged_texts(new: str, old: str) -> str:
     before, marker, rest = old.partition(start)
     if not marker:
         before, rest = f"{old.rstrip()}\n\n", f"{end}\n"
-    return before + start + section + end + rest.partition(end)[2]
+    _, marker, after = rest.partition(end)
+    if not marker:
+        raise HubError(f"The card lacks the line {end!r} after {start!r}: where its generated part ends is not known.")
+    return before + start + section + end + after
 
 
 def _results(data: dict[str, Any]) -> list[Any]:
@@ -132,7 +136,7 @@ def write_zoo_card(
     card = DatasetCard.from_template(
         card_data,
         template_str=_template("zoo.md"),
-        title=f"Weight zoo: {plain(task or 'networks')}",
+        title=f"Weight zoo: {plain(shown_name(task or 'networks'))}",
         description=description,
         count=count,
         parameters=parameters,
@@ -141,6 +145,13 @@ def write_zoo_card(
         placeholder=PLACEHOLDER,
     )
     _write_card(folder, str(card))
+
+
+def description_of(folder: Path) -> str | None:
+    """What the card of a zoo says first in its generated part; None of a card that has none."""
+    section = card_text(folder / "README.md").partition(GENERATED[0])[2]
+    paragraphs = section.strip().split("\n\n")
+    return paragraphs[1] if len(paragraphs) > 2 else None
 
 
 def _size_category(count: int) -> str:
@@ -215,8 +226,8 @@ def write_pipeline_card(
     card = ModelCard.from_template(
         card_data,
         template_str=_template("pipeline.md"),
-        title=f"Neural network diffusion: {plain(task or UNKNOWN_TASK)}",
-        task=plain(task or UNKNOWN_TASK),
+        title=f"Neural network diffusion: {plain(shown_name(task or UNKNOWN_TASK))}",
+        task=plain(shown_name(task or UNKNOWN_TASK)),
         count=count,
         parameters=parameters,
         facts={name: plain(str(value)) for name, value in recipe.items()},
@@ -249,6 +260,9 @@ def write_evaluation(folder: Path, section: str, results: list[EvalResult], pict
     before, marker, rest = card.text.partition(start)
     if not marker:
         raise PipelineError(f"{file} has no place for figures: it lacks the line {start!r}.")
+    _, marker, after = rest.partition(end)
+    if not marker:
+        raise PipelineError(f"{file} has no end of the place for figures: it lacks the line {end!r}.")
     lines, beside = [section.strip()], folder / "evaluation"
     for path in (beside, *beside.rglob("*")):
         _check_inside(path, folder)
@@ -256,7 +270,7 @@ def write_evaluation(folder: Path, section: str, results: list[EvalResult], pict
         with whole(beside / picture.name) as target:
             shutil.copyfile(picture, target)
         lines += ["", f"![{picture.stem}](evaluation/{picture.name})"]
-    text = before + "\n".join([start, "", *lines, "", end]) + rest.partition(end)[2]
+    text = before + "\n".join([start, "", *lines, "", end]) + after
     data = card.data.to_dict()
     ours = ModelCardData(model_name=PLACEHOLDER, eval_results=results).to_dict()["model-index"] if results else []
     _set_results(data, _results(data), ours)

@@ -67,6 +67,7 @@ def load_pipeline(
             class_name = (index.get(component) or [None, None])[1]
             # The class that the loader takes is the one of the index, whatever the config says.
             if class_name is not None and component not in kwargs:
+                _check_library(component, *index[component])
                 _check_weights(folder / component, _described(folder / component, class_name))
         pipe = NeuralNetworkDiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **kwargs)
         statistics = torch.stack([pipe.layout.mean, pipe.layout.std])
@@ -101,9 +102,9 @@ def pipeline_folder(
 
 
 def weights_sha256(folder: Path) -> str:
-    """What tells a pipeline from another one in the same place."""
+    """What tells a pipeline from another one in the same place, whatever lies beside it, such as checkpoints."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*/*.safetensors")):
+    for file in sorted(file for name in COMPONENTS for file in folder.glob(f"{name}/*.safetensors")):
         with file.open("rb") as content:
             while chunk := content.read(2**20):
                 digest.update(chunk)
@@ -141,6 +142,12 @@ def _check_scheduler(entry: Any) -> None:
     known = getattr(diffusers, name, None) if library == "diffusers" else None
     if not isinstance(known, type) or not issubclass(known, diffusers.SchedulerMixin):
         raise ValueError(f"the scheduler is of the class {name!r:.100}, which is no scheduler of diffusers")
+
+
+def _check_library(component: str, library: Any, name: str) -> None:
+    """Of any other module, the loader would import code."""
+    if library != "diffusers" and library != getattr(KNOWN.get(name), "__module__", None):
+        raise ValueError(f"{component} is of the module {library!r:.100}, which is none of this package")
 
 
 def _check_schedule(folder: Path) -> None:

@@ -112,12 +112,6 @@ def trusted_name(given: str | None, of_zoo: str | None) -> str:
     return of_zoo
 
 
-def shown_name(name: str) -> str:
-    """The name of a task without the path of its file, which says nothing to anyone else."""
-    place, _, class_name = name.rpartition(":")
-    return f"{Path(place).name}:{class_name}" if place.endswith(".py") else name
-
-
 def source_sha256(thing: Any) -> str | None:
     """Of the source of the classes of a task or a family, as far as they are the user's own, with which networks
     change; None where they are built in or have no source."""
@@ -188,13 +182,11 @@ def _built(name_or_path: str) -> Any:
     else:
         try:
             module = importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            if not place.startswith(str(error.name)):
-                raise
-            raise TaskError(f"The task {name_or_path!r} names a module that does not exist: {place}.") from error
         except MissingExtraError:
             raise
         except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
+                raise TaskError(f"The task {name_or_path!r} names a module that does not exist: {place}.") from error
             raise TaskError(f"The task {name_or_path!r} cannot be loaded: {type(error).__name__}: {error}") from error
     task_class = getattr(module, class_name, None)
     if not isinstance(task_class, type):

@@ -80,6 +80,15 @@ class TrainingLoop:
             log_with=config.report_to,
             project_dir=config.output_dir,
         )
+        try:
+            self._start(steps)
+        except BaseException:
+            AcceleratorState._reset_state()  # as `__exit__`, which comes after a start only
+            raise
+
+    def _start(self, steps: int) -> None:
+        """What may be refused, and what is open until the end."""
+        config = self.config
         kind = self.accelerator.distributed_type
         if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
             raise ConfigError(f"accelerate is set up for {kind.value}, and what is trained here is not split.")

@@ -138,7 +138,10 @@ class NeuronDiffusion:
         """Features of pairs of units in this machine's memory from a forward pass to its backward one."""
         if processes().device.type != "cpu":
             return 0
-        pairs = UnitIndex(**self.symmetry.described(self.zoo.layout)).num_pairs
+        try:
+            pairs = UnitIndex(**self.symmetry.described(self.zoo.layout)).num_pairs
+        except ValueError as error:
+            raise ConfigError(f"These networks are too large for units as tokens: {error}") from error
         return FORMS * self.config.batch_size * self.config.num_layers * self.config.pair_channels * pairs
 
     def _model(self) -> NeuronTransformerModel:

@@ -16,7 +16,7 @@ from ..hub.push import push
 from ..parallel import from_main, wait_for_everyone, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout
 from ..runs import check_same_facts, save_run
-from ..tasks.task import shown_name
+from ..text import shown_name
 from ..zoo import WeightZoo
 from .latent_diffusion import LatentDiffusion
 from .loop import RUN_SETTINGS, TrainingLoop, with_environment
@@ -70,7 +70,7 @@ def _train(config: AnyTrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeli
         # 4. Pipeline
         if accelerator.is_main_process:
             pipeline = NeuralNetworkDiffusionPipeline(
-                layout=layout,
+                layout=layout.to(accelerator.device),
                 scheduler=denoising.scheduler,
                 condition_encoder=denoising.condition_encoder,
                 **components,

@@ -35,9 +35,9 @@ def _kinds(value: Any) -> set[str]:
         return set()
     if isinstance(value, list):
         inner = set().union(*map(_kinds, value)) or {"float64"}
-        return (
-            {"list float64"} if inner <= {"int64", "float64"} else {f"list {kind}" if kind else "" for kind in inner}
-        )
+        if inner <= {"int64", "float64"}:
+            return {"list float64"}
+        return {"" if not kind or kind.startswith("list ") else f"list {kind}" for kind in inner}
     return {{bool: "bool", int: "int64", float: "float64", str: "string"}.get(type(value), "")}
 
 

@@ -33,7 +33,7 @@ from ..files import (
     locked_if_writable,
     whole,
 )
-from ..hub.cards import write_zoo_card
+from ..hub.cards import description_of, write_zoo_card
 from ..hub.client import download, download_file, is_repository
 from ..hub.push import push
 from ..networks.canonical import REFERENCE_NETWORKS
@@ -220,8 +220,11 @@ class WeightZoo:
         """Makes a dataset repository hold this zoo, card included, in one commit; see [`hub.push`] for arguments."""
         self._writable()
         self.flush()
-        if not (self.folder / "README.md").exists():
-            self.write_card(f"{len(self)} networks of one architecture.")
+        # What it says of the networks may be of fewer ones.
+        has_card = (self.folder / "README.md").exists()
+        described = description_of(self.folder) if has_card else "Networks of one architecture."
+        if described is not None and os.access(self.folder, os.W_OK):
+            self.write_card(described)
         with locked_if_writable(self.folder):
             self._shards.check_unchanged()
             return push(self.folder, repo_id, contents={self._rows.file.name: self._row_bytes()}, **kwargs)
@@ -365,7 +368,7 @@ class WeightZoo:
                 for one in tqdm(found, desc="import", unit="adapter"):
                     zoo.append(gauge.canonical(read(one)[None], reference)[0], **one.row)
             zoo = cls(folder)
-            zoo.write_card(f"{len(zoo)} LoRA adapters that were trained elsewhere, imported in canonical form.")
+            zoo.write_card("LoRA adapters that were trained elsewhere, imported in canonical form.")
         return zoo
 
     @classmethod
@@ -390,7 +393,7 @@ class WeightZoo:
                 for checkpoint in tqdm(checkpoints, desc="import", unit="network"):
                     zoo.append(read(checkpoint), **checkpoint.row)
             zoo = cls(folder)
-            zoo.write_card(f"{len(zoo)} networks that were trained elsewhere, imported.")
+            zoo.write_card("Networks that were trained elsewhere, imported.")
         return zoo
 
     def __len__(self) -> int:

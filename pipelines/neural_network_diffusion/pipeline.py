@@ -218,6 +218,10 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}; expected {shape} for these networks.")
         if initial is not None and not self.takes_initial:
             raise ValueError("`initial` was passed, and this denoiser knows nothing of initializations.")
+        if not isinstance(initial, torch.Tensor | list | tuple | None):
+            raise ValueError(
+                f"`initial` has to be a list of state dicts, and is a {type(initial).__name__}: [initial]."
+            )
         if initial is not None and len(initial) != num_networks:
             raise ValueError(f"{len(initial)} initial networks were passed for {num_networks}: pass one for each.")
         size = self.layout.vector_size
@@ -492,6 +496,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
 
                 # 4. Denoise
                 steps = self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
+                if hasattr(self.scheduler, "noise_sampler_seed"):  # its steps take no generators
+                    self.scheduler.noise_sampler_seed = [one.initial_seed() for one in chunk_generators]
                 extra = self.prepare_extra_step_kwargs(chunk_generators, eta)
                 guide = None if nothing is None else (guidance_scale, nothing.to(device, self.denoiser.dtype))
                 chunk = self._denoise(
@@ -596,11 +602,11 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", folder.name)
         if folder.is_file():
-            super().save_pretrained(folder, **kwargs)  # which says what is wrong
+            super().save_pretrained(str(folder), **kwargs)  # which says what is wrong
             return
         shutil.rmtree(beside, ignore_errors=True)
         try:
-            super().save_pretrained(beside, **kwargs)
+            super().save_pretrained(str(beside), **kwargs)
             for file in beside.rglob("*"):
                 if file.is_file():
                     with file.open("rb") as content:

@@ -22,7 +22,7 @@ from pdiff_hf import PdiffError, TrainConfig, WeightZoo, ZooError, evaluate, loa
 from pdiff_hf.cli import main as cli
 from pdiff_hf.evaluation.study import PARTS as SCORES
 from pdiff_hf.hub import HubError, merge_cards, push, write_evaluation, write_pipeline_card, write_zoo_card
-from pdiff_hf.hub.cards import GENERATED
+from pdiff_hf.hub.cards import EVALUATION, GENERATED
 from pdiff_hf.hub.pipelines import pipeline_files
 from pdiff_hf.zoo.fill import PARTS
 
@@ -214,6 +214,37 @@ def test_an_evaluation_replaces_no_results_that_others_measured(tmp_path):
 def test_a_strange_model_index_is_no_bug(entries):
     card = f"---\nmodel-index: {entries}\n---\n"
     assert "tags" in merge_cards("---\ntags: [a]\n---\n", card)
+
+
+def test_a_card_whose_end_mark_is_gone_is_not_cut_off(tmp_path):
+    write_pipeline_card(tmp_path, {}, None, 2, 3)
+    card = (tmp_path / "README.md").read_text()
+    with pytest.raises(HubError, match="lacks the line '<!-- pdiff-hf: end -->'"):
+        merge_cards(card, card.replace(GENERATED[1], "") + "\nMine.\n")
+    (tmp_path / "README.md").write_text(card.replace(EVALUATION[1], "") + "\nMine.\n")
+    with pytest.raises(PdiffError, match="lacks the line '<!-- pdiff-hf: evaluation end -->'"):
+        write_evaluation(tmp_path, "section", [], [])
+    assert (tmp_path / "README.md").read_text().endswith("Mine.\n")
+
+
+def test_what_follows_adapters_in_a_repository_is_no_part_of_peft(tmp_path):
+    write_zoo_card(tmp_path, "", None, 2, 3, adapter={"r": 2, "base_model_name_or_path": "me/base"})
+    adapters = (tmp_path / "README.md").read_text()
+    assert "library_name: peft" in adapters
+    (tmp_path / "README.md").unlink()
+    write_zoo_card(tmp_path, "", None, 2, 3)
+    merged = merge_cards((tmp_path / "README.md").read_text(), adapters)
+    assert "peft" not in merged
+    assert "me/base" not in merged
+
+
+def test_cards_name_no_folder_of_a_machine(tmp_path):
+    for write in (partial(write_zoo_card, tmp_path / "a", ""), partial(write_pipeline_card, tmp_path / "b", {})):
+        write.args[0].mkdir()
+        write("/home/alice/secret/task.py:Mine", 2, 3)
+        card = (write.args[0] / "README.md").read_text()
+        assert "task.py:Mine" in card
+        assert "alice" not in card
 
 
 # ---- what is pulled
@@ -440,6 +471,11 @@ def test_planted_scores_are_not_believed(digits_zoo, tmp_path, monkeypatch):
             "is of the class 'DiTTransformer2DModel'",
         ),
         ("model_index.json", {"unet": ["diffusers", "AutoModel"]}, "is of the class 'AutoModel'"),
+        (
+            "model_index.json",
+            {"unet": ["antigravity.x", "ParameterUNet1DModel"]},
+            "unet is of the module 'antigravity.x', which is none of this package",
+        ),
         ("vae/config.json", {"latent_channels": 10**13}, "latent_channels is 1e"),
     ],
 )

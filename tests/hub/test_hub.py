@@ -152,6 +152,17 @@ def tag_and_change(folder: Path, repo: str) -> None:
     pipe.push_to_hub(repo)
 
 
+def save_and_push(folder: Path, repo: str, target: Path) -> list[str]:
+    load_pipeline(folder).save_pretrained(target, push_to_hub=True, repo_id=repo)
+    return HfApi().list_repo_files(repo)
+
+
+def test_saving_pushes_where_it_is_asked_to(alice, digits_pipeline, tmp_path):
+    files = alice(save_and_push, digits_pipeline, "alice/saved", tmp_path / "saved")
+    assert {"model_index.json", "pipeline.py", "unet/config.json"} <= set(files)
+    assert torch.equal(alice(load_and_sample, "alice/saved"), sample(load_pipeline(digits_pipeline)))
+
+
 def test_a_tag_keeps_its_networks(alice, digits_pipeline):
     alice(push_folder, digits_pipeline, "alice/tagged")
     alice(tag_and_change, digits_pipeline, "alice/tagged")
@@ -227,6 +238,22 @@ def test_a_grown_zoo_is_a_new_commit_and_the_old_one_stays(alice, zoo):
     assert second != first
     assert torch.equal(alice(read_all, "alice/growing"), zoo.vectors())
     assert torch.equal(alice(read_all, "alice/growing", first), zoo.vectors(range(10)))
+
+
+def test_the_card_of_a_grown_zoo_is_of_all_its_networks(alice, zoo):
+    arguments = ["--folder", str(zoo.folder), "--repo", "alice/grown-card"]
+    alice(run_cli, "push", *arguments)
+    with zoo:
+        zoo.append(random_network(10).state_dict(), seed=10, accuracy=0.5)
+    alice(run_cli, "push", *arguments)
+    text = (zoo.folder / "README.md").read_text()
+    assert "11 networks of" in text
+    assert "Networks of one architecture." in text
+    features = alice(card, "alice/grown-card", "dataset")["dataset_info"]["features"]
+    assert {"name": "accuracy", "dtype": "float64"} in features
+    (zoo.folder / "README.md").write_text("---\ntags: [a]\n---\nMine.\n")
+    alice(run_cli, "push", *arguments)
+    assert (zoo.folder / "README.md").read_text().endswith("Mine.\n")
 
 
 def read_twice(repo: str) -> list[str]:
@@ -683,6 +710,11 @@ def test_figures_do_not_go_into_the_card_of_other_weights(alice, digits_pipeline
     alice(push_folder, digits_pipeline, "alice/measured")
     measured = weights_sha256(digits_pipeline)
     assert alice(push_figures, "alice/measured", "FIRST", measured) == "no error"
+    # Checkpoints of the training, which come and go, are no part of it.
+    beside = shutil.copytree(digits_pipeline, tmp_path / "beside")
+    (beside / "checkpoint-50").mkdir()
+    shutil.copy(next(beside.glob("unet/*.safetensors")), beside / "checkpoint-50" / "average.safetensors")
+    assert weights_sha256(beside) == measured
     pipe = load_pipeline(digits_pipeline)
     with torch.no_grad():
         next(pipe.unet.parameters()).add_(1)
@@ -778,6 +810,39 @@ def test_a_download_that_loses_its_connection_goes_on_where_it_was(server, alice
     shards = sorted(shard.name for shard in big_zoo.folder.glob("networks-*"))
     # Parts of less than the client's 10 MB at a time are not kept.
     assert shards_fetched(server) == sorted([*shards, SHARD])
+
+
+def test_a_pull_over_an_earlier_one_whose_connection_fails_is_no_mixture(server, alice, big_zoo, tmp_path):
+    """The client keeps the file that is there where the Hub does not answer."""
+    alice(push_folder, big_zoo.folder, "alice/half-pulled")
+    before = alice(pull, "alice/half-pulled", tmp_path / "zoo")
+    with big_zoo:
+        big_zoo.append({"weight": torch.ones(50)}, seed=1000)
+    alice(push_folder, big_zoo.folder, "alice/half-pulled")
+    with faulty(server, "status", method="HEAD", path="metadata.jsonl", status=500, count=99):
+        said = alice(error_of, pull, "alice/half-pulled", tmp_path / "zoo")
+    assert "metadata.jsonl could not be downloaded: the connection to the Hub was lost. Pull again." in said
+    with pytest.raises(ZooError):
+        WeightZoo(tmp_path / "zoo")
+    assert len(alice(pull, "alice/half-pulled", tmp_path / "zoo")) == len(before) + 1
+
+
+def create(repo: str) -> str:
+    return HfApi().create_repo(repo).repo_id
+
+
+def test_a_pull_says_what_lacks(alice, zoo, tmp_path, digits_pipeline):
+    alice(push_folder, digits_pipeline, "alice/known")
+    alice(create, "alice/weights-alone")
+
+    def said(*arguments: str) -> str:
+        return alice(error_of, run_cli, "pull", *arguments, "--output-dir", str(tmp_path / "new"))
+
+    assert "alice/known has no revision 'v9'" in said("--repo", "alice/known", "--revision", "v9")
+    assert "alice/weights-alone holds no pipeline: there is no model_index.json" in said(
+        "--repo", "alice/weights-alone"
+    )
+    assert "alice/nothing is no folder here, and is not on the Hub" in said("--repo", "alice/nothing")
 
 
 @pytest.mark.parametrize("get", [pull, stream])

@@ -162,6 +162,7 @@ def test_networks_follow_from_the_initialization_that_is_passed(told):
         (torch.zeros(3, 42), "3 initial networks were passed for 2"),
         (torch.zeros(2, 41), r"shape \(2, 41\); expected \(2, 42\)"),
         ([{}, {}], "is missing"),
+        ({"weight": torch.zeros(2), "bias": torch.zeros(2)}, r"has to be a list of state dicts, and is a dict"),
     ],
 )
 def test_initializations_that_do_not_fit_are_refused(told, initial, message):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks, remove_hook_from_module
 
+from pdiff_hf.pipelines.neural_network_diffusion.transformer.neuron_transformer import UnitIndex
+
 from .cases import CASES, NUM_PARAMETERS, OFFLOADING, randn
 
 
@@ -142,3 +144,11 @@ def test_group_offloading_and_layerwise_casting_go_together(case, kwargs):
     model.enable_group_offload(torch.device("cpu"), **kwargs)
     model.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
     torch.testing.assert_close(case.run(model), expected, atol=0.02, rtol=0.02)
+
+
+def test_units_that_no_number_belongs_to_are_refused():
+    """A small file may claim them, and tokens for all of them would take the memory."""
+    tensors = [{"start": 0, "shape": [10], "axes": []}]
+    UnitIndex(num_parameters=10, units=[20], tensors=tensors)
+    with pytest.raises(ValueError, match="100,000,000 units cannot share 10 parameters"):
+        UnitIndex(num_parameters=10, units=[10**8], tensors=tensors)

@@ -64,6 +64,7 @@ def test_all_schedulers_of_diffusers_for_discrete_timesteps_can_be_swapped_in(pi
     vectors = run(pipe, num_inference_steps=5)
     assert vectors.shape == (2, pipe.layout.vector_size)
     assert vectors.isfinite().all()
+    assert_same(run(pipe, num_inference_steps=5, chunk_size=1), vectors, atol=1e-3)
 
 
 # ---- a denoiser that knows the clean sample

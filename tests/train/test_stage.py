@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from pdiff_hf import (
     NeuralNetworkDiffusionPipeline,
@@ -306,6 +307,23 @@ def test_losses_go_to_a_tracker(digits_zoo, tmp_path):
     pytest.importorskip("tensorboard")
     run_train(small_config(digits_zoo, tmp_path, unet_steps=10, report_to="tensorboard"))
     assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_a_training_that_could_not_start_leaves_no_precision_behind(digits_zoo, tmp_path, monkeypatch):
+    def failing(*_: object) -> None:
+        raise OSError("no such tracker")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(Accelerator, "init_trackers", failing)
+        with pytest.raises(TrainingError, match="cannot start: no such tracker"):
+            run_train(small_config(digits_zoo, tmp_path / "first", unet_steps=2, mixed_precision="bf16"))
+    run_train(small_config(digits_zoo, tmp_path / "second", unet_steps=2, mixed_precision="no"))
+
+
+def test_channels_that_normalization_leaves_nothing_of_are_refused():
+    with pytest.raises(ConfigError, match=r"halving leaves one of 8 latents"):
+        TrainConfig(block_out_channels=(16, 16, 16, 8))
+    TrainConfig(block_out_channels=(8, 8, 8, 16))
 
 
 def test_a_zoo_of_one_network_is_refused(tmp_path):

@@ -326,6 +326,9 @@ def test_what_is_no_adapter_is_named(tmp_path):
         WeightZoo.from_adapters(tmp_path / "zoo", [])
     with pytest.raises(ConfigError, match="--checkpoints, --repositories or --adapters"):
         ImportConfig(str(tmp_path / "zoo"))
+    for settings in ({"checkpoints": ("a.pt",), "metadata": "rows.jsonl"}, {"adapters": ("a",), "patterns": ("b",)}):
+        with pytest.raises(ConfigError, match=r"is for adapters|are for checkpoints"):
+            ImportConfig(str(tmp_path / "zoo"), **settings)
 
 
 def test_a_zoo_that_claims_an_unusual_configuration_is_damaged(tmp_path):

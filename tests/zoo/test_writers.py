@@ -16,6 +16,7 @@ from pdiff_hf.errors import ConfigError, WriteError
 from pdiff_hf.files import LOCK, check_kind, check_parts, check_room, locked, own_name
 from pdiff_hf.zoo import built
 from pdiff_hf.zoo.fill import PARTS, _write_part, fill
+from pdiff_hf.zoo.rows import column_types
 
 from ..conftest import random_network
 
@@ -303,3 +304,8 @@ def test_a_file_that_cannot_be_opened_is_not_called_damaged(zoo, monkeypatch, na
     with pytest.raises(ZooError, match=r"cannot be (opened|read): .*Permission denied") as caught:
         _ = WeightZoo(zoo.folder).layout, WeightZoo(zoo.folder).metadata
     assert "damaged" not in str(caught.value)
+
+
+def test_columns_that_the_hub_has_no_type_for_are_not_described():
+    assert column_types([{"a": [1.5, 2]}, {"a": None}]) == [{"name": "a", "list": "float64"}]
+    assert column_types([{"a": [[1, 2]]}]) is None

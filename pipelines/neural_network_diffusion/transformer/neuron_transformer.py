@@ -366,6 +366,8 @@ def _check_partition(num_parameters: int, units: list[int], tensors: list[dict[s
         raise ValueError(f"`num_parameters` has to be at most {MOST_PARAMETERS:,}, and is {num_parameters!r}.")
     if not 1 <= len(units) <= MOST_GROUPS or not all(type(count) is int and count >= 1 for count in units):
         raise ValueError(f"`units` has to hold the units of 1 to {MOST_GROUPS} groups, and is {units!s:.200}.")
+    if sum(units) > 2 * num_parameters:  # each has a number of its own, or one with each unit of another group
+        raise ValueError(f"{sum(units):,} units cannot share {num_parameters:,} parameters.")
     end = 0
     for tensor in tensors:
         shape, axes = tensor["shape"], tensor["axes"]
