@@ -52,9 +52,14 @@ def main(args: Sequence[str] | None = None) -> None:
     lines += [f"  {name:<11} {purpose}" for name, (*_, purpose) in STAGES.items()]
     lines += [
         "",
-        "`pdiff-hf STAGE --help` lists a stage's arguments; --traceback shows where an error came from,",
-        "--quiet leaves out progress, and the last line, on where the result is and what comes next, and --version",
-        "says which pdiff-hf this is. Completion of what you type:",
+        "Start with: pdiff-hf quickstart",
+        "",
+        "  STAGE --help   the arguments of a stage",
+        "  --quiet        no progress bars, and no last line on the result and what comes next",
+        "  --traceback    where an error came from",
+        "  --version      which pdiff-hf this is",
+        "",
+        "Completion of what you type:",
         '    eval "$(pdiff-hf --completion bash)"    (or zsh)',
     ]
     if stage == "--version":

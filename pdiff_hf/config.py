@@ -17,6 +17,7 @@ import tyro
 import yaml
 
 from .errors import ConfigError, MissingExtraError
+from .extras import install
 from .text import load_yaml
 
 
@@ -146,14 +147,14 @@ def check_tracker(name: str | None) -> None:
 
     if name == "all":
         if not get_available_trackers():
-            raise MissingExtraError("No tracker is installed: pip install 'pdiff-hf[trackers]'")
+            raise MissingExtraError(f"No tracker is installed: {install('trackers')}")
         return
     known = sorted(kind.value for kind in LoggerType if kind is not LoggerType.ALL)
     if name not in known:
         raise ConfigError(f"report_to is {name!r}; accelerate knows all, {', '.join(known)}.")
     if name not in {str(tracker) for tracker in get_available_trackers()}:
-        package = "'pdiff-hf[trackers]'" if name == "tensorboard" else name
-        raise MissingExtraError(f"The tracker {name} is not installed: pip install {package}")
+        command = install("trackers") if name == "tensorboard" else f"pip install {name}"
+        raise MissingExtraError(f"The tracker {name} is not installed: {command}")
 
 
 def load_config(config_class: type[Config], file: str | Path) -> Config:

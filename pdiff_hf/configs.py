@@ -19,23 +19,25 @@ class CollectConfig:
     output_dir: str = "runs/zoo"
     """Folder of the zoo. Where it holds an unfinished one of the same configuration, collection goes on."""
     num_networks: int = 200
-    """Checkpoints to keep."""
+    """Networks in the zoo: checkpoints of one run, of which 200 are enough, or one network a seed, of which thousands
+    are better. Not for families of tasks."""
     networks_per_task: int = 6
     """Of a family of tasks: independent networks of each of its tasks, instead of num_networks."""
     split: Literal["train", "validation", "test"] = "train"
-    """Of a family: which of its conditions."""
+    """Of a family of tasks: which of its conditions."""
     protocol: Literal["trajectory", "independent"] = "trajectory"
     """Consecutive checkpoints of one run (as in the paper), or one network a seed."""
     save_every: int = 1
     """Optimizer steps from one kept checkpoint of a trajectory to the next."""
     epochs: int | None = None
-    """Passes over the training data before the first checkpoint is kept; the task's own number by default."""
+    """Passes over the training data: of a trajectory before its first checkpoint is kept, of independent networks in
+    all. By default the task's own number."""
     patterns: tuple[str, ...] | None = None
-    """Shell-style patterns of the tensors that are generated, or with a ! before them not; the task's own by
-    default."""
+    """Names of the tensors to generate, as shell-style patterns such as '*.weight'; a ! before one excludes. The
+    others are stored once, for all networks. By default the task's own."""
     may_differ: tuple[str, ...] = ()
-    """Shell-style patterns of tensors that are not generated and may differ between networks all the same; what is
-    stored has those of the first."""
+    """Tensors that are not generated have to be the same in all networks. Those of these patterns may differ; the zoo
+    has the first network's."""
     seed: int = 0
     """Of initialization, data order and dropout; an independent zoo counts up from it."""
     dtype: ZooDtype = "float32"
@@ -67,7 +69,7 @@ class AlignConfig:
     """What the networks do: a built-in task, or path/to/file.py:MyTask. The zoo's own by default, if it is
     a built-in one."""
     tolerance: float = 1e-3
-    """Largest difference of a prediction that rounding may explain, in parts of the largest; more is an error."""
+    """Aligning must not change what networks predict: more than this share of the largest prediction is an error."""
 
     def __post_init__(self) -> None:
         check_above_zero(self, "tolerance")
@@ -84,8 +86,8 @@ class LoopConfig:
     seed: int = 0
     """Of initialization, batches and noise."""
     condition: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A column of the zoo's rows that the pipeline can be asked for: numbers, lists of numbers of one length, or
-    words. Once for each of several."""
+    """A column of the zoo's rows (`pdiff-hf info ZOO` lists them) that networks can be asked for: numbers, lists of
+    numbers of one length, or words. Again for each further column."""
     batch_size: int = 64
     """Networks drawn for each forward pass, by all processes together."""
     gradient_accumulation_steps: int | None = None
@@ -136,19 +138,22 @@ class TrainConfig(LoopConfig):
     latent_channels: int = 8
     """Channels of the latents."""
     latent_length: int = 8
-    """Length of the latents. Channels times length are the numbers that are kept of a network: memory, too."""
+    """Length of the latents: a network becomes latent_channels x latent_length numbers. More of them take more
+    memory."""
     autoencoder_steps: int = 400
     """Optimizer steps of a trained autoencoder."""
     autoencoder_learning_rate: float = 4e-3
     """Peak of the one-cycle learning rate of a trained autoencoder."""
     input_noise: float = 0.05
-    """Noise on parameters in its training, in units of each one's standard deviation over the zoo."""
+    """Noise on parameters while the autoencoder is trained, in units of each one's standard deviation over the zoo."""
     latent_noise: float = 0.1
-    """Noise on latents in its training."""
+    """Noise on latents while the autoencoder is trained."""
     kl_weight: float = 1e-2
-    """Of the KL divergence of its latents from a normal distribution; more of it is smoother."""
+    """Weight, in the loss of the autoencoder, of the KL divergence of its latents from a normal distribution; more of
+    it makes smoother latents and less exact networks."""
     behaviour_weight: float = 0.0
-    """Of the difference of reconstructed networks' outputs from the stored ones', on the task's training inputs."""
+    """Weight, in the loss of the autoencoder, of the difference of reconstructed networks' outputs from the stored
+    ones', on the task's training inputs; 0 is off."""
     task: str | None = None
     """What the networks do, where behaviour counts. The zoo's own by default, if it is a built-in one."""
 
@@ -200,10 +205,12 @@ class NeuronTrainConfig(LoopConfig):
     """What the networks do: its training inputs are needed, not their targets. The zoo's own by default, if it is a
     built-in one."""
     initial: bool = True
-    """Tell the transformer each network's initialization, which the zoo has to record."""
+    """Tell the transformer each network's initialization, which `collect --protocol independent` records; zoos that
+    were imported or aligned need --no-initial."""
     behaviour_weight: float = 1.0
-    """Of the difference of the predicted networks' outputs from the stored ones', on the task's training inputs.
-    With a condition, far more of it, such as 256, makes better networks for tasks that no network was trained for."""
+    """Weight, in the loss, of the difference of the predicted networks' outputs from the stored ones', on the task's
+    training inputs; 0 is off. With a condition, far more of it, such as 256, makes better networks for tasks that no
+    network was trained for."""
     behaviour_inputs: int = 64
     """Training inputs of a step on which outputs are compared."""
 
@@ -274,11 +281,13 @@ class GenerateConfig:
     scheduler: str | None = None
     """A scheduler class of diffusers, such as DPMSolverMultistepScheduler, instead of the pipeline's own."""
     condition: str | None = None
-    """What is asked for, as JSON: '{"classes": [0, 1, 1]}'."""
+    """What to ask for: a JSON object with the columns of the training's --condition, '{"classes": [0, 1, 1]}'.
+    `pdiff-hf info PIPELINE` says what can be asked."""
     conditions: str | None = None
-    """A file with such a condition a line, for one network after the other, and again from the first."""
+    """A file with such an object a line, for a network each; after the last line it starts again."""
     guidance_scale: float = 1.0
-    """By how much the condition is followed more than it was learned; 1 is off."""
+    """How strictly the condition is followed (classifier-free guidance): 1 as it was learned, more is stricter, 0
+    ignores it. Audits choose among 1, 1.5 and 2."""
     parameter_noise: float = 0.0
     """Noise on each parameter, in units of its standard deviation over the zoo: more novel, less accurate networks."""
     batch_size: int | None = None
@@ -317,26 +326,28 @@ class EvaluateConfig:
 
     task: str | None = None
     """A built-in task or family of tasks, or a class of your own: path/to/file.py:MyTask. The trained zoo's own by
-    default, if it is a built-in one. Of a family, the pipeline is asked for conditions that no training network
-    had."""
+    default, if it is a built-in one. Of a family of tasks, the pipeline is asked for conditions that no training
+    network had."""
     trained: str = "runs/zoo"
     """The zoo that was learned from, a folder or its name on the Hub; or checkpoints of any other origin, a folder or
     a pattern such as 'theirs/*.pt'."""
     generated: str = "runs/generated"
-    """The generated zoo or checkpoints, as above, or the pipeline to sample from; of a family, a pipeline."""
+    """The generated zoo or checkpoints, as above, or the pipeline to sample from; of a family of tasks, a
+    pipeline."""
     fresh: str | None = None
-    """A zoo of networks that were trained from new seeds, of a family with --split test: the gold standard."""
+    """A zoo of networks that were trained from new seeds, of a family of tasks with --split test: the gold
+    standard."""
     output_dir: str = "runs/report"
     """Folder of the report: report.json, report.md, report.html and pictures."""
     pipeline: str | None = None
     """The pipeline that generated, where `generated` is a zoo: adds its denoising and training to the report. The card
-    of a folder gets figures and pictures. Not for families."""
+    of a folder gets figures and pictures. Not for families of tasks."""
     num_networks: int = 100
-    """Networks to sample where `generated` is a pipeline; of a family, 16 are of each condition."""
+    """Networks to sample where `generated` is a pipeline; of a family of tasks, 16 of each condition."""
     seed: int = 0
     """Of the networks to sample."""
     networks_per_point: int = 50
-    """Networks of each baseline at each strength; fewer are faster, and make wider intervals. Not for families."""
+    """Networks of each baseline at each strength; fewer are faster, and say less. Not for families of tasks."""
     push_to_hub: str | None = None
     """Name of the model repository that the pipeline, with its card, is pushed to in the end."""
 
@@ -444,16 +455,21 @@ class ImportConfig:
     filename: str = "model.safetensors"
     """The file of each repository that holds its weights; safetensors only."""
     patterns: tuple[str, ...] = ("*",)
-    """Shell-style patterns of the tensors that are generated, or with a ! before them not."""
+    """Names of the tensors to generate, as shell-style patterns such as '*.weight'; a ! before one excludes. The
+    others are stored once, for all networks."""
     may_differ: tuple[str, ...] = ()
-    """Shell-style patterns of tensors that are not generated and may differ between networks all the same; the zoo
-    has those of the first."""
+    """Tensors that are not generated have to be the same in all networks. Those of these patterns may differ; the zoo
+    has the first network's."""
+    key: str | None = None
+    """Where the weights are in checkpoint files that hold more: 'model', or 'ema.shadow'."""
     task: str | None = None
     """What the networks do: a built-in task, or path/to/file.py:MyTask."""
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.checkpoints, self.repositories, self.adapters))) != 1:
             raise ConfigError("Pass --checkpoints, --repositories or --adapters: what the zoo is made of.")
+        if self.key is not None and not self.checkpoints:
+            raise ConfigError("--key is for --checkpoints.")
         if self.metadata is not None and not self.adapters:
             raise ConfigError("--metadata is for adapters: rows of other imported networks have none.")
         if self.adapters and (self.patterns != ("*",) or self.may_differ):

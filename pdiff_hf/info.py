@@ -84,7 +84,7 @@ def _of_pipeline(folder: Path) -> str:
         "Trained parts: " + ", ".join(f"{name} of {count:,} parameters" for name, count in parts.items()) + ".",
     ]
     if pipe.condition_encoder is not None:
-        lines.append(f"It can be asked. {pipe.condition_encoder.known()}")
+        lines.append(f"It can be asked for networks of a condition. {pipe.condition_encoder.known()}")
     return "\n".join(lines + _of_card(folder) + _made(folder, ("train",)) + verdict_of_card(folder))
 
 

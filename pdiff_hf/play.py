@@ -132,6 +132,8 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
             "generated parameters each. "
             f"{ground.verdict or 'Its card has no verdict yet: `pdiff-hf evaluate` gives one.'}"
         )
+        if ground.columns:
+            gr.Markdown("What the networks are asked for:")
         widgets = [widget(column) for column in ground.columns]
         with gr.Tab("Ask"):
             with gr.Row():
@@ -143,7 +145,7 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
                     value=1,
                     step=0.25,
                     label="guidance",
-                    info="how strictly the condition is followed",
+                    info="how strictly the condition is followed: 1 as it was learned, 0 not at all",
                     visible=bool(widgets),
                 )
             button = gr.Button("Ask for networks", variant="primary", elem_id="ask")
@@ -153,7 +155,8 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
                 "Each dot is a network, its height the share of test examples that it gets right."
                 if ground.trained is None
                 else "Each dot is a network. Up is better; left is more unlike every training network. Good ones are "
-                "as high as the original ones, which were learned from, and as far to the left."
+                "as high as the original ones, which were learned from, and as far to the left. Similarity: how much "
+                "of its errors a network shares with the training network that is most like it; 1 is all."
             )
             button.click(ask, [count, seed, guidance, *widgets], [plane, summary, networks])
         if ground.draws:
@@ -186,7 +189,10 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
                 pad.change(draw, [networks, pad], outputs)
                 gallery.select(pick, [networks], outputs)
         with gr.Tab("Walk"):
-            gr.Markdown("From the noise that becomes one network to that of another: do the networks between work?")
+            gr.Markdown(
+                "Two seeds are two noises, which become two networks. Networks of the noises between them, and how "
+                "good they are:"
+            )
             with gr.Row():
                 first = gr.Number(0, precision=0, label="seed of the first")
                 second = gr.Number(1, precision=0, label="seed of the second")

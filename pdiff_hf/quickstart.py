@@ -67,7 +67,7 @@ def _quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
         with locked(folder / stage):
             shutil.rmtree(folder / stage, ignore_errors=True)
     zoo, fresh, pipeline, generated, report_dir = (str(folder / stage) for stage in STAGES)
-    print(f"Running on {torch.get_num_threads()} of {os.cpu_count()} threads; OMP_NUM_THREADS=N takes N.")
+    print(f"Using {torch.get_num_threads()} of {os.cpu_count()} CPU threads; set OMP_NUM_THREADS=N to use N.")
 
     timings: dict[str, float] = {}
 
@@ -112,6 +112,8 @@ def _quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
     report["timings_s"] = timings
     write_report(report, Path(report_dir), pictures_in(Path(report_dir)))
     print("Seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in timings.items()))
-    print(f"Everything is in {folder}. Load the pipeline anywhere with\n")
+    print(
+        f"Everything is in {folder}; open {Path(report_dir, 'report.html')}. From here, anyone loads the pipeline by\n"
+    )
     print(f'    DiffusionPipeline.from_pretrained("{pipeline}", trust_remote_code=True)\n')
     return report

@@ -73,7 +73,9 @@ def check_same_facts(folder: str | Path, stage: str, facts: dict[str, Any]) -> N
         read = json.loads(file.read_text(encoding="utf-8"))
         before = {name: read[name] for name in facts}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{file} is damaged ({error!r}): the run cannot be resumed.") from error
+        raise ConfigError(
+            f"{file} is damaged ({error!r}): the run cannot be resumed. Choose another --output-dir."
+        ) from error
     for name, value in facts.items():
         if before[name] == value:
             continue
@@ -82,7 +84,10 @@ def check_same_facts(folder: str | Path, stage: str, facts: dict[str, Any]) -> N
                 f"The {name.removesuffix('_sha256')} of the run in {folder} changed meanwhile: it cannot be resumed. "
                 "Choose another --output-dir."
             )
-        raise ConfigError(f"{folder} holds a run with {before[name]} {name}, not {value}: it cannot be resumed.")
+        raise ConfigError(
+            f"{folder} holds a run with {before[name]} {name}, not {value}: it cannot be resumed. Choose another "
+            "--output-dir."
+        )
 
 
 def noted(folder: str | Path, stage: str, name: str) -> Any:

@@ -31,10 +31,19 @@ def run_import(config: ImportConfig) -> str:
         zoo = WeightZoo.from_adapters(config.output_dir, config.adapters, task=config.task, metadata=rows)
     elif config.checkpoints:
         one, *more = config.checkpoints
-        zoo = WeightZoo.from_checkpoints(config.output_dir, config.checkpoints if more else one, **common)
+        zoo = WeightZoo.from_checkpoints(
+            config.output_dir, config.checkpoints if more else one, key=config.key, **common
+        )
     else:
         zoo = WeightZoo.from_hub(config.output_dir, config.repositories, config.filename, **common)
-    return f"{zoo!r} Next: pdiff-hf train --zoo {shlex.quote(config.output_dir)}"
+    train = f"pdiff-hf train --zoo {shlex.quote(config.output_dir)}"
+    if config.adapters:
+        return f"{zoo!r} Next: {train}"
+    task = shlex.quote(config.task or "TASK")
+    return (
+        f"{zoo!r} Next, of checkpoints of one run: {train}; of different seeds: {train} --family neuron --no-initial "
+        f"--task {task}"
+    )
 
 
 def run_push(config: PushConfig) -> str:

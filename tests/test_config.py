@@ -10,7 +10,7 @@ from pdiff_hf import cli
 from pdiff_hf.config import load_config, parse
 from pdiff_hf.configs import TrainConfig
 from pdiff_hf.errors import ConfigError
-from pdiff_hf.extras import require
+from pdiff_hf.extras import install, require
 from pdiff_hf.runs import save_run
 
 from .conftest import run
@@ -107,7 +107,7 @@ def test_an_error_that_the_user_can_mend_is_one_line_without_traceback(tmp_path)
 
 
 def test_a_missing_extra_is_named():
-    with pytest.raises(ModuleNotFoundError, match=r"needs no_such_module.*pip install 'pdiff-hf\[plots\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs no_such_module.*pip install '.*\[plots\]'"):
         require("no_such_module.part", "plots")
 
 
@@ -126,3 +126,32 @@ def test_every_public_name_can_be_imported():
     assert all(getattr(pdiff_hf, name) is not None for name in pdiff_hf.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = pdiff_hf.nothing
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (None, "pip install 'pdiff-hf[report]'"),
+        ({"url": "https://some.where/pdiff.whl"}, "pip install 'pdiff-hf[report]'"),
+        (
+            {"url": "https://git.hub/pdiff", "vcs_info": {"vcs": "git"}},
+            "'pdiff-hf[report] @ git+https://git.hub/pdiff'",
+        ),
+        ("a clone", "/a clone[report]'"),
+        ("where one is", "pip install '.[report]'"),
+    ],
+)
+def test_an_extra_is_installed_from_where_the_package_was(origin, command, tmp_path, monkeypatch):
+    notes = tmp_path / "site" / "pdiff_hf-9.dist-info"
+    notes.mkdir(parents=True)
+    (notes / "METADATA").write_text("Name: pdiff-hf\nVersion: 9\n")
+    if isinstance(origin, str):
+        folder = tmp_path / origin
+        folder.mkdir()
+        (folder / "pyproject.toml").touch()
+        monkeypatch.chdir(folder if origin == "where one is" else tmp_path)
+        origin = {"url": folder.as_uri(), "dir_info": {}}
+    if origin is not None:
+        (notes / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.setattr(sys, "path", [str(notes.parent)])
+    assert install("report").endswith(command)

@@ -49,7 +49,9 @@ def test_ones_own_checkpoints_become_a_zoo(digits_zoo, tmp_path):
     for index in range(3):
         save_file(digits_zoo.state_dict(index), tmp_path / "checkpoints" / f"{index}.safetensors")
     command, _ = README.commands("--checkpoints")
-    said = ": 3 networks of 1898 parameters) Next: pdiff-hf train --zoo runs/my-zoo\n"
+    train = "pdiff-hf train --zoo runs/my-zoo"
+    said = f": 3 networks of 1898 parameters) Next, of checkpoints of one run: {train}; of different seeds: {train} "
+    said += "--family neuron --no-initial --task TASK\n"
     assert run_here(tmp_path, *command).stdout.endswith(said)
 
 

@@ -123,6 +123,19 @@ KINDS = {
 }
 
 
+MOST_DOUBLINGS = 14
+
+
+def strengths_of(kind: str, count: int) -> list[float]:
+    """The strengths of a kind of baseline, of a zoo of so many networks."""
+    first = KINDS[kind].first
+    if kind == "soup":
+        return [float(2**power) for power in range(1, (count - 1).bit_length())] + [float(count)]
+    if kind in ("interpolation", "nearest-interpolation", "shrinking"):
+        return [first * step for step in range(1, 10 if kind == "shrinking" else 6)]
+    return [first * 2**power for power in range(MOST_DOUBLINGS)]
+
+
 class Baseline:
     r"""
     A generator with the interface of [`NeuralNetworkDiffusionPipeline`] that learns nothing: it combines the networks

@@ -44,9 +44,17 @@ def canonical_zoo(zoo: WeightZoo, symmetry: CanonicalForm | None, folder: Path) 
         after[:, place] /= spread
     if after.norm(dim=1).mean() > NEARER * before.norm(dim=1).mean():
         return None
-    canonical = WeightZoo.create(folder, zoo.layout, may_differ=zoo.may_differ)
-    with canonical:
+    return in_form_of(zoo, zoo, symmetry, folder)
+
+
+def in_form_of(trained: WeightZoo, zoo: WeightZoo, symmetry: CanonicalForm, folder: Path) -> WeightZoo:
+    """A zoo in the canonical form of the training networks, in a folder of its own; as they are, networks with numbers
+    that are too large for it."""
+    reference = symmetry.reference(trained.vectors(evenly(len(trained), REFERENCE_NETWORKS)))
+    found = WeightZoo.create(folder, zoo.layout, may_differ=zoo.may_differ)
+    with found:
         for batch in zoo.batches():
-            for vector in symmetry.canonical(batch, reference):
-                canonical.append(vector)
-    return canonical
+            canonical = symmetry.canonical(batch, reference)
+            for vector in torch.where(canonical.isfinite().all(1, keepdim=True), canonical, batch):
+                found.append(vector)
+    return found

@@ -180,7 +180,10 @@ class ConditionAudit:
     @cached_property
     def _same_examples(self) -> bool:
         """Whether all tasks are tested on the same inputs, whose chance all of them share."""
-        return is_shared([inputs for inputs, _ in data_of(self.tasks, "test")])
+        inputs = [inputs for inputs, _ in data_of(self.tasks, "test")]
+        return is_shared(inputs) or all(
+            one.shape == inputs[0].shape and torch.equal(one, inputs[0]) for one in inputs[1:]
+        )
 
     def _of_examples(self, shares: Sequence[torch.Tensor]) -> torch.Tensor:
         """How often each example is answered right, `[C, E]`; its mean, `[C, 1]`, where tasks have examples of their
@@ -272,7 +275,8 @@ class ConditionAudit:
         found = [places.get(key_of(condition), []) for condition in self.asked]
         count = min(map(len, found))
         if count == 0:
-            raise ZooError(f"{zoo.folder} has no network of {self.asked[[not f for f in found].index(True)]}.")
+            lacking = self.asked[[not some for some in found].index(True)]
+            raise ZooError(f"{zoo.folder} has no network of {lacking}, which `pdiff-hf collect --split test` trains.")
         return torch.stack([zoo.vectors(some[:count]) for some in found])
 
     def _training(
@@ -319,15 +323,20 @@ def _scored(tasks: Sequence[Any], vectors: torch.Tensor, predict: Predictor, spl
         def accuracy(probabilities: torch.Tensor, task: Any = task, targets: Any = targets) -> torch.Tensor:
             return task.correct(probabilities, targets.cpu()).float().flatten()
 
-        each = torch.stack([accuracy(one) for one in predictions])
+        # What is no number is wrong, and no part of an ensemble.
+        numbers = predictions.isfinite().flatten(1).all(1)
+        each = torch.stack([accuracy(one) for one in predictions]) * numbers[:, None]
+        counted = torch.where(numbers.view(-1, *[1] * (predictions.ndim - 1)), predictions, 0)
         accuracies.setdefault("single", []).append(each.mean(0))
         least.append(each.mean(1).min())
         for size in ENSEMBLES:
             if len(networks) >= size:
-                groups = (
-                    predictions.unflatten(0, (-1, size)) if len(networks) % size == 0 else predictions[None, :size]
-                )
-                joint = torch.stack([accuracy(group.mean(0)) for group in groups]).mean(0)
+                whole = len(networks) // size * size if len(networks) % size == 0 else size
+                groups = counted[:whole].unflatten(0, (-1, size))
+                members = numbers[:whole].view(-1, size).sum(1).tolist()
+                joint = torch.stack(
+                    [accuracy(group.sum(0) / max(1, n)) * (n > 0) for group, n in zip(groups, members, strict=True)]
+                ).mean(0)
                 accuracies.setdefault(f"ensemble of {size}", []).append(joint)
     return {**accuracies, "least": torch.stack(least)}
 

@@ -29,6 +29,7 @@ class Neighbours:
         compared (`torch.Tensor`): Indices of the training networks that are compared with all.
         similar (`dict[str, Nearest]`): Those with the most similar errors, of the `trained` ones and the `generated`.
         symmetry (`CanonicalForm`, *optional*): Of the architecture.
+        forms (`tuple[WeightZoo, WeightZoo]`): Both zoos in the form that baselines work on.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class Neighbours:
         compared: torch.Tensor,
         similar: dict[str, Nearest],
         symmetry: CanonicalForm | None,
+        forms: tuple[WeightZoo, WeightZoo],
     ):
         self.trained, self.generated, self.wrong = trained, generated, wrong
-        self.compared, self.similar, self.symmetry = compared, similar, symmetry
+        self.compared, self.similar, self.symmetry, self.forms = compared, similar, symmetry, forms
 
     def figures(self) -> dict[str, Any]:
         """`trained`, `generated` and `aligned` distances, the share that is `copied`, and what is `outside_span`."""
@@ -60,12 +62,13 @@ class Neighbours:
             copies |= distances <= COPY_RATIO * own[form][0][torch.searchsorted(some, indices)]
         pairs = {"trained": own, "generated": away}
         spreads = {form: {name: spread(of[form][0]) for name, of in pairs.items()} for form in away}
-        distances, indices = away["stored"]
+        trained, generated = self.forms
+        closest = nearest(generated, trained, every, None)
         return {
             **spreads["stored"],
             "aligned": spreads.get("aligned"),
             "copied": copies.double().mean().item(),
-            "outside_span": outside_span(self.trained, self.generated, indices, distances),
+            "outside_span": outside_span(trained, generated, closest.indices[:, 0], closest.values[:, 0]),
         }
 
     def _similar(self, some: torch.Tensor) -> torch.Tensor:

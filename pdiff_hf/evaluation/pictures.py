@@ -141,9 +141,9 @@ def plane(
     verdict = report["verdict"]
     if "generated" in shown and verdict["accuracy_gain"] is not None and None not in verdict["interval"]:
         similar, accurate = shown["generated"]
-        low, high = (accurate - 100 * gain for gain in verdict["interval"][::-1])
+        least, most = (accurate - 100 * gain for gain in verdict["interval"][::-1])
         there = accurate - 100 * verdict["accuracy_gain"]
-        errors = [[max(there - low, 0)], [max(high - there, 0)]]
+        errors = [[max(there - least, 0)], [max(most - there, 0)]]
         ax.errorbar(
             similar,
             there,

@@ -50,6 +50,15 @@ CONDITION_MEANINGS = {
     "ridge, triples": "the same with products of three",
     "hypernetwork": "a perceptron from the condition to the weights, trained on the same with the same losses",
     "trained on the task": "networks that were trained on the held-out tasks, the gold standard",
+    "training from scratch, as long": "trained on the held-out task for as long as generating a network takes",
+    "training from scratch, twice as long": "the same, for twice that time",
+    "generated, then trained as long": "a generated network, trained on for that time",
+}
+# What the generator is compared with, the best of each kind.
+AGAINST = {
+    "shuffled": "itself, asked for another condition",
+    "retrieval": "looking up, without learning",
+    "regression": "regression, from the condition to the weights",
 }
 # What is to be seen, and what a good and a bad one looks like.
 CAPTIONS = {
@@ -106,8 +115,8 @@ def group_table(report: dict[str, Any]) -> list[dict[str, str]]:
             "networks": LABELS[group],
             "count": str(figures["count"]),
             "mean": percent(accuracy["mean"]),
-            "95 % over networks": " to ".join(map(percent, accuracy["interval_networks"])),
-            "95 % over examples": " to ".join(map(percent, accuracy["interval_examples"])),
+            "95 % over networks": _ends(accuracy["interval_networks"]),
+            "95 % over examples": _ends(accuracy["interval_examples"]),
             "min": percent(accuracy["min"]),
             "chosen on validation": percent(accuracy["best_on_validation"]),
             "similarity": f"{figures['maximum_similarity']['mean']:.3f}",
@@ -127,10 +136,15 @@ def condition_table(report: dict[str, Any]) -> list[dict[str, str]]:
             found = figures.get(kind)
             row[kind] = percent(None if found is None else found["mean"])
             if kind == "single":
-                row["95 % interval"] = " to ".join(map(percent, figures["single"]["interval"]))
+                row["95 % interval"] = _ends(figures["single"]["interval"])
                 row["least"] = percent(figures["min"])
         rows.append(row)
     return rows
+
+
+def _ends(interval: list[float] | None) -> str:
+    """Of an interval of shares."""
+    return "-" if interval is None else " to ".join(map(percent, interval))
 
 
 def percent(value: float | None) -> str:
@@ -241,6 +255,7 @@ def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> Non
             report=report if escape else {**report, "task": plain(report["task"])},
             labels=LABELS,
             meanings=MEANINGS | CONDITION_MEANINGS if kind == "conditions" else MEANINGS,
+            against=AGAINST,
             kinds={kind: KINDS[kind] for kind in {point["kind"]: 0 for point in report.get("baselines", ())}},
             columns=tuple(rows[0]),
             rows=rows,

@@ -73,12 +73,12 @@ class Scores:
                 "min": test.min().item(),
                 "max": test.max().item(),
                 "best_on_validation": test[self.validation.argmax()].item(),
-                "interval_networks": interval(resampled_means(test, 0)),
+                "interval_networks": interval(resampled_means(test, 0)) if len(self) > 1 else None,
                 "interval_examples": interval(1 - by_example @ (rate / len(self))),
             },
             "maximum_similarity": {
                 "mean": similarity.mean().item(),
-                "interval_networks": interval(resampled_means(similarity, 0)),
+                "interval_networks": interval(resampled_means(similarity, 0)) if len(similarity) > 1 else None,
             },
             "not_finite": int((~self.finite).sum()),
             **{name: _finite_mean(values) for name, values in self.calibration.items()},
@@ -90,6 +90,14 @@ def _sha256(*parts: Any) -> str:
     for part in parts:
         is_tensor = isinstance(part, torch.Tensor)
         digest.update(part.detach().cpu().flatten().view(torch.uint8).numpy() if is_tensor else repr(part).encode())
+    return digest.hexdigest()
+
+
+def content(zoo: WeightZoo) -> str:
+    """What tells the networks of a zoo from all others."""
+    digest = hashlib.sha256()
+    for batch in zoo.batches():
+        digest.update(batch.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -149,7 +157,7 @@ class Scorer:
         # Parts by other names are not ours.
         self._mark = from_main(lambda: own_name("scores"))
         self._digest = _sha256(
-            *(self.inputs, *self.targets.values(), self.layout.config["tensors"], len(zoo), ends),
+            *(self.inputs, *self.targets.values(), self.layout.config["tensors"], content(zoo)),
             *(*_code(task), *correct),
         )
 
@@ -158,7 +166,7 @@ class Scorer:
         vectors: Callable[[range], torch.Tensor],
         count: int,
         name: str,
-        key: torch.Tensor | None = None,
+        key: torch.Tensor | str | None = None,
         calibrate: bool = False,
         most_values: int = BATCH_VALUES,
     ) -> Scores:
@@ -167,7 +175,7 @@ class Scorer:
             vectors (`Callable[[range], torch.Tensor]`): Gives the parameter vectors, `[n, P]`, of some networks.
             count (`int`): Networks in all.
             name (`str`): What they are.
-            key (`torch.Tensor`, *optional*): With the name and the zoo, tells these networks from all others.
+            key (`torch.Tensor` or `str`, *optional*): With the name and the zoo, tells these networks from all others.
             calibrate (`bool`, *optional*, defaults to `False`): Whether to measure calibration and ensembles too.
             most_values (`int`, *optional*): Parameters of all networks together that `vectors` is asked for at once.
 

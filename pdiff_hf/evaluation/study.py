@@ -1,6 +1,6 @@
 """All that is measured of one set of generated networks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,23 +12,21 @@ from ..errors import PipelineError, ZooError
 from ..files import UNFINISHED
 from ..hub.pipelines import check_draws
 from ..parallel import from_main, processes
-from ..zoo import WeightZoo
+from ..zoo import WeightZoo, evenly, networks_per_batch
 from . import pictures
-from .baselines import KINDS, Baseline, StandardizedZoo
-from .canonical import canonical_zoo, symmetry_that_holds
+from .baselines import KINDS, Baseline, StandardizedZoo, strengths_of
+from .canonical import canonical_zoo, in_form_of, symmetry_that_holds
 from .equal_time import from_the_same
 from .measures import Nearest, mean, most_similar, parameter_statistics, picked
 from .neighbours import CANDIDATES, Neighbours
-from .scoring import Scorer, Scores
+from .scoring import Scorer, Scores, content
 from .subjects import Subjects
 from .verdict import Place, Plane, band, beside_fresh, share_of_gap, verdict
 
 
 # Where a curve passes the generated networks' similarity, it is refined by so many points.
 REFINEMENTS = 3
-MOST_DOUBLINGS = 14
-TRAJECTORY_NETWORKS = 20
-MAPPED_NETWORKS = 50
+TRAJECTORY_NETWORKS, MAPPED_NETWORKS = 20, 50
 # Denoising steps that rows may name.
 MOST_STEPS = 1000
 # Parameters of all networks of a baseline that are made at a time: for each time, the whole zoo is read.
@@ -58,7 +56,7 @@ class Study:
         self.symmetry = symmetry_that_holds(self.trained, self.scorer.predict, self.scorer.inputs[:50])
         canonical = canonical_zoo(self.trained, self.symmetry, subjects.scratch / "canonical")
         self.standardized = StandardizedZoo(canonical or self.trained)
-        self.is_canonical = canonical is not None
+        self.is_canonical, self._scratch = canonical is not None, subjects.scratch
 
     def figures(self) -> dict[str, Any]:
         """All that the report says, but for its pictures."""
@@ -115,11 +113,7 @@ class Study:
         if self.pipeline is not None and self.pipeline.vae is not None:
             latents = self.latents
             scores["reconstructed"] = self.scorer(
-                lambda some: self._decode(latents[some.start : some.stop]),
-                len(self.trained),
-                "reconstructed",
-                latents,
-                calibrate=True,
+                self._decoding(latents), len(latents), "reconstructed", latents, calibrate=True
             )
         return scores
 
@@ -173,7 +167,7 @@ class Study:
         at = [self.place.point[0], *fresh]
         broken = (self.chance + self.groups["trained"]["accuracy"]["mean"]) / 2
         strengths = {
-            kind: _strengths(kind, KINDS[kind].first, len(self.trained))
+            kind: strengths_of(kind, len(self.trained))
             for kind in KINDS
             if self.is_canonical or not KINDS[kind].independent
         }
@@ -230,26 +224,34 @@ class Study:
             copied=nearest["copied"],
             outside=nearest["outside_span"],
             dispersion=self._dispersion(),
+            count=len(self.generated),
             **against,
         )
         if "fresh" in self.scores:
             place = self._fresh_place
-            of_fresh = verdict(place, copied=0.0, outside=1.0, **against)
+            of_fresh = verdict(place, copied=0.0, outside=1.0, count=len(self.scores["fresh"]), **against)
             found["fresh_accuracy_gain"], found["fresh_interval"] = of_fresh["accuracy_gain"], of_fresh["interval"]
             found["share_of_gap"], found["share_of_gap_interval"] = share_of_gap(self.place, place, curves)
             found |= beside_fresh(self.place, place, curves)
         return found
 
     def _score(self, zoo: WeightZoo, name: str) -> Scores:
-        return self.scorer(zoo.vectors, len(zoo), name, zoo.vectors([0, -1]), calibrate=True)
+        return self.scorer(zoo.vectors, len(zoo), name, content(zoo), calibrate=True)
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        assert self.pipeline is not None
-        return self.pipeline.decode(latents).cpu()
+    def _decoding(self, latents: torch.Tensor) -> Callable[[range], torch.Tensor]:
+        pipeline = self.pipeline
+        assert pipeline is not None
+        return lambda some: pipeline.decode(latents[some.start : some.stop]).cpu()
 
     def _encode(self, zoo: WeightZoo) -> torch.Tensor:
         assert self.pipeline is not None
         return torch.cat([self.pipeline.encode(batch).cpu() for batch in zoo.batches()])
+
+    def _some_latents(self, zoo: WeightZoo) -> torch.Tensor:
+        """Of as many networks, evenly picked, as are no load."""
+        assert self.pipeline is not None
+        some = zoo.vectors(evenly(len(zoo), networks_per_batch(zoo.vector_size, values=BASELINE_VALUES)))
+        return self.pipeline.encode(some).cpu()
 
     def _point(self, kind: str, strength: float, number: int) -> Point:
         # The average of all is one network however often it is made.
@@ -271,8 +273,18 @@ class Study:
         return from_main(lambda: self.plane.place(scores, seed))
 
     def _neighbours(self) -> dict[str, Any]:
-        wrong = self.scores["trained"].wrong
-        return Neighbours(self.trained, self.generated, wrong, self.compared, self.similarity, self.symmetry).figures()
+        networks = self.trained, self.generated, self.scores["trained"].wrong, self.compared, self.similarity
+        forms = self._forms["trained"], self._forms["generated"]
+        return Neighbours(*networks, self.symmetry, forms).figures()
+
+    @cached_property
+    def _forms(self) -> dict[str, WeightZoo]:
+        """The zoos in the form that baselines work on."""
+        zoos = {"generated": self.generated, **({} if self.fresh is None else {"fresh": self.fresh})}
+        if self.symmetry is not None and self.is_canonical:
+            for name, zoo in zoos.items():
+                zoos[name] = in_form_of(self.trained, zoo, self.symmetry, self._scratch / f"canonical-{name}")
+        return {"trained": self.standardized.zoo, **zoos}
 
     @cached_property
     def _pairwise(self) -> dict[str, float | None]:
@@ -319,11 +331,12 @@ class Study:
             *pictures.parameters(self.trained, self.generated, folder),
             *pictures.overlap(wrong["trained"], wrong["generated"], folder),
             *pictures.calibration(report, folder),
-            *pictures.weight_map(self.trained, self._mapped(), folder),
+            *pictures.weight_map(self._forms["trained"], self._mapped(), folder),
         ]
         if denoising is not None:
             files += pictures.denoising(*denoising, report, folder)
-            files += pictures.training(self.pipeline, self.latents, self._encode(self.generated), report, folder)
+            of_trained, of_generated = self._some_latents(self.trained), self._some_latents(self.generated)
+            files += pictures.training(self.pipeline, of_trained, of_generated, report, folder)
         return files
 
     def _shown(self) -> dict[str, tuple[list[int], torch.Tensor, torch.Tensor]]:
@@ -346,9 +359,8 @@ class Study:
                 yield baseline.vectors(list(range(start, min(start + size, MAPPED_NETWORKS))))
 
         return {
-            "trained": iter([self.trained.vectors(self.compared.tolist())]),
-            "generated": self.generated.batches(),
-            **({} if self.fresh is None else {"fresh": self.fresh.batches()}),
+            **{name: zoo.batches() for name, zoo in self._forms.items()},
+            "trained": (self._forms["trained"].vectors(some.tolist()) for some in self.compared.split(size)),
             "gaussian": made("gaussian", 1.0),
             "soup": made("soup", min(16, len(self.trained))),
         }
@@ -362,10 +374,10 @@ class Study:
             check_draws(self.pipeline)
         except PipelineError:
             return None
-        kept: list[tuple[int, torch.Tensor]] = []
+        kept: dict[int, list[torch.Tensor]] = {}
 
         def keep(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
-            kept.append((step + 1, tensors["latents"].cpu()))
+            kept.setdefault(step + 1, []).append(tensors["latents"].cpu())  # of some networks after the others
             return {}
 
         self.pipeline.set_progress_bar_config(disable=True)
@@ -375,21 +387,11 @@ class Study:
             output_type="latent",
             callback_on_step_end=keep,
         )
-        shown = kept[:: max(1, len(kept) // 15)]
-        shown = shown if shown[-1][0] == kept[-1][0] else [*shown, kept[-1]]
+        steps = list(kept)
+        shown = steps[:: max(1, len(steps) // 15)]
+        shown = shown if shown[-1] == steps[-1] else [*shown, steps[-1]]
 
         def accuracies(latents: torch.Tensor) -> torch.Tensor:
-            def decode(some: range) -> torch.Tensor:
-                return self._decode(latents[some.start : some.stop])
+            return self.scorer(self._decoding(latents), len(latents), "denoising", latents).test
 
-            return self.scorer(decode, len(latents), "denoising", latents).test
-
-        return [step for step, _ in shown], [accuracies(latents) for _, latents in shown]
-
-
-def _strengths(kind: str, first: float, count: int) -> list[float]:
-    if kind == "soup":
-        return [float(2**power) for power in range(1, (count - 1).bit_length())] + [float(count)]
-    if kind in ("interpolation", "shrinking"):
-        return [first * step for step in range(1, 6 if kind == "interpolation" else 10)]
-    return [first * 2**power for power in range(MOST_DOUBLINGS)]
+        return shown, [accuracies(torch.cat(kept[step])) for step in shown]

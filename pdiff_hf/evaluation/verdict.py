@@ -22,6 +22,8 @@ AVERAGING = ("soup", "interpolation", "shrinking", "nearest-interpolation")
 # Errors of generated networks that differ among each other by less than this share of what those of training networks
 # do are those of one network, or of few.
 COLLAPSED = 0.2
+# Fewer networks may be good by chance, which a bootstrap over them does not show.
+FEWEST = 10
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ def band(generated: Place, curves: dict[str, list[Place]]) -> list[dict[str, Any
     return found
 
 
+def reached(curves: dict[str, list[Place]]) -> torch.Tensor:
+    """The least similarity of the baselines, `[B]`."""
+    return torch.stack([place.similarity for curve in curves.values() for place in curve]).amin(0)
+
+
 def gain(generated: Place, curves: dict[str, list[Place]], least: torch.Tensor | None = None) -> torch.Tensor:
     """Accuracy above the curves at that similarity or below, or at the least one that is worth anything `[B]`, where
     it is below that: `[B]`, infinite where none reaches it."""
@@ -117,8 +124,9 @@ def share_of_gap(
     """How much of the way from the front to fresh networks generated ones go: the ratio of the gains of both over the
     front, each at its own similarity, or both at no less than that of the fresh ones, and its interval; None where
     fresh networks are not clear of the front, or no baseline reaches so low a similarity."""
-    ours = gain(generated, curves, fresh.similarity if at_fresh else None)
-    theirs = gain(fresh, curves)
+    least = reached(curves)
+    ours = gain(generated, curves, torch.maximum(fresh.similarity, least) if at_fresh else least)
+    theirs = gain(fresh, curves, least)
     if not interval(theirs[1:], CONFIDENCE)[0] > 0 or not torch.isfinite(torch.stack([ours[0], theirs[0]])).all():
         return None, [None, None]
     shares = ours / theirs
@@ -129,7 +137,7 @@ def share_of_gap(
 def beside_fresh(generated: Place, fresh: Place, curves: dict[str, list[Place]]) -> dict[str, Any]:
     """The gain and the share where no similarity below that of fresh networks counts: to be less similar to the zoo
     than new networks are is nothing that is won."""
-    over = gain(generated, curves, fresh.similarity)
+    over = gain(generated, curves, torch.maximum(fresh.similarity, reached(curves)))
     share, interval_of_share = share_of_gap(generated, fresh, curves, at_fresh=True)
     return {
         "gain_at_fresh": _number(over[0]),
@@ -147,6 +155,7 @@ def verdict(
     copied: float,
     outside: float,
     dispersion: float | None = None,
+    count: int = FEWEST,
 ) -> dict[str, Any]:
     r"""
     What to think of generated networks.
@@ -163,13 +172,15 @@ def verdict(
         dispersion (`float`, *optional*):
             How different the errors of generated networks are among each other, in units of those of training
             networks.
+        count (`int`, *optional*, defaults to 10): Generated networks: of fewer than 10 nothing good is said.
 
     Returns:
         `dict`: `label`, `accuracy_gain` over the front, its `interval` and `confidence`, the
         gains over noise and over averaging (None where that baseline is nowhere so dissimilar), and `sentence`.
     """
     similar, accuracy = generated.point
-    over_all = gain(generated, curves)
+    # To be less similar than any baseline is worth no more than to be as the least similar one.
+    over_all = gain(generated, curves, reached(curves))
     over_noise = gain(generated, {"noise": curves["noise"]})
     over_averaging = gain(generated, {kind: curves[kind] for kind in AVERAGING if kind in curves})
     low, high = interval(over_all[1:], CONFIDENCE)
@@ -196,6 +207,9 @@ def verdict(
             f"The generated networks are nearly one network: their errors differ by {100 * dispersion:.0f} % of what "
             f"those of training networks do ({place}, {margin})."
         )
+    elif low > 0 and count < FEWEST:
+        label = "on-the-front"
+        sentence = f"Too few networks, {count}, to be called above the front: {place}, {margin}."
     elif low > 0:
         label = "above-the-front"
         sentence = f"Above the front: {place}, {margin}."

@@ -106,9 +106,11 @@ def trusted_name(given: str | None, of_zoo: str | None) -> str:
     if given is not None:
         return given
     if of_zoo is None:
-        raise TaskError("Nothing says what these networks do: pass --task.")
+        raise TaskError("Nothing says what these networks do: pass --task, a built-in name or path/to/file.py:MyTask.")
     if of_zoo not in BUILT_IN:
-        raise TaskError(f"They do the task {of_zoo!r}, which is code of its own: pass --task {of_zoo} to run it.")
+        raise TaskError(
+            f"These networks do the task {of_zoo!r}, which is code of its own: pass --task {of_zoo} to run it."
+        )
     return of_zoo
 
 

@@ -329,7 +329,8 @@ def _checkpoint_to_resume(config: LoopConfig) -> Path | None:
         wanted = present[-1] if present else None
         if wanted is None and is_pipeline(folder):
             raise TrainingError(
-                f"{folder} holds a pipeline whose training has ended, and no checkpoint to go on from."
+                f"{folder} holds a pipeline whose training has ended, and no checkpoint to go on from. Choose another "
+                "--output-dir, or delete it."
             )
     else:
         given = Path(config.resume_from_checkpoint)

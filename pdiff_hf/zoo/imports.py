@@ -174,8 +174,8 @@ def read_state_dict(file: Path, key: str | None = None) -> StateDict:
                 f"{file} cannot be read as a state dict: it is damaged, or neither safetensors nor of torch.save."
             ) from error
         raise ZooError(
-            f"{file} cannot be read as a state dict: it holds objects of {other[1]}, which may run code. Save the "
-            "tensors alone."
+            f"{file} cannot be read as a state dict: it holds objects of {other[1]}, which may run code. Load it "
+            "where you trust it, and save the tensors alone: torch.save(network.state_dict(), file)."
         ) from error
     except Exception as error:
         raise ZooError(f"{file} cannot be read as a state dict: {error}") from error
@@ -186,8 +186,8 @@ def read_state_dict(file: Path, key: str | None = None) -> StateDict:
         return _dense(file, found[key])
     if len(found) > 1:
         raise ZooError(
-            f"{file} holds several state dicts: {', '.join(found)}. `WeightZoo.from_checkpoints(..., key=...)` takes "
-            "one."
+            f"{file} holds several state dicts: {', '.join(found)}. --key, of `pdiff-hf import`, or `key=` of "
+            "`WeightZoo.from_checkpoints` takes one."
         )
     if not found:
         raise ZooError(f"{file} holds no state dict: expected a mapping from names to tensors.")

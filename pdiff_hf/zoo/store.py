@@ -708,7 +708,10 @@ def _make_free(folder: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     check_kind(folder, "collect")
     if is_zoo(folder):
-        raise ZooError(f"{folder} holds a zoo already. Open it with WeightZoo({str(folder)!r}) to append to it.")
+        raise ZooError(
+            f"{folder} holds a zoo already. Choose another folder, or open it with WeightZoo({str(folder)!r}) and "
+            "append."
+        )
     leftovers, rows = list(folder.glob("networks-*.safetensors")), folder / "metadata.jsonl"
     if rows.exists() and rows.stat().st_size:  # those of a zoo are empty until it is one
         leftovers.append(rows)

@@ -195,8 +195,24 @@ def test_less_similar_than_fresh_networks_is_worth_nothing():
     assert found["share_at_fresh"] == pytest.approx(-0.03 / 0.04, abs=1e-3)
     more = beside_fresh(place(0.89, 0.95), place(0.90, 0.9), CURVES)
     assert more["gain_at_fresh"] == pytest.approx(0.89 - 0.88, abs=1e-4)
+    # Less similar than any baseline is worth what the least similar one, at .5, is.
     unreached = beside_fresh(place(0.83, 0.2), place(0.90, 0.3), CURVES)
-    assert unreached["gain_at_fresh"] is None
+    assert unreached["gain_at_fresh"] == pytest.approx(0.13, abs=1e-4)
+
+
+def test_verdicts_where_no_baseline_reaches_or_few_networks_are():
+    far = verdict(place(0.83, 0.2), CURVES, 0.9, 0.1, copied=0.0, outside=1.0)
+    assert far["label"] == "above-the-front"
+    assert far["accuracy_gain"] == pytest.approx(0.13, abs=1e-4)
+    assert "+13.00 points (99 % interval +13.00 to +13.00)" in far["sentence"]
+    assert far["gain_over_averaging"] is None
+    few = verdict(place(0.83, 0.2), CURVES, 0.9, 0.1, copied=0.0, outside=1.0, count=9)
+    assert few["label"] == "on-the-front"
+    assert few["sentence"].startswith("Too few networks, 9, to be called above the front: ")
+    gaussian = {"gaussian": [place(0.9, 0.8)]}
+    found = verdict(place(0.85, 0.8), CURVES | gaussian, 0.9, 0.1, copied=0.0, outside=1.0)
+    assert found["label"] == "on-the-front"
+    assert found["sentence"].startswith("Not above the front, though better than noise and averages")
 
 
 def test_networks_that_are_nearly_one_are_called_collapsed():

@@ -71,7 +71,7 @@ class Arguments:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": linear(1.0), "args": Arguments()}, r"holds objects of .*Arguments.*Save the tensors alone"),
+        ({"state_dict": linear(1.0), "args": Arguments()}, r"holds objects of .*Arguments.*save the tensors alone"),
         ({"epoch": 3}, "holds no state dict"),
         ({**linear(1.0), "epoch": 3}, "holds no state dict"),
         (torch.ones(3), "holds no state dict"),
