@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import resource
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,14 +17,16 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from pdiff_hf.configs import NeuronTrainConfig, TrainConfig
+from pdiff_hf import WeightZoo
+from pdiff_hf.configs import AnyTrainConfig, TrainConfig
 from pdiff_hf.files import whole
-from pdiff_hf.runs import versions
+from pdiff_hf.runs import check_same_facts, check_same_run, versions
 from pdiff_hf.train import DenoiserObjective, TrainingLoop, run_train
+from pdiff_hf.train.loop import RUN_SETTINGS, with_environment
 
 
 # Folders of one machine say nothing to anyone else.
-PLACES = ("output", "work_dir", "data_dir", "peer", "only")
+PLACES = ("output", "picture", "work_dir", "data_dir", "peer", "only")
 
 
 def facts(config: Any) -> dict[str, Any]:
@@ -35,17 +39,27 @@ def facts(config: Any) -> dict[str, Any]:
             if value != field.default:
                 values = value if isinstance(value, tuple) else (value,)
                 command += [f"--no-{option[2:]}"] if value is False else [option, *map(str, values)]
-        elif field.default is MISSING:
+        elif field.default is MISSING or (value is not None and field.name in ("peer", "data_dir")):
             command += [option, field.name.upper()]
     return {
         "command": " ".join(command),
         "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **settings,
         "versions": versions(),
     }
+
+
+def commit() -> str | None:
+    """The state of the project that is measured; None outside a clone."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent,
+    )  # fmt: skip
+    return done.stdout.strip() or None
 
 
 def write(config: Any, **figures: Any) -> None:
@@ -76,10 +90,20 @@ def table(config: Any, header: str, measure: Callable[..., dict[str, Any]], cell
                     temporary.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
-def minutes_of(config: NeuronTrainConfig) -> float:
-    """Trains a pipeline, where there is none yet, and tells how long that took."""
-    clock = Path(config.output_dir).parent / "minutes.json"
-    if not (Path(config.output_dir) / "model_index.json").exists():
+def minutes_of(config: AnyTrainConfig) -> float:
+    r"""
+    Trains a pipeline, where there is none yet, and tells how long that took. A training that was killed begins anew.
+
+    Raises:
+        [`ConfigError`]: there is one that was trained with other settings, or on another zoo.
+    """
+    folder = Path(config.output_dir)
+    clock = folder.with_name(f"{folder.name}.minutes.json")
+    if clock.exists():
+        check_same_run(folder, "train", with_environment(config), but_for=RUN_SETTINGS)
+        check_same_facts(folder, "train", {"zoo_sha256": WeightZoo(config.zoo).sha256()})
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
         started = time.perf_counter()
         run_train(config)
         clock.write_text(json.dumps((time.perf_counter() - started) / 60))

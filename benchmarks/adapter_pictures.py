@@ -1,18 +1,18 @@
 """Adapters of a diffusion model for classes that it was never adapted to, and what is drawn with them.
 
 A U-Net of diffusers learns to draw scikit-learn's digits, each turned and mirrored in eight ways: 80 classes. A LoRA
-makes it draw one: `pdiff-hf collect` trains some for each of 40 classes of five digits, whose condition is the mean
-image of the class. Then `train --family neuron`, which is asked for classes of digits that no adapter was trained for.
-Each adapter is loaded with `load_lora_weights`, and draws; another network says how many of its pictures are of the
-class. Prints this share for generated adapters, for those of a shuffled condition, for what needs no generator, for
-adapters trained on the class, and for the base model; and draws some of them.
+makes it draw one: `pdiff-hf collect` trains some for each of 56 classes, and for four distorted forms of each, whose
+condition is the mean image. Then `train --family neuron`, which is asked for 16 classes that no adapter was trained
+for, in no form. Each adapter is loaded with `load_lora_weights`, and draws; another network says how many of its
+pictures are of the class. Prints this share for generated adapters, for those of a shuffled condition, for what needs
+no generator, for adapters trained on the class, and for the base model; and draws some of them.
 
 A killed benchmark goes on where it was: every stage resumes.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import fit, minutes_of
+from benchmarks import fit, minutes_of, write
 from pdiff_hf import (
     AdaptedNetwork,
     CollectConfig,
@@ -35,21 +35,31 @@ from pdiff_hf import (
     run_collect,
     run_generate,
 )
+from pdiff_hf.align import run_align
+from pdiff_hf.configs import AlignConfig
 from pdiff_hf.evaluation.regression import answers
 from pdiff_hf.extras import require
-from pdiff_hf.networks.canonical import REFERENCE_NETWORKS
+from pdiff_hf.files import is_zoo
+from pdiff_hf.networks.behaviour import VARIANCE_NETWORKS, Behaviour, run_at_once
 from pdiff_hf.networks.gauge import Gauge
 from pdiff_hf.tasks import TaskFamily, half_cosine
-from pdiff_hf.tasks.prototypes import DIGITS_OF, DigitClass, class_of, examples, mean_image, turned
+from pdiff_hf.tasks.family import training_inputs
+from pdiff_hf.tasks.prototypes import DigitClass, images_of, mean_image
 from pdiff_hf.zoo import evenly
 
 
 FOLDER = Path("runs/adapter-pictures")
-CLASSES = [(digit, way) for digit in range(10) for way in range(8)]
+CLASSES = [DigitClass(digit, 0, way) for digit in range(10) for way in range(8)]
+# Places of those of a split, in an order drawn once, and forms of each: distorted, but for the first.
+PLACES_OF = {"train": slice(24, None), "validation": slice(16, 24), "test": slice(16)}
+FORMS_OF = {"train": 5, "validation": 1, "test": 1}
 # Pretraining, and the network that judges; adapters: noises of each example, their steps, rank.
-PRETRAINING, JUDGING, NOISES, EPOCHS, RANK = 5000, 2000, 8, 8, 4
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+PRETRAINING, JUDGING, NOISES, EPOCHS, RANK = 5000, 2000, 8, 8, 2
+# What a class is, as a text would say it: the attention to a context that is always the same.
+TARGETS = ["attn2.to_v", "attn2.to_out.0"]
 STEPS, PICTURES = 20, 32
+# Of the losses of the generator and of the hypernetwork: pictures a step, and adapters.
+INPUTS, BATCH = 16, 32
 
 
 class Denoiser(nn.Module):
@@ -61,7 +71,7 @@ class Denoiser(nn.Module):
 
     def forward(self, noisy: torch.Tensor) -> torch.Tensor:
         """Of pictures with noise and timesteps, `[B, 2, 8, 8]`: clean ones `[B, 1, 8, 8]`."""
-        clean: torch.Tensor = self.unet(noisy[:, :1], noisy[:, 1, 0, 0], noisy.new_zeros(len(noisy), 1, 8)).sample
+        clean: torch.Tensor = self.unet(noisy[:, :1], noisy[:, 1, 0, 0], noisy.new_ones(len(noisy), 1, 8)).sample
         return clean
 
 
@@ -79,7 +89,7 @@ class Draw(DiffusionPipeline, require("diffusers.loaders", "adapters").StableDif
         sample = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
         self.scheduler.set_timesteps(STEPS)
         for step in self.scheduler.timesteps:
-            clean = self.unet(sample, step, sample.new_zeros(count, 1, 8)).sample
+            clean = self.unet(sample, step, sample.new_ones(count, 1, 8)).sample
             sample = self.scheduler.step(clean, step, sample).prev_sample
         return sample
 
@@ -99,7 +109,7 @@ def with_noise(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 
 def _trained(network: nn.Module, steps: int, loss: Any) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
-    images = torch.stack([turned(examples(digit, "train"), way) for digit, way in CLASSES])  # [80, 75, 1, 8, 8]
+    images = torch.stack([images_of(one, "train") for one in CLASSES])  # [80, 75, 1, 8, 8]
 
     def of_some() -> torch.Tensor:
         classes = torch.randint(len(CLASSES), (64,), generator=generator)
@@ -156,21 +166,21 @@ def judge() -> nn.Module:
 
 
 class DrawsClass(Task):
-    """A LoRA that makes the model draw one class."""
+    """A LoRA that makes the model draw one class, or a distorted form of it."""
 
     epochs = EPOCHS
     batch_size = 32
-    learning_rate = 3e-3
+    learning_rate = 1e-2
 
-    def __init__(self, digit: int, way: int):
-        self.digit, self.way = digit, way
+    def __init__(self, one: DigitClass):
+        self.one = one
 
     def build_network(self) -> nn.Module:
         return AdaptedNetwork(base(), lora(base(), TARGETS, RANK, prefix=""))
 
     def data(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures with noise, and without."""
-        images = turned(examples(self.digit, split), self.way).repeat(NOISES, 1, 1, 1)
+        images = images_of(self.one, split).repeat(NOISES, 1, 1, 1)
         return with_noise(images, torch.Generator().manual_seed(0)), images
 
     def learning_rate_factor(self, progress: float) -> float:
@@ -187,26 +197,40 @@ class DrawsClass(Task):
         return (predictions - targets).square().flatten(1).mean(1) < 0.1
 
 
+@cache
+def _forms() -> tuple[list[DigitClass], torch.Tensor]:
+    """All classes in all forms, and their mean images, `[n, 64]`."""
+    forms = [one._replace(warp=form) for one in CLASSES for form in range(FORMS_OF["train"])]
+    return forms, torch.tensor([mean_image(one) for one in forms])
+
+
+def class_of(condition: dict[str, Any]) -> DigitClass:
+    """The class, and its form, that a condition describes."""
+    forms, means = _forms()
+    return forms[int((means - torch.tensor(condition["mean"])).square().sum(1).argmin())]
+
+
 class DrawsClasses(TaskFamily):
     """A class is a digit, turned or mirrored, and described by its mean image: `{"mean": [64 pixels]}`."""
 
     def conditions(self, split: str) -> list[dict[str, Any]]:
-        return [
-            {"mean": list(mean_image(DigitClass(digit, 0, way)))} for digit in DIGITS_OF[split] for way in range(8)
+        order = torch.randperm(len(CLASSES), generator=torch.Generator().manual_seed(0)).tolist()
+        classes = [
+            CLASSES[place]._replace(warp=form) for place in order[PLACES_OF[split]] for form in range(FORMS_OF[split])
         ]
+        return [{"mean": list(mean_image(one))} for one in classes]
 
     def task(self, condition: dict[str, Any]) -> Task:
-        one = class_of(condition["mean"])
-        return DrawsClass(one.digit, one.way)
+        return DrawsClass(class_of(condition))
 
 
 @dataclass(frozen=True)
 class Config:
     """Generates adapters of a diffusion model for classes that it was never adapted to, and draws with them."""
 
-    networks_per_task: int = 6
-    """Adapters of each training class."""
-    transformer_steps: int = 1000
+    networks_per_task: int = 1
+    """Adapters of each form of a training class."""
+    transformer_steps: int = 1500
     """Of the generator's training."""
     seed: int = 0
     """Of the generator."""
@@ -233,8 +257,7 @@ def share(pictures: torch.Tensor, asked: Sequence[dict[str, Any]]) -> float:
     """The share of the pictures `[A, n, 1, 8, 8]` that are of the class that was asked for."""
     with torch.no_grad():
         judged = judge()(pictures.flatten(0, 1)).argmax(1).view(len(pictures), -1)
-    classes = [class_of(condition["mean"]) for condition in asked]
-    places = torch.tensor([CLASSES.index((one.digit, one.way)) for one in classes])
+    places = torch.tensor([CLASSES.index(class_of(condition)) for condition in asked])
     return (judged == places[:, None]).float().mean().item()
 
 
@@ -245,13 +268,12 @@ def measure(config: Config) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     fresh = run_collect(
         CollectConfig(family_name, str(FOLDER / "fresh"), networks_per_task=1, split="test", seed=10**6)
     )
-    gauge = Gauge(zoo.layout)
-    reference = gauge.reference(zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS)))
-    vectors = gauge.canonical(zoo.vectors(), reference)
-    if not (FOLDER / "aligned" / "zoo.json").exists():
-        with WeightZoo.create(FOLDER / "aligned", zoo.layout, task=family_name) as aligned:
-            for vector, row in zip(vectors, zoo.rows(), strict=True):
-                aligned.append(vector, **{key: value for key, value in row.items() if key != "initial_norm"})
+    if not is_zoo(FOLDER / "aligned"):
+        run_align(AlignConfig(str(zoo.folder), str(FOLDER / "aligned"), task=family_name))
+    aligned = WeightZoo(FOLDER / "aligned")
+    if len(aligned) != len(zoo):
+        raise SystemExit(f"{zoo.folder} has grown: remove {aligned.folder}.")
+    gauge, vectors = Gauge(zoo.layout), aligned.vectors()
     folder = FOLDER / f"seed-{config.seed}"
     minutes = minutes_of(
         NeuronTrainConfig(
@@ -261,8 +283,12 @@ def measure(config: Config) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             condition=("mean",),
             initial=False,
             seed=config.seed,
-            behaviour_inputs=16,
-            batch_size=32,
+            # As those of `benchmarks.adapters`.
+            behaviour_weight=256.0,
+            last_sigma=0.9,
+            min_sigma=0.9,
+            behaviour_inputs=INPUTS,
+            batch_size=BATCH,
             mixed_precision="bf16",
             transformer_steps=config.transformer_steps,
             checkpointing_steps=10**9,
@@ -293,27 +319,33 @@ def measure(config: Config) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         "shuffled condition": drawn(generated(asked[1:] + asked[:1], "shuffled"), PICTURES),
     }
     rows = [{"mean": row["mean"]} for row in zoo.rows()]
+    inputs = training_inputs(family)
+    side_by_side = run_at_once(family.task(asked[0]).build_network(), layout, inputs)
+    behaviour = Behaviour(
+        side_by_side, layout, inputs, networks[list(evenly(len(networks), VARIANCE_NETWORKS))], INPUTS
+    )
     known = family.conditions("validation")
     for name, answer in answers(
         rows,
         networks,
-        None,
+        behaviour,
         config.seed,
         lambda answer: share(drawn(adapters(answer(known)), PICTURES), known),
         lambda near: layout.normalize(gauge.mix(vectors[near])[None])[0],
+        config.transformer_steps * BATCH,
     ).items():
         groups[name] = drawn(adapters(answer(asked)), PICTURES)
     groups["trained on the class"] = drawn([fresh.state_dict(index) for index in range(len(fresh))], PICTURES)
     groups["base model"] = drawn(None, PICTURES).expand(len(asked), -1, -1, -1, -1)
     shares = {name: share(pictures, asked) for name, pictures in groups.items()}
-    return {"minutes": minutes, "classes": len(asked), "shares": shares, "config": asdict(config)}, groups
+    return {"minutes": minutes, "classes": len(asked), "shares": shares}, groups
 
 
 def draw(groups: dict[str, torch.Tensor], file: str) -> None:
     """A line a class: its mean image, and four pictures of each of some groups."""
     plt = require("matplotlib.pyplot", "report")
     asked = DrawsClasses().conditions("test")[::2]
-    names = ("base model", "trained on the class", "generated", "mix of the nearest")
+    names = ("base model", "trained on the class", "generated", "hypernetwork")
     figure, axes = plt.subplots(len(asked), 1 + 4 * len(names), figsize=(11, 0.62 * len(asked)))
     for line, condition in zip(axes, asked, strict=True):
         place = DrawsClasses().conditions("test").index(condition)
@@ -335,8 +367,7 @@ def main(config: Config) -> None:
     for name, value in figures["shares"].items():
         print(f"{name} | {100 * value:.1f}")
     print(f"The generator was trained for {figures['minutes']:.1f} minutes.")
-    if config.output is not None:
-        Path(config.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write(config, **figures)
     if config.picture is not None:
         draw(groups, config.picture)
 

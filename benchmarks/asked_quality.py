@@ -12,9 +12,8 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks import table
-from pdiff_hf import CollectConfig, EvaluateConfig, TrainConfig, run_collect, run_evaluate, run_train
-from pdiff_hf.files import is_pipeline
+from benchmarks import minutes_of, table
+from pdiff_hf import CollectConfig, EvaluateConfig, TrainConfig, run_collect, run_evaluate
 
 
 HEADER = "task | seed | asked for | measured | slope | interval"
@@ -45,9 +44,8 @@ def measure(config: Config, task: str, seed: int) -> dict[str, Any]:
     folder = Path(config.work_dir, task)
     zoo, pipeline = str(folder / "zoo"), str(folder / f"seed-{seed}" / "pipeline")
     run_collect(CollectConfig(task, output_dir=zoo, num_networks=config.checkpoints, epochs=1))
-    if not is_pipeline(pipeline):
-        settings: dict[str, Any] = {"autoencoder": "linear", "unet_steps": config.unet_steps, "seed": seed}
-        run_train(TrainConfig(zoo=zoo, output_dir=pipeline, condition=("validation_accuracy",), **settings))
+    settings: dict[str, Any] = {"autoencoder": "linear", "unet_steps": config.unet_steps, "seed": seed}
+    minutes_of(TrainConfig(zoo=zoo, output_dir=pipeline, condition=("validation_accuracy",), **settings))
     report = run_evaluate(EvaluateConfig(task, zoo, pipeline, output_dir=str(Path(pipeline).parent / "report")))
     return {"quality": report["quality"], "verdict": report["verdict"]["label"]}
 

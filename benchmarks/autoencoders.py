@@ -42,6 +42,8 @@ ZOOS = {
     "mnist-mlp-1m": ("benchmarks.images:MNISTMLP1M", 50, False),
 }
 PEER = "peer"
+# Makes the zoo, so that no candidate does.
+ZOO = "zoo"
 CANDIDATES: dict[str, dict[str, Any]] = {
     "linear": {"autoencoder": "linear"},
     "kl": {"autoencoder": "kl"},
@@ -92,6 +94,8 @@ def measure(config: Config, name: str, candidate: str) -> dict[str, Any]:
     """The figures of one candidate on one zoo."""
     seed = config.seeds[0]
     task, zoo = zoo_of(config, name, seed)
+    if candidate == ZOO:
+        return {}
     before = peak_memory_gb()
     folder = Path(config.work_dir, f"{name}-{seed}", candidate.replace(", ", "-"))
     start = time.perf_counter()
@@ -160,13 +164,15 @@ def main(config: Config) -> None:
     )
     print(" | generated: mean, min | similarity | spread | gain over the front, points")
     names = [*config.zoos, *([PEER] if config.peer else [])]
-    for name, seed, candidate in itertools.product(names, config.seeds, CANDIDATES):
+    for name, seed, candidate in itertools.product(names, config.seeds, (ZOO, *CANDIDATES)):
         arguments = ["--seeds", str(seed), "--num-networks", str(config.num_networks), "--work-dir", config.work_dir]
         arguments += ["--threads", str(config.threads), *(["--peer", config.peer] if config.peer else [])]
         command = [sys.executable, "-m", "benchmarks.autoencoders", *arguments, "--only", name, candidate]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
+        if candidate == ZOO:
+            continue
         row = json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
         groups = (
@@ -192,7 +198,8 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     summary = []
     for name, candidate in dict.fromkeys((row["zoo"], row["autoencoder"]) for row in rows):
         same = [row for row in rows if (row["zoo"], row["autoencoder"]) == (name, candidate)]
-        means = {key: statistics.mean(row[key] for row in same) for key in SUMMARIZED if same[0][key] is not None}
+        known = [key for key in SUMMARIZED if all(row[key] is not None for row in same)]
+        means = {key: statistics.mean(row[key] for row in same) for key in known}
         summary.append({"zoo": name, "autoencoder": candidate, **means})
     return summary
 

@@ -17,6 +17,7 @@ from diffusers import DPMSolverMultistepScheduler, UNet1DModel
 
 from benchmarks import fit_denoiser, write
 from pdiff_hf import (
+    LinearParameterAutoencoder,
     NeuralNetworkDiffusionPipeline,
     ParameterUNet1DModel,
     TrainConfig,
@@ -48,6 +49,10 @@ def main(config: Config) -> None:
     pipe = load_pipeline(config.pipeline)
     pipe.set_progress_bar_config(disable=True)
     zoo = WeightZoo(config.zoo)
+    if not isinstance(pipe.vae, LinearParameterAutoencoder):
+        raise SystemExit(
+            f"{config.pipeline} has other latents than the figures are of: train with --autoencoder linear."
+        )
     with torch.no_grad():
         latents = pipe.encode(zoo.vectors())
     channels = latents.shape[1]

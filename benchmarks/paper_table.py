@@ -20,7 +20,7 @@ import diffusers
 import torch
 import tyro
 
-from benchmarks import facts, fit_denoiser, write
+from benchmarks import facts, fit_denoiser, minutes_of, write
 from pdiff_hf import (
     CollectConfig,
     LinearParameterAutoencoder,
@@ -32,7 +32,6 @@ from pdiff_hf import (
     load_pipeline,
     load_task,
     run_collect,
-    run_train,
 )
 from pdiff_hf.evaluation.measures import similarity
 from pdiff_hf.evaluation.scoring import Scorer
@@ -113,8 +112,7 @@ def main_cell(config: Config, name: str) -> dict[str, Any]:
     """One row of the main table."""
     zoo = zoo_of(config, name)
     folder = Path(config.work_dir, "pipelines", name)
-    if not (folder / "model_index.json").exists():
-        run_train(TrainConfig(zoo=str(zoo.folder), output_dir=str(folder), **TRAINING))
+    minutes_of(TrainConfig(zoo=str(zoo.folder), output_dir=str(folder), **TRAINING))
     report = evaluate(
         MAIN[name][0],
         trained=zoo,
@@ -191,7 +189,8 @@ def pipeline_of(
     folder = str(Path(config.work_dir, "pipelines", name))
     settings = TrainConfig(zoo=str(zoo.folder), output_dir=folder, **TRAINING)
     if not latent_noise:
-        return run_train(settings)
+        minutes_of(settings)
+        return load_pipeline(folder)
     layout, vectors = zoo.layout, zoo.vectors()
     normalized = layout.fit([vectors]).normalize(vectors)
     vae = LinearParameterAutoencoder(layout.vector_size, settings.latent_channels, settings.latent_length)

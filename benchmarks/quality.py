@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks import peak_memory_gb, write
+from benchmarks import write
 from pdiff_hf.configs import QuickstartConfig
 from pdiff_hf.quickstart import run_quickstart
 
@@ -24,7 +24,6 @@ class Config:
 
     tasks: tuple[str, ...] = ("digits-convnet", "digits-mlp", "digits-resnet")
     seeds: tuple[int, ...] = (0, 1, 2)
-    threads: int = 2
     work_dir: str = "runs/quality"
     """Where each run goes, in a folder <task>-<seed>."""
     output: str | None = None
@@ -33,7 +32,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Measures, prints and checks."""
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(1)  # as the quickstart does
     rows = []
     for task in config.tasks:
         for seed in config.seeds:
@@ -56,13 +55,12 @@ def main(config: Config) -> None:
                     "verdict": report["verdict"]["label"],
                     "accuracy_gain": report["verdict"]["accuracy_gain"],
                     "seconds": sum(report["timings_s"].values()),
-                    "peak_memory_gb": peak_memory_gb(),
                 }
             )
     print(f"\n{' | '.join(rows[0])}")
     for row in rows:
         print(" | ".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
-    write(config, rows=rows)
+    write(config, threads=1, rows=rows)
 
     missed = [task for task in config.tasks if not _passes(task, [row for row in rows if row["task"] == task])]
     if missed:

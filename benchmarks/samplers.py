@@ -31,7 +31,7 @@ import tyro
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from torch.nn import functional as F
 
-from benchmarks import fit_denoiser, write
+from benchmarks import fit_denoiser, minutes_of, write
 from pdiff_hf import (
     CollectConfig,
     NeuralNetworkDiffusionPipeline,
@@ -41,7 +41,6 @@ from pdiff_hf import (
     load_pipeline,
     load_task,
     run_collect,
-    run_train,
 )
 from pdiff_hf.networks.predictor import Predictor
 from pdiff_hf.train import DenoiserObjective
@@ -113,8 +112,7 @@ def samplers(
     denoisers = []
     for prediction in PREDICTIONS:
         target = folder / prediction
-        if not (target / "model_index.json").exists():
-            run_train(TrainConfig(zoo=str(zoo.folder), output_dir=str(target), prediction_type=prediction, **settings))
+        minutes_of(TrainConfig(zoo=str(zoo.folder), output_dir=str(target), prediction_type=prediction, **settings))
         pipe = load_pipeline(target)
         pipe.set_progress_bar_config(disable=True)
         denoisers.append(pipe.unet)

@@ -109,6 +109,7 @@ def test_an_interrupt_during_the_start_leaves_no_traceback(tmp_path, seconds):
     command = [sys.executable, "-m", "pdiff_hf", "collect", "--output-dir", str(tmp_path / "zoo"), "--epochs", "500"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not _is_python_running_ours(process.pid):
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)

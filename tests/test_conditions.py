@@ -315,6 +315,66 @@ def test_the_hypernetwork_has_the_training_of_the_generator(zoo, trained, monkey
         assert {inputs.shape for inputs in drawn} == {(1, 5)}
 
 
+def test_examples_that_each_task_makes_anew_are_the_same_examples(zoo, trained):
+    audit = conditions.ConditionAudit(FAMILY, zoo, load_pipeline(trained))
+    assert audit._same_examples
+    for task in audit.tasks:
+        data = task.data
+        task.data = lambda split, data=data: tuple(part.clone() for part in data(split))
+    anew = conditions.ConditionAudit(FAMILY, zoo, load_pipeline(trained))
+    anew.tasks = audit.tasks
+    assert anew._same_examples
+    first = anew.tasks[0].data
+    anew.tasks[0].data = lambda split: tuple(part.flip(0) for part in first(split))
+    other = conditions.ConditionAudit(FAMILY, zoo, load_pipeline(trained))
+    other.tasks = anew.tasks
+    assert not other._same_examples
+
+
+def test_networks_without_numbers_are_wrong_and_in_no_ensemble(zoo, trained):
+    audit = conditions.ConditionAudit(FAMILY, zoo, load_pipeline(trained))
+    four = audit._generate(audit.asked, 4, 1.0)
+    broken = four.clone()
+    broken[0, 0] = torch.nan
+    whole, found = audit._score(four), audit._score(broken)
+    assert whole["least"][0] > 0
+    assert found["least"][0] == 0
+    assert found["single"][0].mean() == pytest.approx(audit._score(four[:, 1:])["single"][0].mean().item() * 3 / 4)
+    assert found["ensemble of 4"][0].mean() > 0.5
+    broken[0] = torch.nan
+    assert audit._score(broken)["ensemble of 4"][0].sum() == 0
+
+
+def test_strengths_are_those_that_validation_conditions_prefer(zoo, trained, monkeypatch):
+    assert regression._best([3, 1, 2], lambda one: -abs(one - 1)) == 1
+    audit = conditions.ConditionAudit(FAMILY, zoo, load_pipeline(trained))
+    asked = []
+
+    def generate(conditions_, count, scale):
+        asked.append(conditions_)
+        return scale
+
+    monkeypatch.setattr(audit, "_generate", generate)
+    for best in conditions.GUIDANCES:
+        monkeypatch.setattr(audit, "_on_validation", lambda scale, best=best: -abs(scale - best))
+        assert audit._guidance() == best
+    held_out = FAMILY.conditions("validation")
+    assert all(one == held_out for one in asked)
+
+
+def test_nothing_is_chosen_on_test_data(zoo, trained, monkeypatch):
+    audit = conditions.ConditionAudit(FAMILY, zoo, load_pipeline(trained))
+    _ = audit._symmetry  # of which the inputs alone are read
+    read = []
+    data = families.Side.data
+    monkeypatch.setattr(families.Side, "data", lambda task, split: read.append(split) or data(task, split))
+    monkeypatch.setattr(regression, "STEPS", 8)
+    audit._guidance()
+    audit._answers()
+    assert "validation" in read
+    assert "test" not in read
+
+
 def test_what_a_training_saw_stays_with_its_pipeline(trained, tmp_path):
     """What was pushed and pulled, too, whose configuration stays where it was."""
     assert stage._seen(trained) == conditions.Seen(300 * SMALL["batch_size"], NeuronTrainConfig.behaviour_inputs)

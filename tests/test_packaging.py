@@ -13,7 +13,8 @@ import pytest
 from .conftest import ROOT, run
 
 
-LEFT_OUT = (".git", ".venv*", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+LEFT_OUT = (".git", ".venv*", ".gpu", ".whl", ".hypothesis", ".*_cache", "runs", "site", "build", "dist")
+LEFT_OUT += ("*.egg-info", "__pycache__", "*.part", "*.lock")
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -169,15 +170,24 @@ def test_the_space_is_one():
 @pytest.mark.slow
 def test_the_space_serves_the_page(digits_pipeline, monkeypatch):
     monkeypatch.setenv("PIPELINE", str(digits_pipeline))
-    monkeypatch.setenv("GRADIO_SERVER_PORT", "7877")
-    with subprocess.Popen([sys.executable, "app.py"], cwd=SPACE, stdout=subprocess.PIPE, text=True) as process:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("GRADIO_SERVER_PORT", str(port))
+    with subprocess.Popen([sys.executable, "app.py"], cwd=SPACE, stdout=subprocess.DEVNULL) as process:
         try:
-            assert process.stdout is not None
-            while "Running on" not in process.stdout.readline():
+            page = None
+            for _ in range(600):
                 assert process.poll() is None
+                with (
+                    contextlib.suppress(urllib.error.URLError),
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}") as answer,
+                ):
+                    page = answer.read().decode()
+                    break
                 time.sleep(0.1)
-            with urllib.request.urlopen("http://127.0.0.1:7877") as answer:
-                assert "Networks for digits-convnet" in answer.read().decode()
+            assert page is not None
+            assert "Networks for digits-convnet" in page
         finally:
             process.terminate()
 

@@ -6,6 +6,7 @@ from torch import nn
 
 import pdiff_hf
 from pdiff_hf import CollectConfig, Task, WeightZoo, load_task, run_collect
+from pdiff_hf.evaluation.baselines import Baseline, strengths_of
 from pdiff_hf.evaluation.canonical import canonical_zoo, symmetry_that_holds
 from pdiff_hf.networks.predictor import Predictor
 from pdiff_hf.zoo import make_layout
@@ -67,12 +68,27 @@ def test_the_front_of_independent_networks_is_higher_on_their_canonical_form(ind
     assert accuracy(report, "interpolation") > accuracy(raw, "interpolation") + 0.02
 
 
+def test_averages_of_independent_networks_are_within_their_span(independent, tmp_path):
+    predict, inputs = predictor(independent)
+    symmetry = symmetry_that_holds(independent, predict, inputs)
+    canonical = canonical_zoo(independent, symmetry, tmp_path / "canonical")
+    averages = Baseline(canonical, "interpolation", 0.5)(20).state_dicts
+    found = pdiff_hf.evaluate(trained=independent, generated=averages, networks_per_point=8)["verdict"]
+    assert found["outside_span"] < 0.05
+    assert found["label"] == "no-better-than-averaging"
+
+
 def test_a_trajectory_is_compared_with_its_networks_as_they_are(trajectory):
     report = pdiff_hf.evaluate(trained=trajectory, generated=trajectory, networks_per_point=4)
     assert report["baselines_on"] == "networks as they are"
     assert {row["kind"] for row in report["baselines"]} == {
         *("noise", "soup", "interpolation", "gaussian", "low-rank-gaussian"),
     }
+
+
+def test_interpolations_end_half_way():
+    for kind in ("interpolation", "nearest-interpolation"):
+        assert strengths_of(kind, 100) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
 
 
 class Rulers(Task):

@@ -16,6 +16,7 @@ from torch import nn
 from pdiff_hf import (
     CollectConfig,
     GenerateConfig,
+    NeuralNetworkDiffusionPipeline,
     NeuronTrainConfig,
     NeuronTransformerModel,
     ParameterLayout,
@@ -32,6 +33,7 @@ from pdiff_hf.align import run_align
 from pdiff_hf.config import parse
 from pdiff_hf.configs import AlignConfig
 from pdiff_hf.errors import ConfigError, PipelineError, TaskError, TrainingError, ZooError
+from pdiff_hf.evaluation import study
 from pdiff_hf.evaluation.equal_time import from_the_same
 from pdiff_hf.networks.symmetry import Symmetry
 from pdiff_hf.networks.trainer import NetworkTrainer
@@ -127,6 +129,34 @@ def trained(zoo, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("neuron") / "pipeline"
     run_train(config(zoo, folder, transformer_steps=300))
     return folder
+
+
+def test_the_main_process_draws_alone(zoo, trained, tmp_path, monkeypatch):
+    """Others wait for it elsewhere, so that it may ask them for nothing."""
+    drawn = []
+
+    def draw(self, *arguments):
+        with monkeypatch.context() as alone:
+            alone.setattr(study, "from_main", lambda _: pytest.fail("The others do not take part."))
+            drawn.extend(drawing(self, *arguments))
+        return drawn
+
+    drawing = study.Study.draw
+    monkeypatch.setattr(study.Study, "draw", draw)
+    monkeypatch.setattr(NeuralNetworkDiffusionPipeline, "default_chunk_size", 3)
+    denoisings = []
+    denoising = study.Study.denoising
+    monkeypatch.setattr(study.Study, "denoising", lambda self: denoisings.append(denoising(self)) or denoisings[-1])
+    pipeline = load_pipeline(trained)
+    evaluate(
+        zoo.task, trained=zoo, generated=pipeline, pipeline=pipeline, num_networks=4, networks_per_point=4,
+        output_dir=tmp_path,
+    )  # fmt: skip
+    assert {"plane.png", "training.png", "denoising.png"} <= {file.name for file in drawn}
+    # Of chunks, one after the other, each step is of all networks.
+    ((steps, accuracies),) = denoisings
+    assert steps == sorted(set(steps))
+    assert {len(one) for one in accuracies} == {4}
 
 
 def test_the_last_step_leads_from_the_noise_that_was_asked_for(zoo, tmp_path):
