@@ -1,7 +1,7 @@
 """Adapters of a diffusion model for classes that it was never adapted to, and what is drawn with them.
 
 A U-Net of diffusers learns to draw scikit-learn's digits, each turned and mirrored in eight ways: 80 classes. A LoRA
-makes it draw one: `pdiff-hf collect` trains some for each of 56 classes, and for four distorted forms of each, whose
+makes it draw one: `pdiff-hf collect` trains some for each of 56 classes, and for two distorted forms of each, whose
 condition is the mean image. Then `train --family neuron`, which is asked for 16 classes that no adapter was trained
 for, in no form. Each adapter is loaded with `load_lora_weights`, and draws; another network says how many of its
 pictures are of the class. Prints this share for generated adapters, for those of a shuffled condition, for what needs
@@ -52,11 +52,12 @@ FOLDER = Path("runs/adapter-pictures")
 CLASSES = [DigitClass(digit, 0, way) for digit in range(10) for way in range(8)]
 # Places of those of a split, in an order drawn once, and forms of each: distorted, but for the first.
 PLACES_OF = {"train": slice(24, None), "validation": slice(16, 24), "test": slice(16)}
-FORMS_OF = {"train": 5, "validation": 1, "test": 1}
+FORMS_OF = {"train": 3, "validation": 1, "test": 1}
 # Pretraining, and the network that judges; adapters: noises of each example, their steps, rank.
-PRETRAINING, JUDGING, NOISES, EPOCHS, RANK = 5000, 2000, 8, 8, 2
-# What a class is, as a text would say it: the attention to a context that is always the same.
-TARGETS = ["attn2.to_v", "attn2.to_out.0"]
+PRETRAINING, JUDGING, NOISES, EPOCHS, RANK = 5000, 2000, 8, 10, 2
+# All linear layers that do something where the context is always the same.
+TARGETS = ["time_emb_proj", *(f"attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))]
+TARGETS += ["attn2.to_v", "attn2.to_out.0"]
 STEPS, PICTURES = 20, 32
 # Of the losses of the generator and of the hypernetwork: pictures a step, and adapters.
 INPUTS, BATCH = 16, 32
@@ -230,7 +231,7 @@ class Config:
 
     networks_per_task: int = 1
     """Adapters of each form of a training class."""
-    transformer_steps: int = 1500
+    transformer_steps: int = 1000
     """Of the generator's training."""
     seed: int = 0
     """Of the generator."""
