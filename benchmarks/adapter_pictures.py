@@ -7,7 +7,7 @@ for, in no form. Each adapter is loaded with `load_lora_weights`, and draws; ano
 pictures are of the class. Prints this share for generated adapters, for those of a shuffled condition, for what needs
 no generator, for adapters trained on the class, and for the base model; and draws some of them.
 
-A killed benchmark goes on where it was: every stage resumes.
+A killed benchmark goes on where it was; a training or an audit that was killed begins anew.
 """
 
 import json

@@ -5,7 +5,7 @@ of held-out ones, `align`, `train --family neuron`, `generate --export`, and `ev
 held-out tasks. Prints what `benchmarks.conditional` prints, and the largest difference of outputs between PEFT's model
 of an exported folder and ours.
 
-A killed benchmark goes on where it was: every stage resumes.
+A killed benchmark goes on where it was; a training or an audit that was killed begins anew.
 """
 
 import copy

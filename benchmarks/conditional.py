@@ -5,7 +5,8 @@ with each seed, and `evaluate`, which asks for 16 networks of each held-out cond
 single networks and of ensembles of 16; of the best that needs no generator; of networks trained on the held-out tasks;
 points over shuffled conditions and over the best, with 99 % intervals over conditions; minutes of the training.
 
-A killed benchmark goes on where it was: every stage resumes. Data for Fashion-MNIST: see `pdiff_hf/tasks/images.py`.
+A killed benchmark goes on where it was; a training or an audit that was killed begins anew.
+Data for Fashion-MNIST: see `pdiff_hf/tasks/images.py`.
 """
 
 from dataclasses import dataclass

@@ -7,8 +7,8 @@ front, points, with the 99 % interval; the share of the way from the front to fr
 64 networks; minutes of the training; what generating a network costs, in steps of training from the same
 initialization, and what so many steps come to.
 
-A killed benchmark goes on where it was: every stage resumes. Data for MNIST and Fashion-MNIST: see
-`pdiff_hf/tasks/images.py`.
+A killed benchmark goes on where it was; a training or an audit that was killed begins anew.
+Data for MNIST and Fashion-MNIST: see `pdiff_hf/tasks/images.py`.
 """
 
 from dataclasses import dataclass

@@ -63,7 +63,9 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
             return gr.Slider(mean - 3 * std, mean + 3 * std, value=known or mean, label=name)
         if ticks(column):
             return gr.CheckboxGroup(
-                list(range(len(column["mean"]))), value=[i for i, one in enumerate(known or ()) if one], label=name
+                list(range(len(column["mean"]))),
+                value=[i for i, one in enumerate(known or ()) if one],
+                label=f"{name}: 1 where ticked",
             )
         return gr.Textbox(json.dumps(known or column["mean"]), label=f"{name}, a list")
 

@@ -616,6 +616,8 @@ def test_the_command_line_pushes_and_pulls(alice, zoo, digits_pipeline, tmp_path
     alice(run_cli, "push", "--folder", str(digits_pipeline), "--repo", "alice/cli-pipeline", "--private", "True")
     alice(run_cli, "pull", "--repo", "alice/cli-pipeline", "--output-dir", str(tmp_path / "pipeline2"))
     assert torch.equal(sample(load_pipeline(tmp_path / "pipeline2")), sample(load_pipeline(digits_pipeline)))
+    assert "10 networks" in alice(run_cli_aloud, "info", "alice/cli-zoo")
+    assert "A pipeline that samples networks of 1,898" in alice(run_cli_aloud, "info", "alice/cli-pipeline")
 
 
 def run_cli_in(folder: Path, arguments: list[str]) -> None:
