@@ -21,7 +21,7 @@ from .measures import Nearest, mean, most_similar, parameter_statistics, picked
 from .neighbours import CANDIDATES, Neighbours
 from .scoring import Scorer, Scores, content
 from .subjects import Subjects
-from .verdict import Place, Plane, band, beside_fresh, share_of_gap, verdict
+from .verdict import Place, Plane, band, beside_fresh, share_of_gap, verdict, with_gain_at_fresh
 
 
 # Where a curve passes the generated networks' similarity, it is refined by so many points.
@@ -233,6 +233,7 @@ class Study:
             found["fresh_accuracy_gain"], found["fresh_interval"] = of_fresh["accuracy_gain"], of_fresh["interval"]
             found["share_of_gap"], found["share_of_gap_interval"] = share_of_gap(self.place, place, curves)
             found |= beside_fresh(self.place, place, curves)
+            found["sentence"] = with_gain_at_fresh(found)
         return found
 
     def _score(self, zoo: WeightZoo, name: str) -> Scores:

@@ -147,6 +147,13 @@ def beside_fresh(generated: Place, fresh: Place, curves: dict[str, list[Place]])
     }
 
 
+def with_gain_at_fresh(found: dict[str, Any]) -> str:
+    """The sentence of a verdict that knows fresh networks."""
+    there = points(found["gain_at_fresh"], found["gain_at_fresh_interval"])
+    at = "at the similarity of networks of new seeds, beyond which less similar is no better"
+    return f"{found['sentence'][:-1]}; {at}, {there} it."
+
+
 def verdict(
     generated: Place,
     curves: dict[str, list[Place]],

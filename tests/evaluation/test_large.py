@@ -12,7 +12,7 @@ import pdiff_hf
 from pdiff_hf import ParameterLayout, WeightZoo
 from pdiff_hf.evaluation import measures
 from pdiff_hf.evaluation.measures import most_similar, nearest, outside_span, picked, resampled_means, similarity
-from pdiff_hf.evaluation.verdict import Place, band, beside_fresh, share_of_gap, verdict
+from pdiff_hf.evaluation.verdict import Place, band, beside_fresh, share_of_gap, verdict, with_gain_at_fresh
 
 from .test_verdict import HardDigits, independent_zoo, noisy
 
@@ -193,6 +193,11 @@ def test_less_similar_than_fresh_networks_is_worth_nothing():
     assert found["gain_at_fresh"] == pytest.approx(-0.03, abs=1e-4)
     assert found["gain_at_fresh_interval"] == pytest.approx([-0.03, -0.03], abs=1e-4)
     assert found["share_at_fresh"] == pytest.approx(-0.03 / 0.04, abs=1e-3)
+    sentence = with_gain_at_fresh({"sentence": "Above the front: it is, +1 against the front.", **found})
+    assert sentence.startswith(
+        "Above the front: it is, +1 against the front; at the similarity of networks of new seeds"
+    )
+    assert sentence.endswith("-3.00 points (99 % interval -3.00 to -3.00) against it.")
     more = beside_fresh(place(0.89, 0.95), place(0.90, 0.9), CURVES)
     assert more["gain_at_fresh"] == pytest.approx(0.89 - 0.88, abs=1e-4)
     # Less similar than any baseline is worth what the least similar one, at .5, is.
