@@ -112,11 +112,13 @@ def plane(
     shown = {
         name: (groups[name]["maximum_similarity"]["mean"], 100 * groups[name]["accuracy"]["mean"]) for name in networks
     }
-    # The networks and what surrounds them; the curves lead on to chance.
-    means = [mean for _, mean in shown.values()]
-    spread = max(0.5, 3 * max((100 * y.std(correction=0).item()) for *_, y in networks.values()))
+    # The networks that are drawn and what surrounds them; averages of independent ones are far away, and curves lead on
+    # to chance.
+    drawn = [name for name in ("trained", "generated", "fresh") if name in networks]
+    means = [shown[name][1] for name in drawn]
+    spread = max(0.5, 3 * max(100 * networks[name][2].std(correction=0).item() for name in drawn))
     (left, right), (low, high) = limits = (
-        (max(0.0, min(similar for similar, _ in shown.values()) - 0.15), 1.01),
+        (max(0.0, min(shown[name][0] for name in drawn) - 0.15), 1.01),
         (min(means) - spread - 1, min(100.5, max(means) + spread)),
     )
     for name, marker, size in (("trained", "o", 190), ("generated", "^", 130), ("fresh", "D", 70)):
