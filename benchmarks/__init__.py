@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from torch import nn
 
 from pdiff_hf import WeightZoo
 from pdiff_hf.configs import AnyTrainConfig, TrainConfig
-from pdiff_hf.files import whole
+from pdiff_hf.errors import ConfigError
+from pdiff_hf.files import is_pipeline, whole
 from pdiff_hf.runs import check_same_facts, check_same_run, versions
 from pdiff_hf.train import DenoiserObjective, TrainingLoop, run_train
 from pdiff_hf.train.loop import RUN_SETTINGS, with_environment
@@ -44,7 +46,7 @@ def facts(config: Any) -> dict[str, Any]:
     return {
         "command": " ".join(command),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
+        "commit": COMMIT,
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -53,13 +55,18 @@ def facts(config: Any) -> dict[str, Any]:
     }
 
 
-def commit() -> str | None:
-    """The state of the project that is measured; None outside a clone."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parent,
-    )  # fmt: skip
-    return done.stdout.strip() or None
+def _commit() -> str | None:
+    """The state of the project; None outside a clone."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    with suppress(OSError):  # no git
+        return (
+            subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
+        )
+    return None
+
+
+# When its code is read, and not when figures are written, hours later.
+COMMIT = _commit()
 
 
 def write(config: Any, **figures: Any) -> None:
@@ -102,6 +109,8 @@ def minutes_of(config: AnyTrainConfig) -> float:
     if clock.exists():
         check_same_run(folder, "train", with_environment(config), but_for=RUN_SETTINGS)
         check_same_facts(folder, "train", {"zoo_sha256": WeightZoo(config.zoo).sha256()})
+    elif is_pipeline(folder):
+        raise ConfigError(f"How long {folder} took to train is not known: remove it, or write the minutes to {clock}.")
     else:
         shutil.rmtree(folder, ignore_errors=True)
         started = time.perf_counter()

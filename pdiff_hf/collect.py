@@ -134,7 +134,7 @@ def _collect_trajectory(config: CollectConfig, task: Task, folder: Path, layout:
                 index, rest = divmod(trainer.step - first, config.save_every)
                 # A resumed run trains the last few networks again, which are in the zoo already.
                 if rest == 0 and index == stored:
-                    _check_same(zoo, trainer)
+                    _check_same(zoo, trainer, folder)
                 if rest == 0 and index > len(zoo):
                     row = trainer.metadata(validation)
                     zoo.append(trainer.network.state_dict(), source=config.task, **row)
@@ -142,10 +142,11 @@ def _collect_trajectory(config: CollectConfig, task: Task, folder: Path, layout:
     (folder / STATE_FILE).unlink(missing_ok=True)
 
 
-def _check_same(zoo: WeightZoo, trainer: NetworkTrainer) -> None:
+def _check_same(zoo: WeightZoo, trainer: NetworkTrainer, folder: Path) -> None:
     """Raises [`ConfigError`] where the training of a zoo, again, does not come to its last network."""
     last, again = zoo.vectors([-1])[0], zoo.layout.flatten(trainer.network.state_dict()).cpu().float()
     if not (last - again).norm() <= SAME * last.norm():
+        (folder / STATE_FILE).unlink(missing_ok=True)  # of this other training
         raise ConfigError(
             f"The training that {zoo.folder} is of has another result on this machine, or with these versions or "
             "threads: its networks would go on as those of another. Choose another --output-dir."

@@ -2,6 +2,7 @@
 """What each stage can be told: one frozen dataclass each, without an import that takes long."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import tyro
@@ -177,7 +178,7 @@ class TrainConfig(LoopConfig):
         widths = self.block_out_channels
         if not widths or any(width < 8 or width % 8 for width in widths):
             raise ConfigError(f"block_out_channels have to be multiples of 8, and are {widths}.")
-        if any(width == 8 and 2**level >= self.latent_length for level, width in enumerate(widths)):
+        if any(8 in pair and 2**level >= self.latent_length for level, pair in enumerate(pairwise((64, *widths)))):
             raise ConfigError(
                 f"block_out_channels are {widths}: where halving leaves one of {self.latent_length} latents, 8 "
                 "channels are normalized to nothing. Take more of them there, or fewer levels."

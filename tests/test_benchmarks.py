@@ -29,5 +29,8 @@ def test_a_pipeline_of_other_settings_is_not_taken_for_the_one_that_is_measured(
     assert minutes_of(TrainConfig(zoo=str(digits_zoo.folder), **settings)) == minutes
     with pytest.raises(ConfigError, match="holds a run with unet_steps 3, not 4"):
         minutes_of(TrainConfig(zoo=str(digits_zoo.folder), **settings | {"unet_steps": 4}))
-    (tmp_path / "pipeline.minutes.json").unlink()  # as where it was killed
+    (tmp_path / "pipeline.minutes.json").unlink()
+    with pytest.raises(ConfigError, match="is not known: remove it"):
+        minutes_of(TrainConfig(zoo=str(digits_zoo.folder), **settings))
+    (tmp_path / "pipeline" / "model_index.json").unlink()  # as where it was killed
     assert minutes_of(TrainConfig(zoo=str(digits_zoo.folder), **settings | {"unet_steps": 4})) > 0

@@ -335,7 +335,9 @@ def test_a_damaged_state_of_a_collection_is_named(tmp_path, damage):
     assert "bug" not in line
 
 
-@pytest.mark.parametrize("damage", [b"\xff{", b'{"step": 1}\n', b"7\n"])
+@pytest.mark.parametrize(
+    "damage", [b"\xff{", *(pytest.param(one, marks=pytest.mark.slow) for one in (b'{"step": 1}\n', b"7\n"))]
+)
 def test_a_damaged_log_of_losses_costs_its_picture_alone(digits_zoo, digits_pipeline, tmp_path, damage):
     shutil.copytree(digits_pipeline, tmp_path / "pipeline")
     (tmp_path / "pipeline" / "train.losses.jsonl").write_bytes(damage)

@@ -278,7 +278,7 @@ def test_the_audit_compares_with_all_that_needs_no_generator(report):
     text = (folder / "report.md").read_text()
     assert figures["verdict"]["sentence"] in text
     assert "| hypernetwork |" in text
-    assert "the same networks (canonical form)" in " ".join(text.split())
+    assert "the same networks (canonical form: hidden units in one order and scale)" in " ".join(text.split())
     assert json.loads((folder / "report.json").read_text())["groups"].keys() == groups.keys()
 
 

@@ -13,6 +13,8 @@ from ..zoo import WeightZoo, evenly
 
 # Matching the units of larger networks, or of all networks together, takes minutes.
 MOST_ALIGNED, MOST_ALIGNED_VALUES = 10**6, 2**28
+# Larger numbers have squares that are none.
+LARGEST = 1e15
 # Networks whose units are in one order already, as those of one run, come no nearer than this to their mean.
 NEARER = 0.98
 
@@ -28,8 +30,11 @@ def symmetry_that_holds(zoo: WeightZoo, predict: Predictor, inputs: torch.Tensor
     return symmetry if symmetry.holds(predict, zoo[0], inputs) else None
 
 
-def canonical_zoo(zoo: WeightZoo, symmetry: CanonicalForm | None, folder: Path) -> WeightZoo | None:
-    """The zoo in canonical form, in a folder of its own; None where its networks have one order of units already."""
+def canonical_zoo(
+    zoo: WeightZoo, symmetry: CanonicalForm | None, folder: Path
+) -> tuple[WeightZoo, torch.Tensor] | None:
+    """The zoo in canonical form, in a folder of its own, and what it is near to, `[P]`; None where its networks have
+    one order of units already."""
     if symmetry is None or len(zoo) * zoo.vector_size > MOST_ALIGNED_VALUES:
         return None
     some = zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS))
@@ -44,17 +49,17 @@ def canonical_zoo(zoo: WeightZoo, symmetry: CanonicalForm | None, folder: Path) 
         after[:, place] /= spread
     if after.norm(dim=1).mean() > NEARER * before.norm(dim=1).mean():
         return None
-    return in_form_of(zoo, zoo, symmetry, folder)
+    return in_form(zoo, symmetry, reference, folder), reference
 
 
-def in_form_of(trained: WeightZoo, zoo: WeightZoo, symmetry: CanonicalForm, folder: Path) -> WeightZoo:
-    """A zoo in the canonical form of the training networks, in a folder of its own; as they are, networks with numbers
-    that are too large for it."""
-    reference = symmetry.reference(trained.vectors(evenly(len(trained), REFERENCE_NETWORKS)))
+def in_form(zoo: WeightZoo, symmetry: CanonicalForm, reference: torch.Tensor, folder: Path) -> WeightZoo:
+    """A zoo in the canonical form that is near to a reference `[P]`, in a folder of its own; as they are, networks
+    with numbers that are too large for it."""
     found = WeightZoo.create(folder, zoo.layout, may_differ=zoo.may_differ)
     with found:
         for batch in zoo.batches():
-            canonical = symmetry.canonical(batch, reference)
-            for vector in torch.where(canonical.isfinite().all(1, keepdim=True), canonical, batch):
+            fits = batch.abs().amax(1) < LARGEST  # no number is none
+            batch[fits] = symmetry.canonical(batch[fits], reference)
+            for vector in batch:
                 found.append(vector)
     return found

@@ -63,12 +63,15 @@ class Neighbours:
         pairs = {"trained": own, "generated": away}
         spreads = {form: {name: spread(of[form][0]) for name, of in pairs.items()} for form in away}
         trained, generated = self.forms
-        closest = nearest(generated, trained, every, None)
+        distances, indices = away["stored"]
+        if trained is not self.trained:
+            closest = nearest(generated, trained, every, None)
+            distances, indices = closest.values[:, 0], closest.indices[:, 0]
         return {
             **spreads["stored"],
             "aligned": spreads.get("aligned"),
             "copied": copies.double().mean().item(),
-            "outside_span": outside_span(trained, generated, closest.indices[:, 0], closest.values[:, 0]),
+            "outside_span": outside_span(trained, generated, indices, distances),
         }
 
     def _similar(self, some: torch.Tensor) -> torch.Tensor:

@@ -112,8 +112,8 @@ def plane(
     shown = {
         name: (groups[name]["maximum_similarity"]["mean"], 100 * groups[name]["accuracy"]["mean"]) for name in networks
     }
-    # The networks that are drawn and what surrounds them; averages of independent ones are far away, and curves lead to
-    # chance.
+    # The networks that are drawn and what surrounds them; averages of independent ones are far away, and curves lead
+    # to chance.
     drawn = [name for name in ("trained", "generated", "fresh") if name in networks]
     means = [shown[name][1] for name in drawn]
     spread = max(0.5, 3 * max(100 * networks[name][2].std(correction=0).item() for name in drawn))

@@ -157,7 +157,12 @@ class Scorer:
         # Parts by other names are not ours.
         self._mark = from_main(lambda: own_name("scores"))
         self._digest = _sha256(
-            *(self.inputs, *self.targets.values(), self.layout.config["tensors"], content(zoo)),
+            *(
+                self.inputs,
+                *self.targets.values(),
+                self.layout.config["tensors"],
+                "" if parts is None else content(zoo),
+            ),
             *(*_code(task), *correct),
         )
 

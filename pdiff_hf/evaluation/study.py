@@ -12,10 +12,10 @@ from ..errors import PipelineError, ZooError
 from ..files import UNFINISHED
 from ..hub.pipelines import check_draws
 from ..parallel import from_main, processes
-from ..zoo import WeightZoo, evenly, networks_per_batch
+from ..zoo import WeightZoo, evenly
 from . import pictures
 from .baselines import KINDS, Baseline, StandardizedZoo, strengths_of
-from .canonical import canonical_zoo, in_form_of, symmetry_that_holds
+from .canonical import canonical_zoo, in_form, symmetry_that_holds
 from .equal_time import from_the_same
 from .measures import Nearest, mean, most_similar, parameter_statistics, picked
 from .neighbours import CANDIDATES, Neighbours
@@ -26,7 +26,7 @@ from .verdict import Place, Plane, band, beside_fresh, share_of_gap, verdict, wi
 
 # Where a curve passes the generated networks' similarity, it is refined by so many points.
 REFINEMENTS = 3
-TRAJECTORY_NETWORKS, MAPPED_NETWORKS = 20, 50
+TRAJECTORY_NETWORKS, MAPPED_NETWORKS, MOST_SPREAD = 20, 50, 2048
 # Denoising steps that rows may name.
 MOST_STEPS = 1000
 # Parameters of all networks of a baseline that are made at a time: for each time, the whole zoo is read.
@@ -55,8 +55,8 @@ class Study:
         self.targets = self.scorer.targets["test"]
         self.symmetry = symmetry_that_holds(self.trained, self.scorer.predict, self.scorer.inputs[:50])
         canonical = canonical_zoo(self.trained, self.symmetry, subjects.scratch / "canonical")
-        self.standardized = StandardizedZoo(canonical or self.trained)
-        self.is_canonical, self._scratch = canonical is not None, subjects.scratch
+        self.standardized = StandardizedZoo(canonical[0] if canonical else self.trained)
+        self._reference, self._scratch = canonical and canonical[1], subjects.scratch
 
     def figures(self) -> dict[str, Any]:
         """All that the report says, but for its pictures."""
@@ -79,7 +79,7 @@ class Study:
             },
             "training": self._training(),
             "parameters": from_main(lambda: parameter_statistics(self.trained, self.generated)),
-            "baselines_on": "canonical form" if self.is_canonical else "networks as they are",
+            "baselines_on": "networks as they are" if self._reference is None else "canonical form",
             "baselines": [
                 {
                     "kind": kind,
@@ -169,7 +169,7 @@ class Study:
         strengths = {
             kind: strengths_of(kind, len(self.trained))
             for kind in KINDS
-            if self.is_canonical or not KINDS[kind].independent
+            if self._reference is not None or not KINDS[kind].independent
         }
         refined = REFINEMENTS * len(at) * len(strengths.keys() - {"soup"})
         found = {}
@@ -237,7 +237,8 @@ class Study:
         return found
 
     def _score(self, zoo: WeightZoo, name: str) -> Scores:
-        return self.scorer(zoo.vectors, len(zoo), name, content(zoo), calibrate=True)
+        known = self.scorer.parts is None or zoo is self.trained  # which tells parts from others anyway
+        return self.scorer(zoo.vectors, len(zoo), name, name if known else content(zoo), calibrate=True)
 
     def _decoding(self, latents: torch.Tensor) -> Callable[[range], torch.Tensor]:
         pipeline = self.pipeline
@@ -249,10 +250,12 @@ class Study:
         return torch.cat([self.pipeline.encode(batch).cpu() for batch in zoo.batches()])
 
     def _some_latents(self, zoo: WeightZoo) -> torch.Tensor:
-        """Of as many networks, evenly picked, as are no load."""
+        """Of all networks; where latents are as many as parameters, of as many, evenly picked, as are no load."""
         assert self.pipeline is not None
-        some = zoo.vectors(evenly(len(zoo), networks_per_batch(zoo.vector_size, values=BASELINE_VALUES)))
-        return self.pipeline.encode(some).cpu()
+        if self.pipeline.vae is not None:
+            return self._encode(zoo)
+        some = evenly(len(zoo), max(2, min(MOST_SPREAD, BASELINE_VALUES // zoo.vector_size)))
+        return self.pipeline.encode(zoo.vectors(some)).cpu()
 
     def _point(self, kind: str, strength: float, number: int) -> Point:
         # The average of all is one network however often it is made.
@@ -282,9 +285,9 @@ class Study:
     def _forms(self) -> dict[str, WeightZoo]:
         """The zoos in the form that baselines work on."""
         zoos = {"generated": self.generated, **({} if self.fresh is None else {"fresh": self.fresh})}
-        if self.symmetry is not None and self.is_canonical:
+        if self.symmetry is not None and self._reference is not None:
             for name, zoo in zoos.items():
-                zoos[name] = in_form_of(self.trained, zoo, self.symmetry, self._scratch / f"canonical-{name}")
+                zoos[name] = in_form(zoo, self.symmetry, self._reference, self._scratch / f"canonical-{name}")
         return {"trained": self.standardized.zoo, **zoos}
 
     @cached_property
@@ -326,11 +329,10 @@ class Study:
         self, report: dict[str, Any], denoising: tuple[list[int], list[torch.Tensor]] | None, folder: Path
     ) -> list[Path]:
         """Draws all pictures, PNG and SVG."""
-        wrong = {name: scores.wrong for name, scores in self.scores.items()}
         files = [
             *pictures.plane(report, self._shown(), folder),
             *pictures.parameters(self.trained, self.generated, folder),
-            *pictures.overlap(wrong["trained"], wrong["generated"], folder),
+            *pictures.overlap(self.scores["trained"].wrong, self.scores["generated"].wrong, folder),
             *pictures.calibration(report, folder),
             *pictures.weight_map(self._forms["trained"], self._mapped(), folder),
         ]

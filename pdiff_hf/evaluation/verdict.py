@@ -123,7 +123,7 @@ def share_of_gap(
 ) -> tuple[float | None, list[float | None]]:
     """How much of the way from the front to fresh networks generated ones go: the ratio of the gains of both over the
     front, each at its own similarity, or both at no less than that of the fresh ones, and its interval; None where
-    fresh networks are not clear of the front, or no baseline reaches so low a similarity."""
+    fresh networks are not clear of the front."""
     least = reached(curves)
     ours = gain(generated, curves, torch.maximum(fresh.similarity, least) if at_fresh else least)
     theirs = gain(fresh, curves, least)
@@ -150,8 +150,8 @@ def beside_fresh(generated: Place, fresh: Place, curves: dict[str, list[Place]])
 def with_gain_at_fresh(found: dict[str, Any]) -> str:
     """The sentence of a verdict that knows fresh networks."""
     there = points(found["gain_at_fresh"], found["gain_at_fresh_interval"])
-    at = "at the similarity of networks of new seeds, beyond which less similar is no better"
-    return f"{found['sentence'][:-1]}; {at}, {there} it."
+    at = "at no less than the similarity of networks of new seeds, below which nothing is won"
+    return f"{found['sentence'][:-1]}; {at}, {there} the front."
 
 
 def verdict(
@@ -187,12 +187,14 @@ def verdict(
     """
     similar, accuracy = generated.point
     # To be less similar than any baseline is worth no more than to be as the least similar one.
-    over_all = gain(generated, curves, reached(curves))
-    over_noise = gain(generated, {"noise": curves["noise"]})
-    over_averaging = gain(generated, {kind: curves[kind] for kind in AVERAGING if kind in curves})
+    least = reached(curves)
+    over_all = gain(generated, curves, least)
+    noise, averages = {"noise": curves["noise"]}, {kind: curves[kind] for kind in AVERAGING if kind in curves}
+    over_noise, over_averaging = gain(generated, noise), gain(generated, averages)
     low, high = interval(over_all[1:], CONFIDENCE)
-    as_noise = interval(over_noise[1:], CONFIDENCE)[0] <= 0
-    as_averaging = interval(over_averaging[1:], CONFIDENCE)[0] <= 0
+    as_noise, as_averaging = (
+        interval(gain(generated, some, least)[1:], CONFIDENCE)[0] <= 0 for some in (noise, averages)
+    )
     # Where both do as well, the way they went tells them apart.
     noisy = as_noise and (not as_averaging or outside >= 0.5)
 

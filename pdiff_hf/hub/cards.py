@@ -1,5 +1,6 @@
 """The cards of zoos and pipelines: what is generated anew, and what a person wrote around it."""
 
+import re
 import shutil
 from collections.abc import Iterable
 from importlib.resources import files
@@ -150,8 +151,8 @@ def write_zoo_card(
 def description_of(folder: Path) -> str | None:
     """What the card of a zoo says first in its generated part; None of a card that has none."""
     section = card_text(folder / "README.md").partition(GENERATED[0])[2]
-    paragraphs = section.strip().split("\n\n")
-    return paragraphs[1] if len(paragraphs) > 2 else None
+    found = re.match(r"\s*# [^\n]*\n\n(.*?)\n\n\d+ networks of \d+ generated", section, re.DOTALL)
+    return None if found is None else found[1]
 
 
 def _size_category(count: int) -> str:

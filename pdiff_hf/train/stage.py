@@ -11,7 +11,7 @@ from ..configs import AnyTrainConfig, LoopConfig, NeuronTrainConfig, TrainConfig
 from ..errors import ZooError
 from ..files import check_parts, explained
 from ..hub.cards import write_pipeline_card
-from ..hub.pipelines import load_pipeline
+from ..hub.pipelines import load_pipeline, weights_sha256
 from ..hub.push import push
 from ..parallel import from_main, wait_for_everyone, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout
@@ -55,7 +55,8 @@ def _train(config: AnyTrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeli
             check_same_facts(folder, "train", facts)
         wait_for_everyone()
         if accelerator.is_main_process:
-            save_run(folder, "train", config, **facts, seen=_seen(config, recipe), processes=accelerator.num_processes)
+            noted = {**facts, "seen": _seen(config, recipe), "processes": accelerator.num_processes}
+            save_run(folder, "train", config, **noted)
 
         # 1. Statistics of the parameters
         layout = _statistics(zoo)
@@ -78,6 +79,7 @@ def _train(config: AnyTrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeli
             )
             with explained(folder, "The checkpoints are whole; make room and resume from the latest."):
                 pipeline.save_pretrained(str(folder))
+            save_run(folder, "train", config, **noted, weights_sha256=weights_sha256(folder))
             shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of an earlier pipeline
             encoder = denoising.condition_encoder
             _write_card(config, zoo, folder, sources, None if encoder is None else encoder.known())

@@ -223,7 +223,7 @@ class WeightZoo:
         # What it says of the networks may be of fewer ones.
         has_card = (self.folder / "README.md").exists()
         described = description_of(self.folder) if has_card else "Networks of one architecture."
-        if described is not None and os.access(self.folder, os.W_OK):
+        if described is not None and (not has_card or os.access(self.folder, os.W_OK)):
             self.write_card(described)
         with locked_if_writable(self.folder):
             self._shards.check_unchanged()

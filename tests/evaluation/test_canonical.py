@@ -7,7 +7,7 @@ from torch import nn
 import pdiff_hf
 from pdiff_hf import CollectConfig, Task, WeightZoo, load_task, run_collect
 from pdiff_hf.evaluation.baselines import Baseline, strengths_of
-from pdiff_hf.evaluation.canonical import canonical_zoo, symmetry_that_holds
+from pdiff_hf.evaluation.canonical import canonical_zoo, in_form, symmetry_that_holds
 from pdiff_hf.networks.predictor import Predictor
 from pdiff_hf.zoo import make_layout
 
@@ -40,7 +40,7 @@ def test_networks_of_several_seeds_have_a_canonical_form_and_those_of_one_run_ne
     predict, inputs = predictor(independent)
     symmetry = symmetry_that_holds(independent, predict, inputs)
     assert symmetry is not None
-    canonical = canonical_zoo(independent, symmetry, tmp_path / "canonical")
+    canonical, _ = canonical_zoo(independent, symmetry, tmp_path / "canonical")
     torch.testing.assert_close(
         predict(canonical.vectors(), inputs), predict(independent.vectors(), inputs), atol=1e-5, rtol=1e-4
     )
@@ -71,7 +71,7 @@ def test_the_front_of_independent_networks_is_higher_on_their_canonical_form(ind
 def test_averages_of_independent_networks_are_within_their_span(independent, tmp_path):
     predict, inputs = predictor(independent)
     symmetry = symmetry_that_holds(independent, predict, inputs)
-    canonical = canonical_zoo(independent, symmetry, tmp_path / "canonical")
+    canonical, _ = canonical_zoo(independent, symmetry, tmp_path / "canonical")
     averages = Baseline(canonical, "interpolation", 0.5)(20).state_dicts
     found = pdiff_hf.evaluate(trained=independent, generated=averages, networks_per_point=8)["verdict"]
     assert found["outside_span"] < 0.05
@@ -84,6 +84,20 @@ def test_a_trajectory_is_compared_with_its_networks_as_they_are(trajectory):
     assert {row["kind"] for row in report["baselines"]} == {
         *("noise", "soup", "interpolation", "gaussian", "low-rank-gaussian"),
     }
+
+
+def test_numbers_that_are_too_large_for_a_canonical_form_stay_as_they_are(independent, tmp_path):
+    predict, inputs = predictor(independent)
+    symmetry = symmetry_that_holds(independent, predict, inputs)
+    _, reference = canonical_zoo(independent, symmetry, tmp_path / "canonical")
+    large = independent.vectors([0, 1, 2])
+    large[0] *= 1e30
+    with WeightZoo.create(tmp_path / "large", independent.layout) as zoo:
+        for vector in large:
+            zoo.append(vector)
+    found = in_form(zoo, symmetry, reference, tmp_path / "form").vectors()
+    assert torch.equal(found[0], large[0])
+    torch.testing.assert_close(found[1:], symmetry.canonical(large[1:], reference))
 
 
 def test_interpolations_end_half_way():
@@ -140,5 +154,5 @@ def test_neither_the_unit_of_targets_nor_precision_hides_the_canonical_form(unit
     assert canonical is not None
     hidden = [layout.slices[name] for name in ("0.weight", "2.weight")]
     for place in hidden:
-        vectors = canonical.vectors()[:, place]
+        vectors = canonical[0].vectors()[:, place]
         assert (vectors - vectors[0]).norm() < 1e-2 * vectors.norm()

@@ -194,10 +194,8 @@ def test_less_similar_than_fresh_networks_is_worth_nothing():
     assert found["gain_at_fresh_interval"] == pytest.approx([-0.03, -0.03], abs=1e-4)
     assert found["share_at_fresh"] == pytest.approx(-0.03 / 0.04, abs=1e-3)
     sentence = with_gain_at_fresh({"sentence": "Above the front: it is, +1 against the front.", **found})
-    assert sentence.startswith(
-        "Above the front: it is, +1 against the front; at the similarity of networks of new seeds"
-    )
-    assert sentence.endswith("-3.00 points (99 % interval -3.00 to -3.00) against it.")
+    assert sentence.startswith("Above the front: it is, +1 against the front; at no less than the similarity of")
+    assert sentence.endswith("-3.00 points (99 % interval -3.00 to -3.00) against the front.")
     more = beside_fresh(place(0.89, 0.95), place(0.90, 0.9), CURVES)
     assert more["gain_at_fresh"] == pytest.approx(0.89 - 0.88, abs=1e-4)
     # Less similar than any baseline is worth what the least similar one, at .5, is.
@@ -211,6 +209,9 @@ def test_verdicts_where_no_baseline_reaches_or_few_networks_are():
     assert far["accuracy_gain"] == pytest.approx(0.13, abs=1e-4)
     assert "+13.00 points (99 % interval +13.00 to +13.00)" in far["sentence"]
     assert far["gain_over_averaging"] is None
+    worse = verdict(place(0.6, 0.2), CURVES, 0.9, 0.1, copied=0.0, outside=1.0)
+    assert worse["label"] == "no-better-than-noise"
+    assert worse["accuracy_gain"] == pytest.approx(-0.1, abs=1e-4)
     few = verdict(place(0.83, 0.2), CURVES, 0.9, 0.1, copied=0.0, outside=1.0, count=9)
     assert few["label"] == "on-the-front"
     assert few["sentence"].startswith("Too few networks, 9, to be called above the front: ")

@@ -243,12 +243,14 @@ def test_a_grown_zoo_is_a_new_commit_and_the_old_one_stays(alice, zoo):
 def test_the_card_of_a_grown_zoo_is_of_all_its_networks(alice, zoo):
     arguments = ["--folder", str(zoo.folder), "--repo", "alice/grown-card"]
     alice(run_cli, "push", *arguments)
+    assert "Networks of one architecture." in (zoo.folder / "README.md").read_text()
+    zoo.write_card("What they are.\n\nHow they were made.")
     with zoo:
         zoo.append(random_network(10).state_dict(), seed=10, accuracy=0.5)
     alice(run_cli, "push", *arguments)
     text = (zoo.folder / "README.md").read_text()
     assert "11 networks of" in text
-    assert "Networks of one architecture." in text
+    assert "What they are.\n\nHow they were made.\n" in text
     features = alice(card, "alice/grown-card", "dataset")["dataset_info"]["features"]
     assert {"name": "accuracy", "dtype": "float64"} in features
     (zoo.folder / "README.md").write_text("---\ntags: [a]\n---\nMine.\n")

@@ -323,7 +323,9 @@ def test_a_training_that_could_not_start_leaves_no_precision_behind(digits_zoo, 
 def test_channels_that_normalization_leaves_nothing_of_are_refused():
     with pytest.raises(ConfigError, match=r"halving leaves one of 8 latents"):
         TrainConfig(block_out_channels=(16, 16, 16, 8))
-    TrainConfig(block_out_channels=(8, 8, 8, 16))
+    with pytest.raises(ConfigError, match=r"halving leaves one of 8 latents"):
+        TrainConfig(block_out_channels=(8, 8, 8, 16))  # whose last level begins with 8
+    TrainConfig(block_out_channels=(8, 8, 16, 16))
 
 
 def test_a_zoo_of_one_network_is_refused(tmp_path):

@@ -173,7 +173,7 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("while_it_is", ["built", "moved"])
+@pytest.mark.parametrize("while_it_is", [pytest.param("built", marks=pytest.mark.slow), "moved"])
 def test_a_killed_import_leaves_no_zoo_and_is_repeated(tmp_path, while_it_is):
     (tmp_path / "checkpoints").mkdir()
     for number in range(10):
