@@ -18,6 +18,7 @@ from .runs import own_randomness, save_run
 from .tasks import check_family, load_family
 from .tasks.family import training_inputs
 from .tasks.task import trusted_name
+from .text import own_task
 from .zoo import WeightZoo, built, check_room_for, evenly, networks_per_batch
 
 
@@ -94,8 +95,7 @@ def _align(config: AlignConfig, folder: Path) -> str:
     save_run(folder, "align", config)
     origin = Path(config.zoo).resolve().name if Path(config.zoo).is_dir() else config.zoo
     WeightZoo(folder).write_card(f"The networks of `{origin}` in canonical form.")
-    options = f" --task {shlex.quote(name)}" if ":" in name else ""  # code of one's own is not run unasked
-    options += "".join(f" --condition {column}" for column in family.conditions("train")[0])
+    options = own_task(name) + "".join(f" --condition {column}" for column in family.conditions("train")[0])
     return (
         f"{len(zoo)} networks with {symmetry}: the mean distance to their mean was "
         f"{before / len(zoo):.4g} and is {after / len(zoo):.4g}. Predictions differ by {largest:.2g} of the "

@@ -178,26 +178,24 @@ def _outcome(stage: str, config: Any, result: Any, seconds: float) -> str | None
     if stage == "train":
         what = f"The pipeline is in {folder} ({took}). Next: pdiff-hf"
         if config.condition:
-            own = _own_task(getattr(config, "task", None))
+            from .text import own_task
+
+            own = own_task(getattr(config, "task", None))
             return f"{what} evaluate --trained {shlex.quote(config.zoo)} --generated {folder}{own}"
         return f"{what} generate --pipeline {folder}"
     return f"The report is in {folder} ({took}): report.html, report.md, and pictures."
 
 
-def _own_task(task: str | None) -> str:
-    """The option that names code of one's own, which that of a zoo does not run unasked."""
-    return f" --task {shlex.quote(task)}" if task and ":" in task else ""
-
-
 def _family_of(zoo: Any, task: str) -> str:
     """The options that training needs for a zoo that was collected."""
     from .tasks.family import COLUMNS
+    from .text import own_task
 
     row = next(zoo.rows())
     if "initial_norm" not in row:
         return ""
     return (
-        " --family neuron" + _own_task(task) + "".join(f" --condition {name}" for name in sorted(row.keys() - COLUMNS))
+        " --family neuron" + own_task(task) + "".join(f" --condition {name}" for name in sorted(row.keys() - COLUMNS))
     )
 
 

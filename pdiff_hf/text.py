@@ -1,6 +1,7 @@
 """What strangers wrote, made harmless where it is shown."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,8 @@ def shown_name(task: str) -> str:
     """The name of a task without the path of its file, which says nothing to anyone else."""
     place, _, class_name = task.rpartition(":")
     return f"{Path(place).name}:{class_name}" if place.endswith(".py") else task
+
+
+def own_task(task: str | None) -> str:
+    """The option that names code of one's own in a command, which is not run unasked; nothing of a built-in task."""
+    return f" --task {shlex.quote(task)}" if task and ":" in task else ""

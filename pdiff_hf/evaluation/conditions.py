@@ -181,9 +181,7 @@ class ConditionAudit:
     def _same_examples(self) -> bool:
         """Whether all tasks are tested on the same inputs, whose chance all of them share."""
         inputs = [inputs for inputs, _ in data_of(self.tasks, "test")]
-        return is_shared(inputs) or all(
-            one.shape == inputs[0].shape and torch.equal(one, inputs[0]) for one in inputs[1:]
-        )
+        return is_shared(inputs) or all(torch.equal(one, inputs[0]) for one in inputs[1:])
 
     def _of_examples(self, shares: Sequence[torch.Tensor]) -> torch.Tensor:
         """How often each example is answered right, `[C, E]`; its mean, `[C, 1]`, where tasks have examples of their
@@ -331,7 +329,7 @@ def _scored(tasks: Sequence[Any], vectors: torch.Tensor, predict: Predictor, spl
         least.append(each.mean(1).min())
         for size in ENSEMBLES:
             if len(networks) >= size:
-                whole = len(networks) // size * size if len(networks) % size == 0 else size
+                whole = len(networks) if len(networks) % size == 0 else size
                 groups = counted[:whole].unflatten(0, (-1, size))
                 members = numbers[:whole].view(-1, size).sum(1).tolist()
                 joint = torch.stack(

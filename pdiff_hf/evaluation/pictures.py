@@ -140,22 +140,13 @@ def plane(
         ax.fill_between(
             x, 100 * least, 100 * most, color="black", alpha=0.18, linewidth=0, label="front of the baselines, 99 %"
         )
-    verdict = report["verdict"]
-    if "generated" in shown and verdict["accuracy_gain"] is not None and None not in verdict["interval"]:
-        similar, accurate = shown["generated"]
-        least, most = (accurate - 100 * gain for gain in verdict["interval"][::-1])
-        there = accurate - 100 * verdict["accuracy_gain"]
-        errors = [[max(there - least, 0)], [max(most - there, 0)]]
-        ax.errorbar(
-            similar,
-            there,
-            errors,
-            color="black",
-            capsize=4,
-            marker="_",
-            zorder=5,
-            label="front at the generated ones",
-        )
+    verdict, (similar, accurate) = report["verdict"], shown["generated"]
+    least, most = (accurate - 100 * gain for gain in verdict["interval"][::-1])
+    there = accurate - 100 * verdict["accuracy_gain"]
+    errors = [[max(there - least, 0)], [max(most - there, 0)]]
+    ax.errorbar(
+        *(similar, there, errors), color="black", capsize=4, marker="_", zorder=5, label="front at the generated ones"
+    )
     for kind, (colour, line) in CURVES.items():
         points = [point for point in report["baselines"] if point["kind"] == kind]
         curve = [(point["maximum_similarity"]["mean"], 100 * point["accuracy"]["mean"]) for point in points]

@@ -97,7 +97,7 @@ def content(zoo: WeightZoo) -> str:
     """What tells the networks of a zoo from all others."""
     digest = hashlib.sha256()
     for batch in zoo.batches():
-        digest.update(batch.contiguous().numpy().tobytes())
+        digest.update(batch.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -92,12 +92,11 @@ def front(curve: list[Place], at: torch.Tensor) -> torch.Tensor:
 def band(generated: Place, curves: dict[str, list[Place]]) -> list[dict[str, Any]]:
     """The front over all similarities that baselines have: `similarity`, `accuracy` and its `interval` at each, that
     of the difference to the generated networks, which are tested on the same examples, put beside these."""
-    reached = [place.point[0] for curve in curves.values() for place in curve]
-    found = []
-    for similar in torch.linspace(min(reached), max(reached), BAND).tolist():
+    similarities = [place.point[0] for curve in curves.values() for place in curve]
+    accurate, found = generated.point[1], []
+    for similar in torch.linspace(min(similarities), max(similarities), BAND).tolist():
         at = torch.full_like(generated.similarity, similar)
         above = gain(Place(generated.accuracy, at), curves)
-        accurate = generated.point[1]
         low, high = (accurate - end for end in interval(above[1:], CONFIDENCE)[::-1])
         best = accurate - above[0].item()
         if torch.isfinite(torch.tensor([best, low, high])).all():  # some samples do not reach the least similarities
@@ -127,7 +126,7 @@ def share_of_gap(
     least = reached(curves)
     ours = gain(generated, curves, torch.maximum(fresh.similarity, least) if at_fresh else least)
     theirs = gain(fresh, curves, least)
-    if not interval(theirs[1:], CONFIDENCE)[0] > 0 or not torch.isfinite(torch.stack([ours[0], theirs[0]])).all():
+    if not interval(theirs[1:], CONFIDENCE)[0] > 0:
         return None, [None, None]
     shares = ours / theirs
     low, high = interval(shares[1:], CONFIDENCE)
@@ -140,8 +139,8 @@ def beside_fresh(generated: Place, fresh: Place, curves: dict[str, list[Place]])
     over = gain(generated, curves, torch.maximum(fresh.similarity, reached(curves)))
     share, interval_of_share = share_of_gap(generated, fresh, curves, at_fresh=True)
     return {
-        "gain_at_fresh": _number(over[0]),
-        "gain_at_fresh_interval": [_number(torch.tensor(end)) for end in interval(over[1:], CONFIDENCE)],
+        "gain_at_fresh": over[0].item(),
+        "gain_at_fresh_interval": interval(over[1:], CONFIDENCE),
         "share_at_fresh": share,
         "share_at_fresh_interval": interval_of_share,
     }
@@ -233,8 +232,8 @@ def verdict(
         sentence = f"Not above the front, though better than noise and averages: {place}, {margin}."
     return {
         "label": label,
-        "accuracy_gain": _number(over_all[0]),
-        "interval": [_number(torch.tensor(low)), _number(torch.tensor(high))],
+        "accuracy_gain": over_all[0].item(),
+        "interval": [low, high],
         "confidence": CONFIDENCE,
         "gain_over_noise": _number(over_noise[0]),
         "gain_over_averaging": _number(over_averaging[0]),
