@@ -208,6 +208,10 @@ class NeuronTrainConfig(LoopConfig):
     initial: bool = True
     """Tell the transformer each network's initialization, which `collect --protocol independent` records; zoos that
     were imported or aligned need --no-initial."""
+    ordered: bool = False
+    """Bring the networks into canonical form, whose hidden units have an order, and tell the transformer their places:
+    with --no-initial, since an initialization has another order. By default units are exchangeable. For tasks that no
+    network was trained for an order is learned faster; for new networks of one task it is worse."""
     behaviour_weight: float = 1.0
     """Weight, in the loss, of the difference of the predicted networks' outputs from the stored ones', on the task's
     training inputs; 0 is off. With a condition, far more of it, such as 256, makes better networks for tasks that no
@@ -250,6 +254,8 @@ class NeuronTrainConfig(LoopConfig):
                 f"min_sigma has to be from 0 to last_sigma, {self.last_sigma}, and is {self.min_sigma}: sampling goes "
                 "down to the last sigma."
             )
+        if self.ordered and self.initial:
+            raise ConfigError("Units in an order are not those of an initialization: ordered needs --no-initial.")
         if self.hidden_size % (2 * self.num_attention_heads):
             width, heads = self.hidden_size, self.num_attention_heads
             raise ConfigError(

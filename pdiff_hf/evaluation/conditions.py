@@ -230,7 +230,7 @@ class ConditionAudit:
 
     def _answers(self) -> list[tuple[str, torch.Tensor]]:
         """What needs no generator, the best of each kind on validation conditions: vectors `[C, P]`."""
-        # All of it on the CPU, wherever the pipeline is.
+        # On the CPU, wherever the pipeline is, but for what takes long: the training of the hypernetwork.
         zoo, layout = self.trained, copy.deepcopy(self.pipeline.layout).to("cpu")
         symmetry = self._symmetry
         rows, vectors = self.rows, torch.cat(list(zoo.batches())).float()
@@ -247,7 +247,9 @@ class ConditionAudit:
             inputs = training_inputs(self.family)
             stacked = run_at_once(self.predict.network, layout, inputs)
             some = networks[list(evenly(len(networks), VARIANCE_NETWORKS))]
-            behaviour = Behaviour(stacked, layout, inputs, some, self.seen.inputs)
+            device = processes().device
+            there = copy.deepcopy(layout).to(device)
+            behaviour = Behaviour(stacked, there, inputs.to(device), some, self.seen.inputs)
         except NotStackableError:
             pass
 

@@ -162,12 +162,13 @@ def _hypernetwork(
     steps: int,
 ) -> Answer:
     """A perceptron from the condition to the network, trained on the same networks with the same losses, the
-    difference of outputs with this weight."""
+    difference of outputs with this weight; where that is computed."""
+    device = networks.device if behaviour is None else behaviour.layout.device
     sizes = (conditions.rows.shape[1], HIDDEN, HIDDEN, networks.shape[1])
     with own_randomness():
         torch.manual_seed(seed)
         layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.SiLU())]
-    model = nn.Sequential(*layers[:-1])
+    model = nn.Sequential(*layers[:-1]).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
@@ -175,26 +176,28 @@ def _hypernetwork(
     with torch.enable_grad():
         for _ in tqdm(range(steps), desc=f"train hypernetwork (outputs count {weight:g})", unit="step", leave=False):
             indices = torch.randint(len(networks), (BATCH,), generator=generator)
-            predicted, stored = model(conditions.rows[indices]), networks[indices]
+            predicted, stored = model(conditions.rows[indices].to(device)), networks[indices].to(device)
             loss = F.mse_loss(predicted, stored)
             if behaviour is not None:
                 inputs = behaviour.draw(1, generator)[0]
                 if known is None:
                     loss = loss + weight * behaviour(predicted, stored, inputs)
                 else:
-                    loss = loss + weight * behaviour.difference(predicted, known[indices][:, inputs], inputs)
+                    expected = known[indices][:, inputs].to(device)
+                    loss = loss + weight * behaviour.difference(predicted, expected, inputs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    return lambda asked: model(conditions(asked)).detach()
+    return lambda asked: model(conditions(asked).to(device)).detach().cpu()
 
 
 @torch.no_grad()
 def _known_outputs(behaviour: Behaviour, networks: torch.Tensor, steps: int) -> torch.Tensor | None:
     """Of all networks on all inputs, `[N, E, ...]`, where that is less than what so many steps compare, and fits."""
-    count = len(behaviour.inputs)
-    values = behaviour.outputs(networks[:1], behaviour.inputs[:1]).numel() * len(networks) * count
+    count, device = len(behaviour.inputs), behaviour.layout.device
+    values = behaviour.outputs(networks[:1].to(device), behaviour.inputs[:1]).numel() * len(networks) * count
     if values > MOST_OUTPUTS or len(networks) * count > steps * BATCH * behaviour.count:
         return None
-    return torch.cat([behaviour.outputs(some, behaviour.inputs) for some in networks.split(BATCH // 8)])
+    parts = networks.split(BATCH // 8)
+    return torch.cat([behaviour.outputs(some.to(device), behaviour.inputs).cpu() for some in parts])

@@ -9,8 +9,10 @@ from torch import nn
 
 from ..configs import NeuronTrainConfig
 from ..errors import ConfigError, TaskError, ZooError
+from ..extras import require
 from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour, run_at_once
-from ..networks.gauge import symmetry_of
+from ..networks.canonical import REFERENCE_NETWORKS
+from ..networks.gauge import Gauge, symmetry_of
 from ..networks.stacked import NotStackableError, StackedNetwork, VmappedNetwork
 from ..networks.symmetry import Symmetry, UnknownSymmetryError
 from ..parallel import processes
@@ -51,6 +53,8 @@ class NeuronDiffusion:
 
     def __init__(self, config: NeuronTrainConfig, zoo: WeightZoo):
         self.config, self.zoo = config, zoo
+        if config.ordered:
+            require("scipy.optimize", "report")
         name = trusted_name(config.task, zoo.task)
         family = load_family(name)
         check_family(family, training=False)
@@ -63,6 +67,8 @@ class NeuronDiffusion:
             self.symmetry = symmetry_of(network, zoo.layout, self.inputs[:1])
         except UnknownSymmetryError as error:
             raise TaskError(f"Hidden units of {name} cannot be tokens: {error}") from error
+        # Directions of adapters have an order wherever the adapters are in canonical form, as `align` brings them.
+        self.ordered = config.ordered or not isinstance(self.symmetry, Symmetry)
         self.network: StackedNetwork | VmappedNetwork | None = None
         if config.behaviour_weight:
             try:
@@ -84,9 +90,12 @@ class NeuronDiffusion:
     ) -> tuple[dict[str, nn.Module | None], Callable[[torch.Tensor], Batch], int]:
         """No further components; the networks in all forms, and their initializations, both `[n, 1, P]` of indices."""
         vectors = self.in_all_forms(torch.cat(list(self.zoo.batches())))
-        if len(self.rows) > len(self.zoo):
+        if self.config.ordered:
+            some = vectors[list(evenly(len(vectors), REFERENCE_NETWORKS))]
+            vectors = self.symmetry.canonical(vectors, self.symmetry.reference(some))
+        if self.config.ordered or len(self.rows) > len(self.zoo):
             layout.fit([vectors])
-        if isinstance(self.symmetry, Symmetry):
+        if not self.ordered:
             share_statistics(layout, self.symmetry)
         data = {"networks": layout.normalize(vectors)[:, None]}
         if self.initial is not None:
@@ -148,7 +157,7 @@ class NeuronDiffusion:
         config = self.config
         return NeuronTransformerModel(
             **self.symmetry.described(self.zoo.layout),
-            ordered=not isinstance(self.symmetry, Symmetry),
+            ordered=self.ordered,
             hidden_size=config.hidden_size,
             num_layers=config.num_layers,
             num_attention_heads=config.num_attention_heads,
@@ -158,7 +167,7 @@ class NeuronDiffusion:
         )
 
 
-def share_statistics(layout: ParameterLayout, symmetry: Symmetry) -> None:
+def share_statistics(layout: ParameterLayout, symmetry: Symmetry | Gauge) -> None:
     """Gives the parameters that exchanging units exchanges the same mean and standard deviation: those of all."""
     for places in UnitIndex(**symmetry.described(layout)).exchangeable:
         log, mean, std = (values[places].double() for values in (layout.log, layout.mean, layout.std))

@@ -391,6 +391,18 @@ def test_aligned_networks_have_lost_their_initialization(zoo, tmp_path):
     assert "initial_norm" not in WeightZoo(tmp_path).metadata[0]
 
 
+def test_units_in_an_order_are_those_of_the_canonical_form(zoo, tmp_path):
+    run_train(config(zoo, tmp_path / "pipeline", ordered=True, initial=False))
+    pipe = load_pipeline(tmp_path / "pipeline")
+    assert pipe.transformer.config.ordered
+    run_align(AlignConfig(str(zoo.folder), str(tmp_path / "aligned"), zoo.task))
+    aligned = WeightZoo(tmp_path / "aligned").vectors()
+    torch.testing.assert_close(pipe.layout.mean, aligned.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pipe.layout.std, aligned.std(0, correction=0), rtol=1e-3, atol=1e-4)
+    assert (pipe.layout.mean - zoo.vectors().mean(0)).norm() > 0.5 * aligned.mean(0).norm()
+    assert sample(pipe).isfinite().all()
+
+
 def test_one_step_is_too_few(trained, tmp_path):
     with pytest.raises(ValueError, match="1 denoising steps are too few for this scheduler: take 2 or more"):
         sample(load_pipeline(trained), num_inference_steps=1)
@@ -470,6 +482,7 @@ def test_a_zoo_whose_task_is_foreign_code_needs_its_name(zoo, tmp_path):
         ({"last_sigma": 1.0}, "last_sigma has to be above 0 and below 1, and is 1.0"),
         ({"min_sigma": 0.3}, r"min_sigma has to be from 0 to last_sigma, 0\.2, and is 0\.3"),
         ({"min_sigma": -0.1}, "min_sigma has to be from 0 to last_sigma"),
+        ({"ordered": True}, "ordered needs --no-initial"),
     ],
 )
 def test_settings_out_of_range_are_refused(zoo, tmp_path, changes, message):
