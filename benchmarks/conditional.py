@@ -69,7 +69,17 @@ ROWS = {
         {"transformer_steps": 5000, "behaviour_inputs": 256, "behaviour_weight": 256.0, "initial": False},
     ),
     "fashion-subsets": Row(
-        "fashion-subsets", 12, {"transformer_steps": 2500, "behaviour_inputs": 256, "behaviour_weight": 256.0}
+        "fashion-subsets",
+        12,
+        {
+            "transformer_steps": 2500,
+            "behaviour_inputs": 256,
+            "behaviour_weight": 256.0,
+            "initial": False,
+            "ordered": True,
+            "last_sigma": 0.9,
+            "min_sigma": 0.9,
+        },
     ),
     "digits-prototypes": Row("digits-prototypes", 1, {"transformer_steps": 3000, "last_sigma": 0.9}),
 }
