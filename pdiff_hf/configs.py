@@ -209,9 +209,9 @@ class NeuronTrainConfig(LoopConfig):
     """Tell the transformer each network's initialization, which `collect --protocol independent` records; zoos that
     were imported or aligned need --no-initial."""
     ordered: bool = False
-    """Bring the networks into canonical form, whose hidden units have an order, and tell the transformer their places:
-    with --no-initial, since an initialization has another order. By default units are exchangeable. For tasks that no
-    network was trained for an order is learned faster; for new networks of one task it is worse."""
+    """Bring the networks into canonical form, in which hidden units have an order, and tell the transformer their
+    places; by default they are exchangeable. Needs --no-initial, since an initialization has another order, and the
+    extra report. Of use with a condition, beside --last-sigma .9 and --min-sigma .9."""
     behaviour_weight: float = 1.0
     """Weight, in the loss, of the difference of the predicted networks' outputs from the stored ones', on the task's
     training inputs; 0 is off. With a condition, far more of it, such as 256, makes better networks for tasks that no

@@ -162,7 +162,7 @@ def _hypernetwork(
     steps: int,
 ) -> Answer:
     """A perceptron from the condition to the network, trained on the same networks with the same losses, the
-    difference of outputs with this weight; where that is computed."""
+    difference of outputs with this weight. It is trained on the device of that difference, and answers on the CPU."""
     device = networks.device if behaviour is None else behaviour.layout.device
     sizes = (conditions.rows.shape[1], HIDDEN, HIDDEN, networks.shape[1])
     with own_randomness():

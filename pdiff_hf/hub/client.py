@@ -1,5 +1,6 @@
 """What is asked of the Hub, and what its client's errors mean."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import HfApi, RepoCard, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -20,6 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]  # the client's own
 
 from ..errors import HubError
+from ..text import printable
 
 
 # Of weights: what ends so is a file, that may lack.
@@ -110,6 +113,21 @@ def _hub() -> str:
     return f"the Hub at {host.hostname}{f':{host.port}' if host.port else ''}"
 
 
+def _reason(error: HfHubHTTPError) -> str:
+    """What a status means, and what the Hub said of it."""
+    status = error.response.status_code if error.response is not None else None
+    reasons = {
+        401: "The Hub refused the token. Log in with `hf auth login`.",
+        403: "This account may not do that there. Check the namespace and the rights of the token.",
+        412: "Somebody else pushed meanwhile. Nothing was changed: pull, and push again.",
+        429: "The Hub asks for patience (too many requests). Try again later.",
+    }
+    reason = reasons.get(status or 0, f"The Hub answered with status {status}.")
+    said = re.sub(r"\w+://\S+|hf_\w+", "...", error.server_message or "")
+    said = " ".join(printable(said).split())[:200]
+    return f"{reason} It says: {said}" if said else reason
+
+
 @contextmanager
 def explained(repo_id: str, revision: str | None) -> Iterator[None]:
     """Turns the client's errors into ones that say what to do. Tokens, and addresses but for the Hub's host, stay out
@@ -117,6 +135,11 @@ def explained(repo_id: str, revision: str | None) -> Iterator[None]:
     at = f" at revision {revision!r}" if revision else ""
     try:
         yield
+    except GatedRepoError as error:
+        raise HubError(
+            f"{repo_id} is open to those alone who were given access: ask for it on its page, and log in with "
+            "`hf auth login`."
+        ) from error
     except RepositoryNotFoundError as error:
         raise HubError(
             f"{repo_id} is no folder here, and is not on the Hub or is private. Check the name, or log in with "
@@ -125,6 +148,8 @@ def explained(repo_id: str, revision: str | None) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise HubError(f"{repo_id} has no revision {revision!r}.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise HubError(f"{repo_id}{at}: {_reason(error.__cause__)}") from error
         raise HubError(
             f"{repo_id}{at} is no folder here and not in the cache, and {_hub()} cannot be reached (offline?). Go "
             "online and try again."
@@ -134,21 +159,16 @@ def explained(repo_id: str, revision: str | None) -> Iterator[None]:
     except HFValidationError as error:
         raise HubError(f"{repo_id!r} is no name of a repository: expected namespace/name.") from error
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        reasons = {
-            401: "The Hub refused the token. Log in with `hf auth login`.",
-            403: "This account may not do that there. Check the namespace and the rights of the token.",
-            412: "Somebody else pushed meanwhile. Nothing was changed: pull, and push again.",
-            429: "The Hub asks for patience (too many requests). Try again later.",
-        }
-        reason = reasons.get(status or 0, f"The Hub answered with status {status}. Try again later.")
-        raise HubError(f"{repo_id}{at}: {reason}") from error
+        raise HubError(f"{repo_id}{at}: {_reason(error)}") from error
+    except json.JSONDecodeError as error:
+        raise HubError(f"{repo_id}{at}: what {_hub()} answered is no JSON. Try again later.") from error
     except (httpx.LocalProtocolError, UnicodeEncodeError):
         # The client's error quotes it.
         raise HubError(f"{repo_id}{at}: the token holds characters that none has. Copy it again.") from None
-    except (httpx.HTTPError, RuntimeError) as error:
-        # An upload that loses its connection is a RuntimeError of the client.
-        if isinstance(error, RuntimeError) and not isinstance(error.__cause__, httpx.HTTPError):
+    except (httpx.HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
+        # An upload that loses its connection is a RuntimeError of the client, and an older one of its `hf_xet`.
+        of_client = isinstance(error.__cause__, httpx.HTTPError) or str(error).startswith("Data processing error")
+        if isinstance(error, RuntimeError) and not of_client:
             raise
         raise HubError(
             f"{repo_id}{at}: the connection to {_hub()} was lost. Try again: what was transferred is not repeated."

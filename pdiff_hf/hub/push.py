@@ -108,7 +108,10 @@ def _push(
             if name == "README.md":
                 old = _read_text(api, repo_id, repo_type, info.sha) if "README.md" in present else None
                 card = card_text(path).replace(PLACEHOLDER, repo_id)
-                content = merge_cards(card, old, license).encode()
+                merged = merge_cards(card, old, license)
+                if old is not None:  # with metadata that nobody has checked
+                    check_card(merged, repo_type)
+                content = merged.encode()
             operations.append(CommitOperationAdd(name, content))
         stale = sorted(
             name

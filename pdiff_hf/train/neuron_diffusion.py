@@ -13,6 +13,7 @@ from ..extras import require
 from ..networks.behaviour import VARIANCE_NETWORKS, Behaviour, run_at_once
 from ..networks.canonical import REFERENCE_NETWORKS
 from ..networks.gauge import Gauge, symmetry_of
+from ..networks.predictor import Predictor
 from ..networks.stacked import NotStackableError, StackedNetwork, VmappedNetwork
 from ..networks.symmetry import Symmetry, UnknownSymmetryError
 from ..parallel import processes
@@ -22,12 +23,14 @@ from ..pipelines.neural_network_diffusion.transformer.neuron_transformer import 
 from ..runs import own_randomness
 from ..tasks.family import check_family, code_sha256, load_family, training_inputs, with_equivalents
 from ..tasks.task import Task, trusted_name
-from ..zoo import WeightZoo, evenly
+from ..zoo import WeightZoo, evenly, networks_per_batch
 from .loop import TrainingLoop
 from .models import check_memory, check_networks, condition_encoder, seeded, selected
 from .objectives import Batch, FlowMatchingObjective
 
 
+# Inputs on which networks in another order have to predict the same.
+EXAMPLES = 50
 # Of the initializations, evenly picked, so many tell what they are drawn from.
 INITIALS = 256
 # In about so many forms a block keeps the features of pairs of units for the gradients: 9 in bfloat16, 15 in float32.
@@ -53,8 +56,6 @@ class NeuronDiffusion:
 
     def __init__(self, config: NeuronTrainConfig, zoo: WeightZoo):
         self.config, self.zoo = config, zoo
-        if config.ordered:
-            require("scipy.optimize", "report")
         name = trusted_name(config.task, zoo.task)
         family = load_family(name)
         check_family(family, training=False)
@@ -67,8 +68,10 @@ class NeuronDiffusion:
             self.symmetry = symmetry_of(network, zoo.layout, self.inputs[:1])
         except UnknownSymmetryError as error:
             raise TaskError(f"Hidden units of {name} cannot be tokens: {error}") from error
-        # Directions of adapters have an order wherever the adapters are in canonical form, as `align` brings them.
+        # Directions of adapters have an order, which `align` gives them, too.
         self.ordered = config.ordered or not isinstance(self.symmetry, Symmetry)
+        if config.ordered:
+            self._check_order(task, network)
         self.network: StackedNetwork | VmappedNetwork | None = None
         if config.behaviour_weight:
             try:
@@ -88,11 +91,14 @@ class NeuronDiffusion:
     def encode(
         self, layout: ParameterLayout, loop: TrainingLoop
     ) -> tuple[dict[str, nn.Module | None], Callable[[torch.Tensor], Batch], int]:
-        """No further components; the networks in all forms, and their initializations, both `[n, 1, P]` of indices."""
+        """No further components; the networks in all forms, in canonical form where they are to be ordered, and their
+        initializations, both `[n, 1, P]` of indices. The statistics of the layout are those of all forms."""
         vectors = self.in_all_forms(torch.cat(list(self.zoo.batches())))
         if self.config.ordered:
-            some = vectors[list(evenly(len(vectors), REFERENCE_NETWORKS))]
-            vectors = self.symmetry.canonical(vectors, self.symmetry.reference(some))
+            # In this order audits have them.
+            reference = self.symmetry.reference(self.zoo.vectors(evenly(len(self.zoo), REFERENCE_NETWORKS)))
+            for batch in vectors.split(networks_per_batch(self.zoo.vector_size)):
+                batch.copy_(self.symmetry.canonical(batch, reference))
         if self.config.ordered or len(self.rows) > len(self.zoo):
             layout.fit([vectors])
         if not self.ordered:
@@ -105,6 +111,16 @@ class NeuronDiffusion:
         if self.encoder is not None:
             data["codes"] = self.encoder.codes(selected(self.rows, self.config.condition))
         return {}, lambda indices: {name: rows[indices.cpu()] for name, rows in data.items()}, len(self.rows)
+
+    def _check_order(self, task: Task, network: nn.Module) -> None:
+        if isinstance(self.symmetry, Symmetry):
+            require("scipy.optimize", "report")
+        predict = Predictor(task, self.zoo.layout, processes().device)
+        if not self.symmetry.holds(predict, self.zoo[0], self.inputs[:EXAMPLES]):
+            raise TaskError(
+                f"The hidden units of {type(network).__name__} cannot be put into an order: exchanging them changes "
+                "what its networks predict. Train without --ordered."
+            )
 
     def _warn(self, layout: ParameterLayout) -> None:
         """Says what the pipeline will not be able to draw."""

@@ -21,12 +21,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import DatasetCard, HfApi, ModelCard, snapshot_download
+from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.utils import httpx
 from safetensors.torch import save_file
 
 from pdiff_hf import ParameterLayout, PdiffError, WeightZoo, ZooError, load_pipeline
 from pdiff_hf.cli import main as cli
 from pdiff_hf.hub import HubError, merge_cards, push, push_evaluation, write_pipeline_card
 from pdiff_hf.hub.cards import GENERATED
+from pdiff_hf.hub.client import explained
 from pdiff_hf.hub.pipelines import weights_sha256
 
 from ..conftest import SMALL_TRAINING, random_network, site_without_this_package
@@ -829,6 +832,40 @@ def test_a_pull_over_an_earlier_one_whose_connection_fails_is_no_mixture(server,
     with pytest.raises(ZooError):
         WeightZoo(tmp_path / "zoo")
     assert len(alice(pull, "alice/half-pulled", tmp_path / "zoo")) == len(before) + 1
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (403, "This account may not do that there.* It says: Injected: Forbidden"),
+        (400, "The Hub answered with status 400. It says: Injected: Bad Request"),
+    ],
+)
+def test_a_download_that_the_hub_refuses_says_why(server, alice, zoo, tmp_path, status, said):
+    alice(push_folder, zoo.folder, "alice/refused")
+    with faulty(server, "status", method="GET", path="alice/refused", status=status, count=99):
+        assert re.search(said, alice(error_of, pull, "alice/refused", tmp_path / "pulled"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionError("to the CAS"), "me/zoo: the connection to the Hub at .* was lost"),
+        (TimeoutError("of the CAS"), "me/zoo: the connection to the Hub at .* was lost"),
+        (RuntimeError("Data processing error: CAS service error"), "me/zoo: the connection to the Hub at .* was lost"),
+        (json.JSONDecodeError("Expecting value", "<html>", 0), "me/zoo: what the Hub at .* answered is no JSON"),
+    ],
+)
+def test_what_the_client_raises_of_its_transport_is_an_error_of_the_hub(error, said):
+    with pytest.raises(HubError, match=said), explained("me/zoo", None):
+        raise error
+
+
+def test_a_gated_repository_is_no_missing_one():
+    response = httpx.Response(403, request=httpx.Request("GET", "http://127.0.0.1/me/zoo"))
+    message = "me/zoo is open to those alone who were given access: ask for it"
+    with pytest.raises(HubError, match=message), explained("me/zoo", None):
+        raise GatedRepoError("gated", response=response)
 
 
 def create(repo: str) -> str:

@@ -82,6 +82,15 @@ class Watched(DigitsMLP):
         return network
 
 
+class Placed(DigitsMLP):
+    """With a hook that tells units apart."""
+
+    def build_network(self):
+        network = super().build_network()
+        network[1].register_forward_hook(lambda module, inputs, outputs: outputs * torch.arange(len(outputs.T)))
+        return network
+
+
 class Worded(DigitsMLP):
     """Whose networks return a dict."""
 
@@ -442,6 +451,7 @@ def test_an_evaluation_trains_as_long_from_the_same_initializations(trained, zoo
         (TwoHidden, {"batch_size": 10**8}, "takes at least .* GB, .* smaller --batch-size"),
         (TwoHidden, {"task": "digits-mlp"}, "are no networks of digits-mlp"),
         (TwoHidden, {}, "does not record how its networks were initialized"),
+        (Placed, {"ordered": True, "initial": False}, "units of Sequential cannot be put into an order: exchanging"),
     ],
 )
 def test_what_cannot_be_learned_is_said_before_anything_is_written(task, changes, message, tmp_path):

@@ -50,8 +50,8 @@ class NeuronTransformerModel(ModelMixin, ConfigMixin):
             Where each tensor lies in the vector: `{"start": int, "shape": list[int], "axes": list[list[int]]}`. An
             axis is `[axis, group, repeat]`: along it lie the units of a group, `repeat` neighbouring places each.
         ordered (`bool`, *optional*, defaults to `False`):
-            Whether the units of a group are told apart by their place: the directions of adapters that were put into
-            an order. By default they are exchangeable.
+            Whether the units of a group are told apart by their place, since the networks were put into an order. By
+            default they are exchangeable.
         hidden_size (`int`, *optional*, defaults to 128): Width D of a token.
         num_layers (`int`, *optional*, defaults to 4): Blocks.
         num_attention_heads (`int`, *optional*, defaults to 4): Heads of the attention between units.
