@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -156,6 +157,8 @@ def _run(stage: str, args: Sequence[str]) -> None:
 def _outcome(stage: str, config: Any, result: Any, seconds: float) -> str | None:
     """Where the result of a stage is, how much it is, how long it took, and what comes next; of one process of all."""
     from .parallel import processes
+    from .text import own_task
+    from .zoo import WeightZoo
 
     if not processes().is_main_process or stage not in ("collect", "train", "generate", "evaluate"):
         return None
@@ -174,16 +177,34 @@ def _outcome(stage: str, config: Any, result: Any, seconds: float) -> str | None
         # What can be asked for networks is audited itself.
         asked = config.condition or config.conditions
         evaluated = shlex.quote(config.pipeline) if asked else folder
-        return f"{what} Next: pdiff-hf evaluate --trained ZOO --generated {evaluated}"
+        own = own_task(config.task)
+        return f"{what} Next: pdiff-hf evaluate --trained {_zoo_of(config)} --generated {evaluated}{own}"
     if stage == "train":
-        what = f"The pipeline is in {folder} ({took}). Next: pdiff-hf"
-        if config.condition:
-            from .text import own_task
+        models = [part for part in result.components.values() if hasattr(part, "num_parameters")]
+        count = sum(model.num_parameters() for model in models)
+        what = f"The pipeline, of {count:,} trained parameters, is in {folder} ({took}). Next: pdiff-hf"
+        task = getattr(config, "task", None)
+        # Only what does a known thing can be audited, and code of the zoo's own is not run unasked.
+        known = task or WeightZoo.from_pretrained(config.zoo).task
+        if config.condition and known and (task or not own_task(known)):
+            return f"{what} evaluate --trained {shlex.quote(config.zoo)} --generated {folder}{own_task(task)}"
+        return f"{what} generate --pipeline {folder}{own_task(task)}"
+    shown = config.pipeline or (config.generated if "conditions" in result else None)
+    following = "" if shown is None else f" Next: pdiff-hf play --pipeline {shlex.quote(shown)}{own_task(config.task)}"
+    return f"The report is in {folder} ({took}): report.html, report.md, and pictures.{following}"
 
-            own = own_task(getattr(config, "task", None))
-            return f"{what} evaluate --trained {shlex.quote(config.zoo)} --generated {folder}{own}"
-        return f"{what} generate --pipeline {folder}"
-    return f"The report is in {folder} ({took}): report.html, report.md, and pictures."
+
+def _zoo_of(config: Any) -> str:
+    """The zoo that a pipeline in a folder here was trained on, for a command."""
+    from yaml import YAMLError
+
+    from .text import load_yaml
+
+    try:
+        zoo = load_yaml(Path(config.pipeline, "train.yaml").read_text(encoding="utf-8"))["zoo"]
+    except (OSError, KeyError, TypeError, ValueError, YAMLError):
+        return "ZOO"
+    return shlex.quote(zoo) if isinstance(zoo, str) else "ZOO"
 
 
 def _family_of(zoo: Any, task: str) -> str:

@@ -48,7 +48,7 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str]) -> Config
         place = args.index("--config")
         if place + 1 == len(args):
             raise ConfigError("--config needs the path of a YAML file.")
-        file = args[place + 1]
+        file = os.path.expanduser(args[place + 1])
         del args[place : place + 2]
     if families:
         config_class = _chosen(families, args, file)

@@ -13,7 +13,7 @@ from .files import is_pipeline, is_zoo
 from .hub.cards import EVALUATION, UNKNOWN_TASK
 from .hub.client import is_repository
 from .hub.pipelines import load_pipeline, pipeline_folder
-from .text import load_yaml, printable
+from .text import load_yaml, printable, with_front
 from .zoo import WeightZoo
 
 
@@ -93,7 +93,7 @@ def _of_report(folder: Path) -> str:
         sentence = json.loads((folder / "report.json").read_text(encoding="utf-8"))["verdict"]["sentence"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{folder / 'report.json'} is damaged: {error!r:.200}") from error
-    return "\n".join([f"A report. {sentence}", *_made(folder, ("evaluate",))])
+    return "\n".join([*with_front(f"A report. {sentence}"), *_made(folder, ("evaluate",))])
 
 
 def _of_card(folder: Path) -> list[str]:
@@ -124,4 +124,5 @@ def verdict_of_card(folder: Path) -> list[str]:
     """The first sentence of the evaluation in the card, where there is one."""
     start, end = EVALUATION
     section = _card(folder).partition(start)[2].partition(end)[0]
-    return [line for line in section.splitlines() if line.strip()][:1]
+    lines = [line for line in section.splitlines() if line.strip()][:1]
+    return with_front(lines[0]) if lines else []

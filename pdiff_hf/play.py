@@ -60,7 +60,7 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
             return gr.Dropdown(column["words"], value=known or column["words"][0], label=name)
         if column["kind"] == "number":
             (mean,), (std,) = column["mean"], column["std"]
-            return gr.Slider(mean - 3 * std, mean + 3 * std, value=known or mean, label=name)
+            return gr.Slider(mean - 3 * std, mean + 3 * std, value=mean if known is None else known, label=name)
         if ticks(column):
             return gr.CheckboxGroup(
                 list(range(len(column["mean"]))),

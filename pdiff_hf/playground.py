@@ -50,8 +50,8 @@ class Playground:
         card = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         named = re.search(r"networks for the task `([^`]+)`", card)
         self.name = trusted_name(task, named[1] if named and named[1] != UNKNOWN_TASK else None)
-        # Its sentence, without the label before it, and without what Markdown would make of it.
-        sentence = " ".join(verdict_of_card(folder)).partition(": ")[2]
+        # Its sentence, after the label where there is a verdict, and without what Markdown would make of it.
+        sentence = " ".join(verdict_of_card(folder)).partition("**: ")[2]
         self.verdict = re.sub(r"([^\w\s.,:%+()-])", r"\\\1", printable(sentence))
         self.family = load_family(self.name)
         encoder = self.pipe.condition_encoder

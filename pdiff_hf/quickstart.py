@@ -15,6 +15,7 @@ from .errors import ConfigError
 from .evaluation import run_evaluate
 from .evaluation.report import pictures_in, write_report
 from .evaluation.stage import require_extras
+from .extras import require
 from .files import locked
 from .generate import run_generate
 from .parallel import processes
@@ -54,6 +55,8 @@ def _quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{folder} holds {', '.join(present)}, which no quickstart made. Choose another --output-dir."
         )
+    if config.task is None:
+        require("sklearn.datasets", "digits,report")  # both at once, where both lack
     require_extras(folder)
     subsets = config.story == "subsets"
     task = config.task or ("digits-subsets" if subsets else "digits-convnet")

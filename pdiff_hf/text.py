@@ -41,6 +41,12 @@ def load_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from error
 
 
+def with_front(sentence: str) -> list[str]:
+    """The sentence of a verdict, and what the front is where it is said."""
+    explained = "(The front: the best that noise, averages and Gaussians reach there, for nothing.)"
+    return [sentence, explained] if " front" in sentence else [sentence]
+
+
 def shown_name(task: str) -> str:
     """The name of a task without the path of its file, which says nothing to anyone else."""
     place, _, class_name = task.rpartition(":")

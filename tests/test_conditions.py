@@ -33,6 +33,7 @@ from pdiff_hf.networks.trainer import NetworkTrainer
 from pdiff_hf.quickstart import run_quickstart
 from pdiff_hf.tasks import load_family
 from pdiff_hf.tasks.family import forms_of, solved_alike
+from pdiff_hf.text import load_yaml
 from pdiff_hf.train.neuron_diffusion import initial_vectors
 
 from . import families
@@ -181,7 +182,8 @@ def test_the_command_takes_conditions_and_rows_record_them(trained, tmp_path, ca
     main(["generate", *places, str(tmp_path / "a"), "--num-networks", "2", "--condition", json.dumps(asked)])
     rows = list(WeightZoo(tmp_path / "a").rows())
     assert [(row["direction"], row["guidance_scale"]) for row in rows] == [([0.0, 1.0], 1.0)] * 2
-    assert f"Next: pdiff-hf evaluate --trained ZOO --generated {trained}\n" in capsys.readouterr().out
+    learned = load_yaml((trained / "train.yaml").read_text())["zoo"]
+    assert f"Next: pdiff-hf evaluate --trained {learned} --generated {trained}\n" in capsys.readouterr().out
 
     file = tmp_path / "asked.jsonl"
     file.write_text(json.dumps(asked) + "\n\n" + json.dumps({}) + "\n")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..files import whole
 from ..hub.cards import TASK_TYPE
-from ..text import plain, printable
+from ..text import plain, printable, with_front
 from .baselines import KINDS
 
 
@@ -95,7 +95,7 @@ CAPTIONS = {
 }
 
 
-CARD = """**{{ report.verdict.label }}**: {{ report.verdict.sentence }}
+CARD = """**{{ report.verdict.label }}**: {{ said }}
 
 | {{ columns | join(" | ") }} |
 |{{ " --- |" * columns | length }}
@@ -181,7 +181,8 @@ def _short(report: dict[str, Any]) -> tuple[tuple[str, ...], list[dict[str, str]
 def card_section(report: dict[str, Any]) -> str:
     """Verdict and groups, for the card of a pipeline."""
     columns, rows = _short(report)
-    return _environment(escape=False).from_string(CARD).render(report=report, columns=columns, rows=rows)
+    said = "\n".join(with_front(report["verdict"]["sentence"]))
+    return _environment(escape=False).from_string(CARD).render(report=report, said=said, columns=columns, rows=rows)
 
 
 def card_results(report: dict[str, Any]) -> list[EvalResult]:
@@ -242,10 +243,15 @@ def pictures_in(folder: Path) -> list[Path]:
     return [file for name in CAPTIONS if (file := folder / f"{name}.png").is_file()]
 
 
+def captioned(pictures: list[Path]) -> dict[Path, str]:
+    """What is to be seen in each of a report's pictures."""
+    return {file: f"{CAPTIONS[file.stem]}." for file in pictures}
+
+
 def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> None:
     """Writes `report.json`, `report.md` and `report.html`; the latter holds the pictures itself."""
     rows, kind = (condition_table(report), "conditions") if "conditions" in report else (group_table(report), "report")
-    captions = [(file, f"{CAPTIONS[file.stem]}.") for file in shown]
+    captions = captioned(shown).items()
     texts = {"report.json": json.dumps(report, indent=1, allow_nan=False) + "\n"}
     for ending in ("md", "html"):
         escape = ending == "html"

@@ -20,11 +20,12 @@ from ..parallel import from_main, processes, wait_for_everyone, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline
 from ..runs import noted, save_run, versions
 from ..tasks import Task, TaskFamily, check_family
+from ..text import with_front
 from ..zoo import WeightZoo
 from . import pictures
 from .conditions import ConditionAudit, Seen
 from .quality import asked_quality
-from .report import card_results, card_section, table, write_report
+from .report import captioned, card_results, card_section, table, write_report
 from .study import PARTS, Study
 from .subjects import NetworksLike, Sampler, Subjects, family_of, holds_pipeline, load, opened
 
@@ -138,13 +139,9 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
         return report
     save_run(config.output_dir, "evaluate", config)
     Console().print(table(report))
-    Console().print(report["verdict"]["sentence"], highlight=False)
-    if "conditions" not in report:
-        Console().print(
-            "(The front: the best that noise, averages and Gaussians reach there, for nothing.)", highlight=False
-        )
+    Console().print(*with_front(report["verdict"]["sentence"]), sep="\n", highlight=False)
     if origin is not None:
-        evaluation = (card_section(report), card_results(report), files)
+        evaluation = (card_section(report), card_results(report), captioned(files))
         if (Path(origin) / "README.md").is_file():
             with locked(origin):
                 check_weights(Path(origin), weights[origin])

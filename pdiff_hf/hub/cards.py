@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -241,7 +241,7 @@ def write_pipeline_card(
     _write_card(folder, str(card))
 
 
-def write_evaluation(folder: Path, section: str, results: list[EvalResult], pictures: list[Path]) -> None:
+def write_evaluation(folder: Path, section: str, results: list[EvalResult], pictures: Mapping[Path, str]) -> None:
     r"""
     Puts an evaluation into the card of a pipeline.
 
@@ -249,7 +249,7 @@ def write_evaluation(folder: Path, section: str, results: list[EvalResult], pict
         folder (`Path`): The pipeline.
         section (`str`): What the card says, in Markdown.
         results (`list[EvalResult]`): The same for the Hub.
-        pictures (`list[Path]`): Put beside it and shown.
+        pictures (`Mapping[Path, str]`): Put beside it and shown, each above its caption.
 
     Raises:
         [`PipelineError`]: the card has no place for it, or the folder has pictures elsewhere, by links.
@@ -267,10 +267,10 @@ def write_evaluation(folder: Path, section: str, results: list[EvalResult], pict
     lines, beside = [section.strip()], folder / "evaluation"
     for path in (beside, *beside.rglob("*")):
         _check_inside(path, folder)
-    for picture in pictures:
+    for picture, caption in pictures.items():
         with whole(beside / picture.name) as target:
             shutil.copyfile(picture, target)
-        lines += ["", f"![{picture.stem}](evaluation/{picture.name})"]
+        lines += ["", f"![{picture.stem}](evaluation/{picture.name})", "", caption]
     text = before + "\n".join([start, "", *lines, "", end]) + after
     data = card.data.to_dict()
     ours = ModelCardData(model_name=PLACEHOLDER, eval_results=results).to_dict()["model-index"] if results else []

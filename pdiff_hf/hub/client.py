@@ -91,7 +91,7 @@ def check_card(card: str, repo_type: str) -> None:
         RepoCard(card).validate(repo_type)
     except ValueError as error:
         raise HubError(f"The Hub does not take the card: {error}") from error
-    except httpx.ConnectError:
+    except httpx.TransportError:
         # Clients of version 1 ask huggingface.co, whatever `HF_ENDPOINT` says; a Hub that is not there shows next.
         return
 

@@ -94,8 +94,9 @@ def pipeline_folder(
     name_or_path: str | os.PathLike[str], revision: str | None = None, token: str | None = None
 ) -> Path:
     """The folder itself, or that of the repository's commit in the cache, which is named by the commit."""
-    if Path(name_or_path).is_dir() or not is_repository(name_or_path):
-        return Path(name_or_path)
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir() or not is_repository(name_or_path):
+        return folder
     # Code, and weights in other formats than safetensors, stay where they are.
     patterns = ["model_index.json", "README.md", FACTS, "*/*.json", "*/*.safetensors"]
     return Path(download(str(name_or_path), "model", revision, token, patterns))

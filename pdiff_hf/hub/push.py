@@ -136,7 +136,7 @@ def push_evaluation(
     repo_id: str,
     section: str,
     results: list[EvalResult],
-    pictures: list[Path],
+    pictures: Mapping[Path, str],
     weights: str,
 ) -> None:
     r"""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..extras import require
+from .images import rows_of
 from .resnet import ResNet
 from .task import Task
 
@@ -20,7 +20,7 @@ STD = torch.tensor([0.2673, 0.2564, 0.2762]).view(3, 1, 1)
 
 @cache
 def _cifar100(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    dataset = require("datasets", "datasets").load_dataset(REPOSITORY, split=split)
+    dataset = rows_of(REPOSITORY, split)
     pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in dataset["img"]]))
     return pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor(dataset["fine_label"])
 

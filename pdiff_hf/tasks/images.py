@@ -12,9 +12,11 @@ import itertools
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 from torch import nn
 from torch.nn import functional as F
 
@@ -40,7 +42,7 @@ def load(name: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         raise TaskError(f"PDIFF_HF_DATA is {folder}, where {FILES[name]} is not; without it, the data are of the Hub.")
     if folder is None:
         repository, image, label = REPOSITORIES[name]
-        rows = require("datasets", "datasets").load_dataset(repository, split=split)
+        rows = rows_of(repository, split, " They may lie in a folder instead, which PDIFF_HF_DATA names.")
         pixels, targets = np.stack([np.asarray(picture) for picture in rows[image]]), np.array(rows[label])
     elif name == "mnist":
         with np.load(Path(folder, "mnist.npz")) as arrays:
@@ -59,6 +61,18 @@ def load(name: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
     order = np.random.default_rng(0).permutation(len(targets))
     return torch.from_numpy(np.ascontiguousarray(pixels[order])), torch.from_numpy(targets[order].astype(np.int64))
+
+
+def rows_of(repository: str, split: str, else_from: str = "") -> Any:
+    """The rows of a dataset on the Hub, or a [`TaskError`] that says where they could not be read from."""
+    load_dataset = require("datasets", "datasets").load_dataset
+    try:
+        return load_dataset(repository, split=split)
+    except Exception as error:  # whatever the library makes of a connection that is not there
+        raise TaskError(
+            f"The data of {repository} cannot be read from {constants.ENDPOINT} ({type(error).__name__}: "
+            f"{error!s:.200}). Go online, once: they are kept.{else_from}"
+        ) from error
 
 
 def _idx(folder: str, name: str, header: int) -> np.ndarray:

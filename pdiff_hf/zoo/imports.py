@@ -52,7 +52,7 @@ def checkpoints_of_files(files: Iterable[str | os.PathLike[str]], key: str | Non
             raise ZooError(f"{files} holds no checkpoint: no file that ends in {', '.join(SUFFIXES)}.")
         files = found or [files]
     ordered = isinstance(files, Sequence)
-    paths = [Path(file) for file in files]
+    paths = [Path(file).expanduser() for file in files]
     if not paths:
         raise ZooError("No checkpoints were given.")
     if not ordered or paths == sorted(paths) or paths == sorted(paths, key=str):

@@ -103,7 +103,7 @@ class WeightZoo:
     """
 
     def __init__(self, folder: str | os.PathLike[str], fetch: Callable[[str], Path] | None = None):
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self._fetch = fetch
         self._description = read_description(self.folder)
         self.task, self.dtype = self._description.task, self._description.torch_dtype
@@ -149,7 +149,7 @@ class WeightZoo:
             [`ConfigError`]: the folder holds a pipeline or a report.
             [`WriteError`]: it cannot be written.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         if dtype not in STORED_AS:
             raise ZooError(f"A zoo stores {' or '.join(STORED_AS)}, and not {dtype}.")
         with locked(folder):
@@ -203,7 +203,7 @@ class WeightZoo:
             [`ZooError`]: there is no zoo, or it is damaged.
             [`HubError`]: the repository cannot be read.
         """
-        if Path(name_or_path).is_dir():
+        if Path(name_or_path).expanduser().is_dir():
             return cls(name_or_path)
         if not is_repository(name_or_path):
             raise ZooError(

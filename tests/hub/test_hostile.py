@@ -64,7 +64,7 @@ def test_metadata_that_would_take_minutes_are_refused_at_once(tmp_path, card, pl
     read = {
         "old": lambda: merge_cards(fine, card),
         "new": lambda: merge_cards(card, fine),
-        "evaluation": lambda: write_evaluation(tmp_path, "section", [], []),
+        "evaluation": lambda: write_evaluation(tmp_path, "section", [], {}),
     }[place]
     start = time.monotonic()
     with pytest.raises(HubError, match=r"metadata of README\.md cannot be read"):
@@ -144,7 +144,7 @@ def test_a_pipeline_that_is_trained_again_has_nothing_of_the_earlier_evaluation(
     pipeline_in(folder, zoo.folder, 0)
     picture = tmp_path / "plane.png"
     picture.write_bytes(b"picture")
-    write_evaluation(folder, "The section of old weights.", [RESULT], [picture])
+    write_evaluation(folder, "The section of old weights.", [RESULT], {picture: "What is seen."})
     alice(push_folder, folder, "alice/again")
     assert "evaluation/plane.png" in alice(files_of, "alice/again")
     assert ModelCard(alice(text_of, "alice/again")).data.eval_results
@@ -175,7 +175,7 @@ def test_pictures_stay_in_the_folder_of_their_pipeline(tmp_path, link):
     (folder / link).parent.mkdir(exist_ok=True)
     (folder / link).symlink_to(elsewhere / link.removeprefix("evaluation").removeprefix("/"))
     with pytest.raises(PdiffError, match=f"{link} is a link that leads out of .*pipeline: remove it"):
-        write_evaluation(folder, "section", [], [picture])
+        write_evaluation(folder, "section", [], {picture: "What is seen."})
     assert (elsewhere / "plane.png").read_bytes() == b"mine"
 
 
@@ -185,7 +185,7 @@ def test_a_card_that_is_a_link_is_not_read(tmp_path):
     folder = tmp_path / "pipeline"
     folder.mkdir()
     (folder / "README.md").symlink_to(tmp_path / "secret")
-    for write in (partial(write_pipeline_card, folder, {}, None, 3, 9), partial(write_evaluation, folder, "", [], [])):
+    for write in (partial(write_pipeline_card, folder, {}, None, 3, 9), partial(write_evaluation, folder, "", [], {})):
         with pytest.raises(PdiffError, match=r"README\.md is a link that leads out of .*pipeline: remove it"):
             write()
     assert (folder / "README.md").is_symlink()
@@ -199,11 +199,11 @@ def test_an_evaluation_replaces_no_results_that_others_measured(tmp_path):
     write_pipeline_card(tmp_path, {}, None, 3, 9)
     card = tmp_path / "README.md"
     theirs = card.read_text().replace("---\n", OTHERS.removesuffix("tags: [mine]\n---\n"), 1)
-    write_evaluation(tmp_path, "section", [RESULT], [])
+    write_evaluation(tmp_path, "section", [RESULT], {})
     ours = card.read_text()
     card.write_text(theirs)
     for _ in range(2):
-        write_evaluation(tmp_path, "section", [RESULT], [])
+        write_evaluation(tmp_path, "section", [RESULT], {})
         both = card.read_text()
         assert len(indexed(both)) == 2
         assert indexed(both)[0] == "somebody"
@@ -223,7 +223,7 @@ def test_a_card_whose_end_mark_is_gone_is_not_cut_off(tmp_path):
         merge_cards(card, card.replace(GENERATED[1], "") + "\nMine.\n")
     (tmp_path / "README.md").write_text(card.replace(EVALUATION[1], "") + "\nMine.\n")
     with pytest.raises(PdiffError, match="lacks the line '<!-- pdiff-hf: evaluation end -->'"):
-        write_evaluation(tmp_path, "section", [], [])
+        write_evaluation(tmp_path, "section", [], {})
     assert (tmp_path / "README.md").read_text().endswith("Mine.\n")
 
 

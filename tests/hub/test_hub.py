@@ -710,7 +710,7 @@ def test_evaluation_pushes_figures_and_pictures_of_a_pipeline_on_the_hub(alice, 
 
 
 def push_figures(repo: str, figures: str, weights: str) -> str:
-    return message_of(lambda: push_evaluation(repo, repo, figures, [], [], weights=weights))
+    return message_of(lambda: push_evaluation(repo, repo, figures, [], {}, weights=weights))
 
 
 def test_figures_do_not_go_into_the_card_of_other_weights(alice, digits_pipeline, tmp_path):
