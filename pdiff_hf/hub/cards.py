@@ -129,7 +129,7 @@ def write_zoo_card(
     card_data = DatasetCardData(
         library_name="peft" if adapter else None,
         dataset_info=None if features is None else {"features": features},
-        tags=["neural-network-diffusion", "model-zoo", "weights", *(ADAPTER_TAGS if adapter is not None else ())],
+        tags=["neural-network-diffusion", "model-zoo", "weights", *_adapter_tags(adapter)],
         base_model=base,
         configs=[{"config_name": "default", "data_files": "metadata.jsonl"}],
         size_categories=_size_category(count),
@@ -167,12 +167,17 @@ def _base_model(adapter: dict[str, Any] | None) -> str | None:
     return name if name is not None and is_model(name) else None
 
 
+def _adapter_tags(adapter: dict[str, Any] | None) -> list[str]:
+    """By which adapters are found, and those of a base model; none of other networks."""
+    base = _base_model(adapter)
+    return [*(ADAPTER_TAGS if adapter is not None else ()), *([f"base_model:adapter:{base}"] if base else [])]
+
+
 def adapter_card(adapter: dict[str, Any]) -> str:
     """The card of one adapter of this configuration, by which the Hub and PEFT find its base model. The Hub is not
     asked for a licence: the card of the zoo has it."""
-    base = _base_model(adapter)
-    tags = [*ADAPTER_TAGS, "weight-generation", *([f"base_model:adapter:{base}"] if base else [])]
-    data = ModelCardData(base_model=base, library_name="peft", tags=sorted(tags))
+    tags = sorted(["weight-generation", *_adapter_tags(adapter)])
+    data = ModelCardData(base_model=_base_model(adapter), library_name="peft" if adapter else "diffusers", tags=tags)
     return _card(data.to_dict(), f"\n# A LoRA adapter\n\n{_of_adapter(adapter, None)}\n")
 
 
@@ -221,7 +226,7 @@ def write_pipeline_card(
         library_name="diffusers",
         tags=[
             *("neural-network-diffusion", "weight-generation", "diffusers:NeuralNetworkDiffusionPipeline"),
-            *(ADAPTER_TAGS if adapter is not None else ()),
+            *_adapter_tags(adapter),
         ],
     )
     card = ModelCard.from_template(

@@ -93,7 +93,8 @@ def _seen(config: LoopConfig, recipe: Any) -> dict[str, int]:
     """What the denoiser sees: networks, in all of its steps, and inputs of each step where it compares outputs. An
     audit gives as much to what it compares with."""
     networks = recipe.budget[0] * config.batch_size * (config.gradient_accumulation_steps or 1)
-    return {"networks": networks, "inputs": getattr(config, "behaviour_inputs", 0)}
+    inputs = getattr(config, "behaviour_inputs", 0) if getattr(config, "behaviour_weight", 0) else 0
+    return {"networks": networks, "inputs": inputs}
 
 
 def _statistics(zoo: WeightZoo) -> ParameterLayout:

@@ -26,6 +26,8 @@ from .imports import Names, StateDict, matched, natural, read_metadata, read_sta
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+# What kohya notes of the base model in a file.
+NOTES = {"ss_base_model_version": "kinds of base models", "ss_new_sd_model_hash": "base models"}
 # Of PEFT's configuration, what says where an adapter belongs, and how far it is that of another. The rest is of
 # training, or may name files and code.
 BASE = "base_model_name_or_path"
@@ -52,8 +54,8 @@ INSTEAD = (
     "Load it with its own pipeline, and save it with `save_lora_weights(..., unet_lora_adapter_metadata=...)`, "
     "which keeps its scale."
 )
-# Tensors of scale 1, and what PEFT's configuration says.
-Read = tuple[StateDict, dict[str, Any]]
+# Tensors of scale 1, what PEFT's configuration says, and kohya's notes of the base model.
+Read = tuple[StateDict, dict[str, Any], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Adapter:
 
     def read(self) -> Read:
         r"""
-        Its tensors, of scale 1, and what PEFT's configuration says of it.
+        Its tensors, of scale 1, what PEFT's configuration says of it, and kohya's notes of its base model.
 
         Raises:
             [`ZooError`]: it is no LoRA adapter, or is damaged.
@@ -84,7 +86,7 @@ class Adapter:
         try:
             if CONFIG in self.files:
                 return self._of_peft()
-            return self._of_diffusers(), {}
+            return self._of_diffusers()
         except ZooError as error:
             raise ZooError(f"{self.source}: {error}") from error
 
@@ -113,15 +115,17 @@ class Adapter:
                 raise ZooError(f"it has `{name}` and no `{other}`.")
             _check_factor(other, state_dict[other], rank)
             state_dict[other] = state_dict[other] * _scale(config, module, rank)
-        return state_dict, config
+        return state_dict, config, {}
 
-    def _of_diffusers(self) -> StateDict:
+    def _of_diffusers(self) -> Read:
         safe = [name for name in self.files if name.endswith(".safetensors")]
         if DIFFUSERS_WEIGHTS not in safe and len(safe) != 1:
             found = ", ".join(safe or self.files)[:300] or "nothing"
             raise ZooError(f"it has neither {CONFIG} nor {DIFFUSERS_WEIGHTS} nor one safetensors file, and {found}.")
         file = self.get(DIFFUSERS_WEIGHTS if DIFFUSERS_WEIGHTS in safe else safe[0])
-        return _converted(read_state_dict(file), _packed_config(file))
+        said = read_metadata(file)
+        notes = {name: said[name] for name in NOTES if said.get(name)}
+        return _converted(read_state_dict(file), _packed_config(file)), {}, notes
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -371,23 +375,31 @@ def _download(name: str, commit: str, token: str | None, file: str) -> Path:
 
 def check_same(one: Adapter, first: Adapter, ours: Read, theirs: Read) -> None:
     """Raises [`ZooError`] where an adapter is one of another network, or of another form, than the first."""
-    both, (state_dict, config), (expected, of_first) = f"{one.source} and {first.source}", ours, theirs
-    for name, text in COMPARED.items():
-        if config.get(name) != of_first.get(name):
-            raise ZooError(f"{both} have different {text}: {config.get(name)!r:.200} and {of_first.get(name)!r:.200}.")
+    both, (state_dict, config, notes), (expected, of_first, their_notes) = (
+        f"{one.source} and {first.source}",
+        ours,
+        theirs,
+    )
+    found = [(text, config.get(name), of_first.get(name)) for name, text in COMPARED.items()]
+    found += [
+        (text, notes[name], their_notes[name]) for name, text in NOTES.items() if name in notes.keys() & their_notes
+    ]
+    for text, mine, other in found:
+        if mine != other:
+            raise ZooError(f"{both} have different {text}: {mine!r:.200} and {other!r:.200}.")
     with_magnitudes = [any(MAGNITUDE in name for name in tensors) for tensors in (state_dict, expected)]
     if with_magnitudes[0] != with_magnitudes[1]:
         has, lacks = (one, first) if with_magnitudes[0] else (first, one)
         raise ZooError(f"{has.source} has magnitude vectors of DoRA, and {lacks.source} has none.")
-    mine, others = (sorted(a.keys() - b.keys()) for a, b in ((state_dict, expected), (expected, state_dict)))
-    if mine and [list(state_dict[n].shape) for n in mine] == [list(expected[n].shape) for n in others]:
+    alone, lacking = (sorted(a.keys() - b.keys()) for a, b in ((state_dict, expected), (expected, state_dict)))
+    if alone and [list(state_dict[n].shape) for n in alone] == [list(expected[n].shape) for n in lacking]:
         raise ZooError(
-            f"{both} have tensors of the same shapes at different paths, such as `{mine[0]}` and `{others[0]}`: they "
-            "were saved with different versions of transformers. Load and save the older one with the newer."
+            f"{both} have tensors of the same shapes at different paths, such as `{alone[0]}` and `{lacking[0]}`: "
+            "they were saved with different versions of transformers. Load and save the older one with the newer."
         )
-    if mine or others:
-        has = one if mine else first
-        raise ZooError(f"{both} adapt different modules: {has.source} alone has `{(mine or others)[0]}`.")
+    if alone or lacking:
+        has = one if alone else first
+        raise ZooError(f"{both} adapt different modules: {has.source} alone has `{(alone or lacking)[0]}`.")
     for name, value in state_dict.items():
         if value.shape != expected[name].shape:
             axis = 0 if name.endswith(tuple(FACTORS)) else 1

@@ -35,7 +35,7 @@ def check_export(folder: str | os.PathLike[str], count: int) -> None:
 def export(layout: ParameterLayout, networks: Iterable[StateDict], folder: str | os.PathLike[str]) -> None:
     """Writes state dicts of a layout as [`WeightZoo.export`] says."""
     adapter = layout.config.adapter
-    card = adapter_card(adapter) if adapter else ""
+    card = "" if adapter is None else adapter_card(adapter)
     name = "model.safetensors" if adapter is None else WEIGHTS if adapter else DIFFUSERS_WEIGHTS
     for index, network in enumerate(networks):
         target = Path(folder, f"{index:05d}")
@@ -50,6 +50,7 @@ def export(layout: ParameterLayout, networks: Iterable[StateDict], folder: str |
                 # Where PEFT is told nothing, its defaults hold.
                 told = {key: value for key, value in adapter.items() if value is not None}
                 file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        if adapter is not None:
             with whole(target / "README.md") as file:
                 file.write_text(card, encoding="utf-8")
 

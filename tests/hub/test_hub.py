@@ -35,7 +35,7 @@ from pdiff_hf.hub.pipelines import weights_sha256
 from ..conftest import SMALL_TRAINING, random_network, site_without_this_package
 from ..documents import Document
 from ..hub_server import NOTHING_IS_LARGE, HubClient, HubClientError, HubServer, client_environment
-from ..pipelines.cases import build_layout, build_neuron, build_pipe
+from ..pipelines.cases import CONDITIONS, build_layout, build_neuron, build_pipe
 
 
 @pytest.fixture(scope="module", params=["lfs", pytest.param("xet", marks=[pytest.mark.slow, pytest.mark.long])])
@@ -66,10 +66,10 @@ def big_zoo(tmp_path) -> WeightZoo:
     return zoo
 
 
-def sample(pipe) -> torch.Tensor:
+def sample(pipe, **asked) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    return pipe(num_networks=3, num_inference_steps=3, output_type="pt", generator=generator).state_dicts
+    return pipe(num_networks=3, num_inference_steps=3, output_type="pt", generator=generator, **asked).state_dicts
 
 
 def commits(repo: str, repo_type: str = "model") -> list[str]:
@@ -125,6 +125,22 @@ def test_a_denoiser_of_hidden_units_travels_with_what_initializations_are_drawn_
     assert {"transformer/neuron_transformer.py", "layout/config.json"} < set(files)
     for load in (load_and_sample, load_with_the_package_and_sample):
         torch.testing.assert_close(alice(load, "alice/neurons"), sample(pipe))
+
+
+def ask(repo: str, own: bool) -> torch.Tensor:
+    """Networks of a condition, by the code of this package or of the repository."""
+    pipe = load_pipeline(repo) if own else DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
+    return sample(pipe, condition=CONDITIONS[0], guidance_scale=1.5)
+
+
+def test_a_pipeline_that_can_be_asked_travels_with_what_it_knows(alice, tmp_path):
+    pipe = build_pipe("neuron")
+    pipe.save_pretrained(tmp_path)
+    assert "condition_encoder/condition_encoder.py" in alice(push_as_diffusers_does, tmp_path, "alice/asked")
+    expected = sample(pipe, condition=CONDITIONS[0], guidance_scale=1.5)
+    assert not torch.equal(expected, sample(pipe, condition=CONDITIONS[1], guidance_scale=1.5))
+    for own in (True, False):
+        torch.testing.assert_close(alice(ask, "alice/asked", own), expected)
 
 
 def test_remote_code_is_neither_run_nor_downloaded_by_the_package(server, alice, digits_pipeline):

@@ -15,7 +15,7 @@ from pdiff_hf import NeuralNetworkDiffusionPipeline, load_pipeline
 from pdiff_hf.hub import PipelineError
 
 from ..conftest import site_without_this_package
-from .cases import FILLINGS, SLOTS, TRUSTED, build_pipe, files_of, load, quiet, run
+from .cases import CONDITIONS, FILLINGS, SLOTS, TRUSTED, build_pipe, files_of, load, quiet, run
 
 
 SOURCE = Path(__file__).parents[2] / "pipelines" / "neural_network_diffusion"
@@ -105,30 +105,37 @@ def test_a_reloaded_pipeline_saved_again_is_the_same_in_every_file(pipe, tmp_pat
     assert_same_files(tmp_path / "second", tmp_path / "first")
 
 
+# What pipelines of a filling are asked for.
+ASKED = {"neuron": {"condition": CONDITIONS[0], "guidance_scale": 1.5}}
+
+
 def test_a_process_without_this_package_loads_each_folder_samples_and_saves_the_same_files(tmp_path):
     for name in FILLINGS:
         pipe = build_pipe(name)
         pipe.save_pretrained(tmp_path / "folders" / name)
-        torch.save(run(pipe), tmp_path / f"{name}.pt")
+        torch.save(run(pipe, **ASKED.get(name, {})), tmp_path / f"{name}.pt")
     script = textwrap.dedent("""
-        import importlib.util, sys
+        import importlib.util, json, sys
         site, folder = sys.argv[1:3]
+        asked = json.loads(sys.argv[3])
         sys.path.insert(0, site)
         import torch
         from diffusers import DiffusionPipeline
         assert importlib.util.find_spec("pdiff_hf") is None
         torch.set_num_threads(1)
         pipes = {}
-        for name in sys.argv[3:]:
+        for name in sys.argv[4:]:
             pipes[name] = DiffusionPipeline.from_pretrained(f"{folder}/folders/{name}", trust_remote_code=True)
         for name, pipe in pipes.items():
             generator = torch.Generator().manual_seed(0)
-            vectors = pipe(num_networks=2, num_inference_steps=3, generator=generator, output_type="pt").state_dicts
+            settings = {"num_inference_steps": 3, "output_type": "pt", **asked.get(name, {})}
+            vectors = pipe(num_networks=2, generator=generator, **settings).state_dicts
             assert torch.equal(vectors, torch.load(f"{folder}/{name}.pt")), name
             pipe.save_pretrained(f"{folder}/again/{name}")
     """)
+    places = [str(site_without_this_package(tmp_path)), str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-S", "-c", script, str(site_without_this_package(tmp_path)), str(tmp_path), *FILLINGS],
+        [sys.executable, "-S", "-c", script, *places, json.dumps(ASKED), *FILLINGS],
         cwd=tmp_path,
         env={**os.environ, "HF_HOME": str(tmp_path / "cache")},
         capture_output=True,

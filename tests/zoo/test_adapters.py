@@ -415,6 +415,18 @@ def test_loras_of_diffusers_and_kohya_are_converted_by_diffusers(tmp_path, save)
         assert (one - plain).abs().max() > 1e-2
 
 
+def test_notes_of_kohya_tell_base_models_apart(tmp_path):
+    for seed, noted in enumerate(({"ss_new_sd_model_hash": "a" * 64}, {}, {"ss_new_sd_model_hash": "b" * 64})):
+        model, state_dict = adapted_unet(seed)
+        save_kohya(tmp_path / "in" / str(seed), model, state_dict)
+        file = tmp_path / "in" / str(seed) / "style.safetensors"
+        save_file(load_file(file), file, noted)
+    WeightZoo.from_adapters(tmp_path / "zoo", [tmp_path / "in" / "0", tmp_path / "in" / "1"]).export(tmp_path / "out")
+    assert "library_name: diffusers" in (tmp_path / "out" / "00000" / "README.md").read_text()
+    with pytest.raises(ZooError, match=r"have different base models: 'bbb.*' and 'aaa"):
+        WeightZoo.from_adapters(tmp_path / "other", [tmp_path / "in" / "0", tmp_path / "in" / "2"])
+
+
 def test_patterns_of_diffusers_name_modules_from_the_start(tmp_path):
     module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     model, state_dict = adapted_unet(0, alpha_pattern={f"^{module}": 1})
