@@ -131,7 +131,7 @@ def modules() -> dict[str, torch.Tensor]:
         if len(codes) > sum(EXAMPLES.values()) + 3 * CONTEXT:
             found[file.stem] = codes
     if len(found) < SPLITS["test"].stop:
-        raise SystemExit(f"The standard library of this Python has too few modules that are long enough: {len(found)}.")
+        raise SystemExit(f"Too few modules of this Python's standard library are long enough: {len(found)}.")
     return found
 
 
