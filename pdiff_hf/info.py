@@ -68,7 +68,7 @@ def _of_zoo(zoo: WeightZoo) -> str:
             lines.append(f"{name}: mean {100 * mean:.2f} %, {100 * min(values):.2f} to {100 * max(values):.2f}.")
     if rows:
         lines.append(f"Columns: {', '.join(rows[0])}.")
-    return "\n".join(lines + _made(zoo.folder, ("collect", "align", "generate")))
+    return "\n".join(lines + _made(zoo.folder, ("collect", "import", "align", "generate")))
 
 
 def _of_pipeline(folder: Path) -> str:

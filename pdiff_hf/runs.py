@@ -17,7 +17,10 @@ from .errors import ConfigError
 from .files import whole
 
 
-PACKAGES = ("pdiff-hf", "torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "numpy", "scikit-learn")
+PACKAGES = (
+    *("pdiff-hf", "torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "numpy", "scikit-learn"),
+    *("peft", "transformers"),  # of adapters
+)
 
 
 def save_run(folder: str | Path, stage: str, config: Any, **facts: Any) -> None:

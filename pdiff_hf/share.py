@@ -16,6 +16,7 @@ from .files import check_kind, is_pipeline, is_zoo, locked
 from .hub.client import explained
 from .hub.pipelines import pipeline_files
 from .hub.push import push
+from .runs import save_run
 from .zoo import WeightZoo
 
 
@@ -36,6 +37,7 @@ def run_import(config: ImportConfig) -> str:
         )
     else:
         zoo = WeightZoo.from_hub(config.output_dir, config.repositories, config.filename, **common)
+    save_run(config.output_dir, "import", config)
     train = f"pdiff-hf train --zoo {shlex.quote(config.output_dir)}"
     if config.adapters:
         return f"{zoo!r} Next: {train}"

@@ -1,6 +1,7 @@
 """What a folder or a repository is said to hold."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -72,6 +73,25 @@ def test_what_holds_nothing_and_what_is_damaged_is_said(tmp_path):
         (tmp_path / "report.json").write_text(content)
         with pytest.raises(ConfigError, match="is damaged"):
             run_info(InfoConfig(str(tmp_path)))
+
+
+def test_an_imported_zoo_says_from_what(tmp_path, capsys):
+    for seed in range(2):
+        torch.save({"weight": torch.full((3,), float(seed))}, tmp_path / f"step-{seed}.pt")
+    main(
+        [
+            "import",
+            "--checkpoints",
+            str(tmp_path / "step-0.pt"),
+            str(tmp_path / "step-1.pt"),
+            "--output-dir",
+            str(tmp_path / "zoo"),
+        ]
+    )
+    capsys.readouterr()
+    main(["info", str(tmp_path / "zoo")])
+    assert re.search(r"Made by `pdiff-hf import` with .*checkpoints=.*step-0", capsys.readouterr().out)
+    assert "versions" in json.loads((tmp_path / "zoo" / "import.facts.json").read_text())
 
 
 def test_what_a_stranger_wrote_is_harmless_in_a_terminal(tmp_path):

@@ -192,7 +192,8 @@ def test_a_killed_import_leaves_no_zoo_and_is_repeated(tmp_path, while_it_is):
         *("zoo.json", "metadata.jsonl", "frozen.safetensors", "networks-00001-of-00001.safetensors")
     }
     assert {path.name for path in (tmp_path / "zoo").iterdir()} == {
-        *("zoo.json", "metadata.jsonl", "frozen.safetensors", "README.md", "networks-00001-of-00001.safetensors")
+        *("zoo.json", "metadata.jsonl", "frozen.safetensors", "README.md", "networks-00001-of-00001.safetensors"),
+        *("import.yaml", "import.facts.json"),
     }
 
 
