@@ -50,9 +50,8 @@ def _said(place: str) -> str:
 
 def _of_zoo(zoo: WeightZoo) -> str:
     zoo.check()
-    lines = [
-        f"A zoo of {len(zoo)} networks of {zoo.vector_size:,} generated parameters, {zoo.dtype}.".replace("torch.", "")
-    ]
+    of = f"{len(zoo)} networks of {zoo.vector_size:,} generated parameters, {zoo.dtype}".replace("torch.", "")
+    lines = [f"A zoo of {of}{_on_disk(zoo.folder)}."]
     if zoo.adapter is not None:
         unnamed = "a model that their files do not name" if zoo.adapter else "a diffusion model"
         lines.append(f"They are LoRA adapters of {zoo.adapter.get('base_model_name_or_path') or unnamed}.")
@@ -80,7 +79,7 @@ def _of_pipeline(folder: Path) -> str:
     }
     lines = [
         f"A pipeline that samples networks of {pipe.layout.vector_size:,} generated parameters, by "
-        f"{type(pipe.scheduler).__name__}.",
+        f"{type(pipe.scheduler).__name__}{_on_disk(folder)}.",
         "Trained parts: " + ", ".join(f"{name} of {count:,} parameters" for name, count in parts.items()) + ".",
     ]
     if pipe.condition_encoder is not None:
@@ -94,6 +93,12 @@ def _of_report(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{folder / 'report.json'} is damaged: {error!r:.200}") from error
     return "\n".join([*with_front(f"A report. {sentence}"), *_made(folder, ("evaluate",))])
+
+
+def _on_disk(folder: Path) -> str:
+    """What the weights in a folder take; of a zoo on the Hub, those that were downloaded."""
+    files = [file for pattern in ("*.safetensors", "*/*.safetensors") for file in folder.glob(pattern)]
+    return f", {sum(file.stat().st_size for file in files) / 1e6:.1f} MB of weights here"
 
 
 def _of_card(folder: Path) -> list[str]:

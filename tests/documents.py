@@ -34,6 +34,11 @@ class Document(NamedTuple):
         found = [shlex.split(one) for one in re.findall(r"`(pdiff-hf [a-z]+ [^`]+)`", text)]
         return [one for one in found if len(one) > 3 or not one[-1].startswith("--")]
 
+    def benchmarks(self) -> list[list[str]]:
+        """The names and arguments of the benchmarks within sentences."""
+        found = re.findall(r"`python -m benchmarks\.([a-z_]+[^`]*)`", " ".join(self.text.split()))
+        return [shlex.split(one) for one in found]
+
     def commands(self, text: str = "pdiff-hf") -> list[list[str]]:
         """The command lines in shell blocks that hold a text."""
         lines = "".join(block for block in self.blocks("bash") if text in block).replace("\\\n", " ").splitlines()

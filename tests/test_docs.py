@@ -1,5 +1,6 @@
 """The documentation builds without a warning, and what it tells people to run runs."""
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
 from pdiff_hf import cli, config
 
@@ -14,7 +16,7 @@ from .conftest import ROOT, run
 from .documents import Document, run_here
 
 
-PAGES = ["README.md", *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").glob("*.md"))]
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -33,6 +35,14 @@ def test_every_command_has_arguments_that_exist(page):
         if program == "pdiff-hf" and arguments[0] in cli.STAGES:
             stage = arguments[0]
             assert config.parse(cli.config_class(stage), stage, arguments[1:]) is not None
+
+
+@pytest.mark.parametrize("name", sorted({name for name, *_ in Document("docs/figures.md").benchmarks()}))
+def test_every_benchmark_has_arguments_that_exist(name):
+    module = importlib.import_module(f"benchmarks.{name}")
+    for own, *arguments in Document("docs/figures.md").benchmarks():
+        if own == name:
+            assert tyro.cli(module.Config, args=arguments) is not None
 
 
 def written(folder: Path, name: str) -> None:
