@@ -13,7 +13,7 @@ import torch
 from .configs import PlayConfig
 from .errors import ConfigError
 from .extras import require
-from .playground import IMAGES, Playground, grey, names_of, said
+from .playground import IMAGES, Playground, each_said, grey, names_of, said
 from .text import printable
 
 
@@ -98,13 +98,14 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
                 plot = gr.ScatterPlot(pandas.DataFrame(shown), y_lim=[low - margin, high + margin], **limits)
                 yield plot, f"{text}.", all_of_them
 
-    def answer(state: Any, image: torch.Tensor) -> tuple[Any, str, np.ndarray]:
+    def answer(state: Any, image: torch.Tensor) -> tuple[Any, str, Any, np.ndarray]:
         if state is None:
             raise gr.Error("Ask for networks first, in the first tab.")
         probabilities = ground.classify(state, image)
         together = probabilities.mean(0).tolist()
         names = names_of(len(together), families)
-        return dict(zip(names, together, strict=True)), said(probabilities, families), grey(image)
+        alone = pandas.DataFrame(each_said(probabilities, families))
+        return dict(zip(names, together, strict=True)), said(probabilities, families), alone, grey(image)
 
     def draw(state: Any, drawing: Any) -> Any:
         layers = [] if drawing is None else drawing["layers"]
@@ -185,8 +186,9 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
                     with gr.Column():
                         words = gr.Markdown(elem_id="words")
                         label = gr.Label(num_top_classes=4, label="all of them together")
+                        alone = gr.Dataframe(label="each alone", max_height=240, interactive=False, elem_id="alone")
                         seen = gr.Image(label="what they see", height=150, interactive=False)
-                outputs = [label, words, seen]
+                outputs = [label, words, alone, seen]
                 trying.select(None, js=TAKE_THE_PEN)
                 pad.change(draw, [networks, pad], outputs)
                 gallery.select(pick, [networks], outputs)

@@ -222,6 +222,15 @@ def names_of(classes: int, families: bool) -> list[str]:
     return ["no", "yes"] if families and classes == 2 else [str(one) for one in range(classes)]
 
 
+def each_said(probabilities: torch.Tensor, families: bool) -> list[dict[str, Any]]:
+    """What each of networks `[N, classes]` says, and how sure it is."""
+    names, best = names_of(probabilities.shape[1], families), probabilities.max(-1)
+    return [
+        {"network": number, "says": names[place], "sure, %": round(100 * sure, 1)}
+        for number, (place, sure) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True), 1)
+    ]
+
+
 def said(probabilities: torch.Tensor, families: bool) -> str:
     """What networks `[N, classes]` say, in words."""
     answers = probabilities.argmax(-1)

@@ -19,7 +19,7 @@ import yaml
 from pdiff_hf import CollectConfig, NeuronTrainConfig, WeightZoo, load_task, run_collect, run_train
 from pdiff_hf.errors import TaskError, ZooError
 from pdiff_hf.play import page
-from pdiff_hf.playground import Playground, heat, said
+from pdiff_hf.playground import Playground, each_said, heat, said
 
 from . import families
 from .conftest import ROOT
@@ -118,6 +118,10 @@ def test_a_drawing_becomes_an_input(ground):
 def test_words_and_pictures():
     assert said(torch.tensor([[0.1, 0.9], [0.3, 0.7], [0.8, 0.2]]), True) == "**yes, it counts**, say 2 of 3 networks"
     assert said(torch.eye(3)[[2, 2]], False) == "**class 2**, say 2 of 2 networks"
+    assert each_said(torch.tensor([[0.1, 0.9], [0.75, 0.25]]), True) == [
+        {"network": 1, "says": "yes", "sure, %": 90.0},
+        {"network": 2, "says": "no", "sure, %": 75.0},
+    ]
     colours = heat(torch.tensor([[1.0, 0.0, -1.0]]), 1.0)[0, ::80]
     assert colours.tolist() == [[255, 0, 0], [255, 255, 255], [0, 0, 255]]
 
@@ -215,6 +219,9 @@ def test_the_page_in_a_browser(asked, width, tmp_path):
             view.get_by_role("tab", name="Try").click()
             view.locator("#images img").nth(2).click()
             view.locator("#words").get_by_text("of 8 networks").wait_for(timeout=30_000)
+            view.locator("#alone").get_by_text("sure, %").first.wait_for(timeout=30_000)
+            assert view.evaluate("document.documentElement.scrollWidth") <= width
+            view.screenshot(path=tmp_path / "try.png", full_page=True)
             view.get_by_role("tab", name="Walk").click()
             view.locator("#walk").click()
             view.get_by_text("The least accurate network on the way").wait_for(timeout=60_000)
