@@ -7,12 +7,12 @@ import torch
 from ..networks.canonical import REFERENCE_NETWORKS, CanonicalForm
 from ..networks.gauge import symmetry_of
 from ..networks.predictor import Predictor
-from ..networks.symmetry import UnknownSymmetryError
+from ..networks.symmetry import Symmetry, UnknownSymmetryError
 from ..zoo import WeightZoo, evenly
 
 
-# Matching the units of larger networks, or of all networks together, takes minutes.
-MOST_ALIGNED, MOST_ALIGNED_VALUES = 10**6, 2**28
+# Matching the units of larger networks, of all networks together, or of wider layers takes minutes.
+MOST_ALIGNED, MOST_ALIGNED_VALUES, MOST_UNITS = 10**6, 2**28, 2048
 # Larger numbers have squares that are none.
 LARGEST = 1e15
 # Networks whose units are in one order already, as those of one run, come no nearer than this to their mean.
@@ -26,6 +26,8 @@ def symmetry_that_holds(zoo: WeightZoo, predict: Predictor, inputs: torch.Tensor
     try:
         symmetry = symmetry_of(predict.network, zoo.layout, inputs[:1])
     except UnknownSymmetryError:
+        return None
+    if isinstance(symmetry, Symmetry) and symmetry.largest_group > MOST_UNITS:
         return None
     return symmetry if symmetry.holds(predict, zoo[0], inputs) else None
 

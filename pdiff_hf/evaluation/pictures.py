@@ -119,7 +119,7 @@ def plane(
     spread = max(0.5, 3 * max(100 * networks[name][2].std(correction=0).item() for name in drawn))
     (left, right), (low, high) = limits = (
         (max(0.0, min(shown[name][0] for name in drawn) - 0.15), 1.01),
-        (min(means) - spread - 1, min(100.5, max(means) + spread)),
+        (min(means) - spread, min(100.5, max(means) + spread)),
     )
     for name, marker, size in (("trained", "o", 190), ("generated", "^", 130), ("fresh", "D", 70)):
         if name in networks:
@@ -136,7 +136,7 @@ def plane(
         x, best, least, most = torch.tensor(
             [[at["similarity"], at["accuracy"], *at["interval"]] for at in report["front"]]
         ).T
-        ax.plot(x, 100 * best, color="black", linewidth=0.8, zorder=3)
+        ax.plot(x, 100 * best, color="0.4", linewidth=1, zorder=3)  # as the band, and unlike the curve of soups
         ax.fill_between(
             x, 100 * least, 100 * most, color="black", alpha=0.18, linewidth=0, label="front of the baselines, 99 %"
         )

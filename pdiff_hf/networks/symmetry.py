@@ -97,6 +97,11 @@ class Symmetry(CanonicalForm):
                 axes.setdefault(member.place.start, []).append([member.axis, number, member.repeat])
         return units_of(layout, [group.units for group in self.groups], axes)
 
+    @property
+    def largest_group(self) -> int:
+        """Hidden units of the group that has most."""
+        return max(group.units for group in self.groups)
+
     def permute(self, vectors: torch.Tensor, group: Group, orders: torch.Tensor) -> torch.Tensor:
         """Vectors `[N, P]` with the units of a group in other orders, `[N, units]` or `[units]` for all."""
         permuted = vectors.clone()
@@ -129,9 +134,8 @@ class Symmetry(CanonicalForm):
     def align(self, vectors: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """Permuted vectors `[N, P]`, each brought near to the reference `[P]` by coordinate descent over the groups
         (weight matching; Ainsworth et al. 2022, arXiv 2209.04836)."""
-        assign = require("scipy.optimize", "report").linear_sum_assignment
         # A square of units each: so many networks at a time.
-        most = max(1, MATCHED_VALUES // max((group.units for group in self.groups), default=1) ** 2)
+        most = max(1, MATCHED_VALUES // self.largest_group**2)
         if len(vectors) > most:
             return torch.cat([self.align(some, reference) for some in vectors.split(most)])
         aligned = vectors.clone()
@@ -143,8 +147,8 @@ class Symmetry(CanonicalForm):
                 products = torch.zeros(len(some), group.units, group.units, dtype=some.dtype)
                 for member in group.members:
                     products += _units(reference[None], member) @ _units(some, member).mT
-                orders = torch.stack([torch.from_numpy(assign(one.numpy(), maximize=True)[1]) for one in products])
-                candidates = self.permute(some, group, orders)
+                norms = torch.stack([_units(some, member).square().sum(2) for member in group.members]).sum(0)
+                candidates = self.permute(some, group, _matched(products, norms))
                 # A tensor both of whose axes are units of the group makes matching a guess.
                 nearer = (candidates - reference).square().sum(1) < (some - reference).square().sum(1) * (1 - 1e-7)
                 aligned[moving[nearer]] = candidates[nearer]
@@ -160,6 +164,20 @@ class Symmetry(CanonicalForm):
         for group in self.groups:
             changed = self.permute(changed, group, torch.randperm(group.units, generator=generator))
         return changed[0]
+
+
+def _matched(products: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """The units of N networks, of these squared norms `[N, units]`, in the order that brings them nearest to those of
+    a reference, by their products with them, `[N, units of the reference, units]`."""
+    assign = require("scipy.optimize", "report").linear_sum_assignment
+    # Where the nearest units are all different, no order brings them nearer: the search, which takes the third power
+    # of the units, has nothing to find.
+    nearest = (products - norms[:, None] / 2).argmax(2)
+    different = (nearest.sort(1).values == torch.arange(nearest.shape[1])).all(1)
+    pairs = zip(nearest, products, different.tolist(), strict=True)
+    return torch.stack(
+        [near if found else torch.from_numpy(assign(one.numpy(), maximize=True)[1]) for near, one, found in pairs]
+    )
 
 
 def _units(vectors: torch.Tensor, member: Member) -> torch.Tensor:

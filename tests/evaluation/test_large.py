@@ -120,6 +120,14 @@ def test_networks_that_are_too_many_to_align_are_evaluated_without(monkeypatch):
     assert found["nearest_l2"]["generated"]["min"] > 0
 
 
+def test_networks_that_are_too_wide_to_align_are_evaluated_as_they_are(monkeypatch):
+    monkeypatch.setattr("pdiff_hf.evaluation.canonical.MOST_UNITS", 3)
+    zoo = independent_zoo(0)
+    found = pdiff_hf.evaluate(HardDigits(), trained=zoo, generated=noisy(zoo, 0, 0.2)[:4])
+    assert found["baselines_on"] == "networks as they are"
+    assert found["nearest_l2"]["aligned"] is None
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_memory_grows_with_the_number_of_networks_and_not_with_its_square(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn import functional as F
 
@@ -9,7 +10,7 @@ import pdiff_hf
 from pdiff_hf import ParameterLayout, Task, load_task
 from pdiff_hf.networks.canonical import aligned_distances
 from pdiff_hf.networks.predictor import Predictor
-from pdiff_hf.networks.symmetry import Symmetry, UnknownSymmetryError
+from pdiff_hf.networks.symmetry import Symmetry, UnknownSymmetryError, _matched
 from pdiff_hf.tasks.digits import DigitsResNet
 from pdiff_hf.tasks.resnet import ResNet
 
@@ -208,6 +209,31 @@ def test_aligning_never_moves_away(name):
     assert (aligned - reference).norm() < (balanced - reference).norm()
     # Each by itself, whatever else is aligned beside it.
     torch.testing.assert_close(symmetry.align(balanced[3:4], reference)[0], aligned[3])
+
+
+@pytest.mark.parametrize("noise", [0.01, 3.0])
+def test_units_are_matched_as_the_search_over_all_orders_does(noise):
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(20, 8, generator=generator) * torch.rand(20, 1, generator=generator)
+    orders = torch.stack([torch.randperm(20, generator=generator) for _ in range(10)])
+    units = reference[orders] + noise * torch.randn(10, 20, 8, generator=generator)
+    products = reference @ units.mT
+    found = _matched(products, units.square().sum(2))
+    for one, order in zip(products, found, strict=True):
+        rows, best = linear_sum_assignment(one.numpy(), maximize=True)
+        assert one[range(20), order].sum().item() == pytest.approx(one.numpy()[rows, best].sum(), rel=1e-5)
+    assert torch.equal(found, orders.argsort(1)) == (noise < 1)
+
+
+def test_networks_that_are_near_are_aligned_without_a_search(monkeypatch):
+    """The search takes minutes for ten thousand units."""
+    network = nn.Sequential(nn.Linear(16, 3000), nn.ReLU(), nn.Linear(3000, 2))
+    layout = ParameterLayout.from_state_dict(network.state_dict())
+    vector = layout.flatten(network.state_dict())
+    symmetry = Symmetry(network, layout, torch.randn(1, 16))
+    shuffled = symmetry.shuffled(vector, torch.Generator().manual_seed(0))
+    monkeypatch.setattr("scipy.optimize.linear_sum_assignment", None)
+    torch.testing.assert_close(symmetry.align(shuffled[None], vector)[0], vector)
 
 
 def test_balanced_units_have_incoming_and_outgoing_weights_of_one_norm():
