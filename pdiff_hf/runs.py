@@ -106,6 +106,12 @@ def generator_at(seed: int, position: int, device: torch.device | str = "cpu") -
     return torch.Generator(device).manual_seed((seed * 1_000_003 + position) % 2**63)
 
 
+def seed_everything(seed: int) -> None:
+    """What `torch.manual_seed` does. Where there is no accelerator, it notes the stack of each call for one that may
+    come, which takes as long as a training step of a small network."""
+    (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
+
+
 def own_randomness() -> AbstractContextManager[None]:
     """What is drawn inside leaves the caller's randomness as it was, on the CPU and on the GPU in use."""
     # Of several GPUs torch would save the state of each, and warn.

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..errors import ZooError
 from ..files import own_name, whole
 from ..pipelines.neural_network_diffusion import ParameterLayout
-from ..runs import generator_at, own_randomness
+from ..runs import generator_at, own_randomness, seed_everything
 from ..tasks import Task
 from ..tasks.family import is_shared
 from .predictor import Predictor, in_float32
@@ -42,7 +42,7 @@ class NetworkTrainer:
         self._epoch, self._order = -1, torch.empty(0)
         device = PartialState().device
         with own_randomness():
-            torch.manual_seed(seed)
+            seed_everything(seed)
             self.network = task.build_network().to(device)
         self.inputs, self.targets = (tensor.to(device) for tensor in task.data("train"))
         self.optimizer = task.optimizer(list(self.network.parameters()))
@@ -72,7 +72,7 @@ class NetworkTrainer:
         indices = self._order[start : start + self.task.batch_size]
         with own_randomness():
             generator = generator_at(self.seed, self.step)
-            torch.manual_seed(generator.initial_seed())
+            seed_everything(generator.initial_seed())
             inputs = self.task.augment(self.inputs[indices], generator)
             loss = self.task.loss(self.network(inputs), self.targets[indices])
             self.optimizer.zero_grad()
@@ -162,7 +162,7 @@ class StackedTrainer:
         networks = []
         with own_randomness():
             for task, seed in zip(tasks, seeds, strict=True):
-                torch.manual_seed(seed)
+                seed_everything(seed)
                 networks.append(task.build_network().to(self.device).train())
         self.network = side_by_side(networks[0])
         if any(buffer.numel() for buffer in networks[0].buffers()):

@@ -20,7 +20,7 @@ from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuronTransformerModel, ParameterLayout
 from ..pipelines.neural_network_diffusion.layout.parameter_layout import SMALLEST_VARIANCE
 from ..pipelines.neural_network_diffusion.transformer.neuron_transformer import UnitIndex
-from ..runs import own_randomness
+from ..runs import own_randomness, seed_everything
 from ..tasks.family import check_family, code_sha256, load_family, training_inputs, with_equivalents
 from ..tasks.task import Task, trusted_name
 from ..zoo import WeightZoo, evenly, networks_per_batch
@@ -212,7 +212,7 @@ def initial_vectors(task: Task, zoo: WeightZoo) -> torch.Tensor:
                     f"{zoo.folder} does not record how its networks were initialized, which `pdiff-hf collect "
                     "--protocol independent` does. Train without: --no-initial."
                 )
-            torch.manual_seed(seed)
+            seed_everything(seed)
             vectors[index] = zoo.layout.flatten(task.build_network().state_dict())
             if not abs(vectors[index].norm().item() - norm) <= NORM_TOLERANCE * norm:
                 raise ZooError(
