@@ -25,7 +25,7 @@ PLACEHOLDER = "path/or/name/of/this/repository"
 # In a card, where nothing says what its networks do.
 UNKNOWN_TASK = "networks"
 # By which the Hub finds adapters.
-ADAPTER_TAGS = ("lora", "peft")
+ADAPTER_TAGS, ADAPTER_OF = ("lora", "peft"), "base_model:adapter:"
 GENERATED = ("<!-- pdiff-hf: what follows is rewritten by every push -->", "<!-- pdiff-hf: end -->")
 
 
@@ -43,6 +43,7 @@ def merge_cards(new: str, old: str | None, license: str | None = None) -> str:
     tags = {*_tags(old_data), *_tags(new_data)}
     if GENERATED[0] in present.text:
         old_data.pop("dataset_info", None)
+        tags = {tag for tag in tags if not tag.startswith(ADAPTER_OF) or tag in _tags(new_data)}
         if not set(ADAPTER_TAGS) & {*_tags(new_data)}:
             if set(ADAPTER_TAGS) <= tags:
                 old_data.pop("base_model", None)
@@ -170,7 +171,7 @@ def _base_model(adapter: dict[str, Any] | None) -> str | None:
 def _adapter_tags(adapter: dict[str, Any] | None) -> list[str]:
     """By which adapters are found, and those of a base model; none of other networks."""
     base = _base_model(adapter)
-    return [*(ADAPTER_TAGS if adapter is not None else ()), *([f"base_model:adapter:{base}"] if base else [])]
+    return [*(ADAPTER_TAGS if adapter is not None else ()), *([f"{ADAPTER_OF}{base}"] if base else [])]
 
 
 def adapter_card(adapter: dict[str, Any]) -> str:

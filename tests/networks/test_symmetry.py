@@ -1,3 +1,4 @@
+# Over 400 lines: one subject, whose architectures all tests share.
 """Hidden units can be put in another order and another scale: the same function, far away in parameters."""
 
 import pytest
