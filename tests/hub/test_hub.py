@@ -133,6 +133,7 @@ def ask(repo: str, own: bool) -> torch.Tensor:
     return sample(pipe, condition=CONDITIONS[0], guidance_scale=1.5)
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_can_be_asked_travels_with_what_it_knows(alice, tmp_path):
     pipe = build_pipe("neuron")
     pipe.save_pretrained(tmp_path)
