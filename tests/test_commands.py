@@ -113,8 +113,8 @@ def test_a_stage_ends_with_where_its_result_is_and_what_comes_next(tmp_path, cap
     assert f"Next: pdiff-hf evaluate --trained '{zoo}' --generated {generated}" in capsys.readouterr().out
     main([*again, "--quiet"])
     assert capsys.readouterr().out == ""
-    main(["evaluate", "--trained", zoo, "--generated", generated, "--output-dir", report, "--networks-per-point", "2"])
-    assert f"The report is in {report}" in capsys.readouterr().out
     with_pipeline = ["--generated", generated, "--pipeline", pipeline, "--networks-per-point", "2"]
     main(["evaluate", "--trained", zoo, *with_pipeline, "--output-dir", report])
-    assert f"Next: pdiff-hf play --pipeline {pipeline}\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"The report is in {report}" in said
+    assert f"Next: pdiff-hf play --pipeline {pipeline}\n" in said

@@ -89,6 +89,7 @@ def figures(folder: Path) -> dict:
     return {name: report[name] for name in ("verdict", "groups", "baselines", "nearest_l2", "similarity")}
 
 
+@pytest.mark.long
 def test_an_evaluation_that_is_killed_goes_on_to_the_same_report(commands, tmp_path):
     draw = random.Random(0)
     cli([*commands["evaluate"], "--output-dir", str(tmp_path / "expected")])

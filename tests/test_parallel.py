@@ -144,6 +144,7 @@ def test_processes_share_an_evaluation(digits_zoo, digits_pipeline, generated, r
     assert (folder / "report.html").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rerun_completes_what_a_killed_process_left(digits_pipeline, tmp_path, rank):

@@ -111,6 +111,7 @@ def test_an_evaluation_of_some_networks_says_what_one_of_all_says(monkeypatch):
     assert found["groups"]["generated"] == expected["groups"]["generated"]
 
 
+@pytest.mark.slow
 def test_networks_that_are_too_many_to_align_are_evaluated_without(monkeypatch):
     zoo = independent_zoo(0)
     size = sum(tensor.numel() for tensor in zoo[0].values())

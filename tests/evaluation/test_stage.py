@@ -473,6 +473,7 @@ def test_what_is_no_network_is_named_and_the_hub_is_not_asked(tmp_path, monkeypa
     assert report["groups"]["generated"]["count"] == 1
 
 
+@pytest.mark.slow
 def test_a_page_does_not_run_what_names_hold(tmp_path):
     class Evil(BlobTask):
         pass
@@ -591,6 +592,7 @@ def test_the_stage_samples_a_pipeline_and_fills_its_card(digits_zoo, digits_pipe
     assert report["verdict"]["sentence"] in ModelCard.load(tmp_path / "pipeline" / "README.md").text
 
 
+@pytest.mark.slow
 def test_figures_do_not_go_into_the_card_of_a_pipeline_that_changed_meanwhile(
     digits_zoo, digits_pipeline, tmp_path, monkeypatch
 ):

@@ -139,6 +139,7 @@ def pipeline_in(folder: Path, zoo: Path, seed: int) -> None:
     run_train(TrainConfig(zoo=str(zoo), output_dir=str(folder), **{**SMALL_TRAINING, "unet_steps": 5, "seed": seed}))
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_is_trained_again_has_nothing_of_the_earlier_evaluation(alice, zoo, tmp_path):
     folder = tmp_path / "pipeline"
     pipeline_in(folder, zoo.folder, 0)

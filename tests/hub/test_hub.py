@@ -196,6 +196,7 @@ def call_with(function, name: str, arguments: dict):
     return function(name, **arguments)
 
 
+@pytest.mark.slow
 def test_another_environment_without_this_package_samples_saves_and_pushes_the_same(
     server, alice, digits_pipeline, tmp_path
 ):
@@ -360,6 +361,7 @@ def test_a_push_that_dies_half_way_changes_nothing_and_can_be_repeated(server, a
     assert len(alice(read_all, "alice/dying")) == 1001
 
 
+@pytest.mark.slow
 def test_a_killed_push_changes_nothing(server, alice, big_zoo, tmp_path):
     first = alice(push_folder, big_zoo.folder, "alice/killed")
     with big_zoo:
@@ -712,6 +714,7 @@ def test_every_stage_pushes_what_it_made(alice, digits_pipeline, tmp_path):
     assert alice(read_all, "alice/sampled").equal(WeightZoo(tmp_path / "generated").vectors())
 
 
+@pytest.mark.slow
 def test_evaluation_pushes_figures_and_pictures_of_a_pipeline_on_the_hub(alice, digits_zoo, digits_pipeline, tmp_path):
     alice(push_folder, digits_pipeline, "alice/judged")
     arguments = ["--trained", str(digits_zoo.folder), "--generated", "alice/judged", "--num-networks", "10"]
@@ -979,6 +982,7 @@ def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_killed_upload_is_repeated_for_what_had_not_arrived(server, alice, big_zoo, tmp_path):
     if server.xet:
         pytest.skip("without large files, a commit is one request")

@@ -139,6 +139,7 @@ def test_two_processes_train_the_pipeline_of_one(digits_zoo, tmp_path):
     assert two == pytest.approx(one, rel=0.1)
 
 
+@pytest.mark.slow
 def test_networks_that_do_not_fit_memory_are_read_when_they_are_needed(digits_zoo, tmp_path, monkeypatch):
     run_train(config(digits_zoo, tmp_path / "held", checkpoint_averaging=3))
     monkeypatch.setattr(latent_diffusion, "MOST_HELD", 0)

@@ -140,6 +140,7 @@ def trained(zoo, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_main_process_draws_alone(zoo, trained, tmp_path, monkeypatch):
     """Others wait for it elsewhere, so that it may ask them for nothing."""
     drawn = []
