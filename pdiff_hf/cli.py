@@ -156,7 +156,9 @@ def _run(stage: str, args: Sequence[str]) -> None:
 
 def _outcome(stage: str, config: Any, result: Any, seconds: float) -> str | None:
     """Where the result of a stage is, how much it is, how long it took, and what comes next; of one process of all."""
+    from .info import trained_parts
     from .parallel import processes
+    from .tasks.task import BUILT_IN
     from .text import own_task
     from .zoo import WeightZoo
 
@@ -180,13 +182,11 @@ def _outcome(stage: str, config: Any, result: Any, seconds: float) -> str | None
         own = own_task(config.task)
         return f"{what} Next: pdiff-hf evaluate --trained {_zoo_of(config)} --generated {evaluated}{own}"
     if stage == "train":
-        models = [part for part in result.components.values() if hasattr(part, "num_parameters")]
-        count = sum(model.num_parameters() for model in models)
+        count = sum(trained_parts(result).values())
         what = f"The pipeline, of {count:,} trained parameters, is in {folder} ({took}). Next: pdiff-hf"
         task = getattr(config, "task", None)
-        # Only what does a known thing can be audited, and code of the zoo's own is not run unasked.
-        known = task or WeightZoo.from_pretrained(config.zoo).task
-        if config.condition and known and (task or not own_task(known)):
+        # Only what does a known thing can be audited, and code that a zoo names is not run unasked.
+        if config.condition and (task or WeightZoo.from_pretrained(config.zoo).task in BUILT_IN):
             return f"{what} evaluate --trained {shlex.quote(config.zoo)} --generated {folder}{own_task(task)}"
         return f"{what} generate --pipeline {folder}{own_task(task)}"
     shown = config.pipeline or (config.generated if "conditions" in result else None)

@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -12,7 +14,7 @@ from .errors import ConfigError, HubError
 from .files import is_pipeline, is_zoo
 from .hub.cards import EVALUATION, UNKNOWN_TASK
 from .hub.client import is_repository
-from .hub.pipelines import load_pipeline, pipeline_folder
+from .hub.pipelines import load_pipeline, pipeline_folder, weight_files
 from .text import load_yaml, printable, with_front
 from .zoo import WeightZoo
 
@@ -51,7 +53,7 @@ def _said(place: str) -> str:
 def _of_zoo(zoo: WeightZoo) -> str:
     zoo.check()
     of = f"{len(zoo)} networks of {zoo.vector_size:,} generated parameters, {zoo.dtype}".replace("torch.", "")
-    lines = [f"A zoo of {of}{_on_disk(zoo.folder)}."]
+    lines = [f"A zoo of {of}, {_size(zoo.folder.glob('*.safetensors'))}."]
     if zoo.adapter is not None:
         unnamed = "a model that their files do not name" if zoo.adapter else "a diffusion model"
         lines.append(f"They are LoRA adapters of {zoo.adapter.get('base_model_name_or_path') or unnamed}.")
@@ -72,19 +74,24 @@ def _of_zoo(zoo: WeightZoo) -> str:
 
 def _of_pipeline(folder: Path) -> str:
     pipe = load_pipeline(folder)
-    parts = {
-        name: sum(parameter.numel() for parameter in part.parameters())
-        for name, part in pipe.components.items()
-        if hasattr(part, "parameters") and any(True for _ in part.parameters())
-    }
+    parts = trained_parts(pipe)
     lines = [
         f"A pipeline that samples networks of {pipe.layout.vector_size:,} generated parameters, by "
-        f"{type(pipe.scheduler).__name__}{_on_disk(folder)}.",
+        f"{type(pipe.scheduler).__name__}, {_size(weight_files(folder))}.",
         "Trained parts: " + ", ".join(f"{name} of {count:,} parameters" for name, count in parts.items()) + ".",
     ]
     if pipe.condition_encoder is not None:
         lines.append(f"It can be asked for networks of a condition. {pipe.condition_encoder.known()}")
     return "\n".join(lines + _of_card(folder) + _made(folder, ("train",)) + verdict_of_card(folder))
+
+
+def trained_parts(pipe: Any) -> dict[str, int]:
+    """Parameters of the components of a pipeline that have some, by name."""
+    return {
+        name: sum(parameter.numel() for parameter in part.parameters())
+        for name, part in pipe.components.items()
+        if hasattr(part, "parameters") and any(True for _ in part.parameters())
+    }
 
 
 def _of_report(folder: Path) -> str:
@@ -95,10 +102,9 @@ def _of_report(folder: Path) -> str:
     return "\n".join([*with_front(f"A report. {sentence}"), *_made(folder, ("evaluate",))])
 
 
-def _on_disk(folder: Path) -> str:
-    """What the weights in a folder take; of a zoo on the Hub, those that were downloaded."""
-    files = [file for pattern in ("*.safetensors", "*/*.safetensors") for file in folder.glob(pattern)]
-    return f", {sum(file.stat().st_size for file in files) / 1e6:.1f} MB of weights here"
+def _size(files: Iterable[Path]) -> str:
+    """What weights take here; of a zoo on the Hub, those that were downloaded."""
+    return f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB of weights here"
 
 
 def _of_card(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What strangers wrote, made harmless where it is shown."""
+"""Text that several stages show, and what strangers wrote, made harmless."""
 
 import re
 import shlex

@@ -122,7 +122,8 @@ def _reason(error: HfHubHTTPError) -> str:
         412: "Somebody else pushed meanwhile. Nothing was changed: pull, and push again.",
         429: "The Hub asks for patience (too many requests). Try again later.",
     }
-    reason = reasons.get(status or 0, f"The Hub answered with status {status}.")
+    later = " Try again later." if (status or 0) >= 500 else ""
+    reason = reasons.get(status or 0, f"The Hub answered with status {status}.{later}")
     said = re.sub(r"\w+://\S+|hf_\w+", "...", error.server_message or "")
     said = " ".join(printable(said).split())[:200]
     return f"{reason} It says: {said}" if said else reason

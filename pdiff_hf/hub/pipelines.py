@@ -102,10 +102,15 @@ def pipeline_folder(
     return Path(download(str(name_or_path), "model", revision, token, patterns))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Those of the components of a pipeline, whatever lies beside them, such as checkpoints."""
+    return sorted(file for name in COMPONENTS for file in folder.glob(f"{name}/*.safetensors"))
+
+
 def weights_sha256(folder: Path) -> str:
-    """What tells a pipeline from another one in the same place, whatever lies beside it, such as checkpoints."""
+    """What tells a pipeline from another one in the same place."""
     digest = hashlib.sha256()
-    for file in sorted(file for name in COMPONENTS for file in folder.glob(f"{name}/*.safetensors")):
+    for file in weight_files(folder):
         with file.open("rb") as content:
             while chunk := content.read(2**20):
                 digest.update(chunk)

@@ -144,11 +144,12 @@ class Symmetry(CanonicalForm):
             moved = torch.zeros(len(moving), dtype=torch.bool)
             for group in self.groups:
                 some = aligned[moving]
-                products = torch.zeros(len(some), group.units, group.units, dtype=some.dtype)
+                nearness = torch.zeros(len(some), group.units, group.units, dtype=some.dtype)
                 for member in group.members:
-                    products += _units(reference[None], member) @ _units(some, member).mT
-                norms = torch.stack([_units(some, member).square().sum(2) for member in group.members]).sum(0)
-                candidates = self.permute(some, group, _matched(products, norms))
+                    units = _units(some, member)
+                    nearness += _units(reference[None], member) @ units.mT
+                    nearness -= units.square().sum(2)[:, None] / 2
+                candidates = self.permute(some, group, _matched(nearness))
                 # A tensor both of whose axes are units of the group makes matching a guess.
                 nearer = (candidates - reference).square().sum(1) < (some - reference).square().sum(1) * (1 - 1e-7)
                 aligned[moving[nearer]] = candidates[nearer]
@@ -166,15 +167,15 @@ class Symmetry(CanonicalForm):
         return changed[0]
 
 
-def _matched(products: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """The units of N networks, of these squared norms `[N, units]`, in the order that brings them nearest to those of
-    a reference, by their products with them, `[N, units of the reference, units]`."""
+def _matched(nearness: torch.Tensor) -> torch.Tensor:
+    """The units of N networks in the order that brings them nearest to those of a reference, `[N, units]`, by how near
+    each is to each of these, `[N, units of the reference, units]`."""
     assign = require("scipy.optimize", "report").linear_sum_assignment
     # Where the nearest units are all different, no order brings them nearer: the search, which takes the third power
     # of the units, has nothing to find.
-    nearest = (products - norms[:, None] / 2).argmax(2)
+    nearest = nearness.argmax(2)
     different = (nearest.sort(1).values == torch.arange(nearest.shape[1])).all(1)
-    pairs = zip(nearest, products, different.tolist(), strict=True)
+    pairs = zip(nearest, nearness, different.tolist(), strict=True)
     return torch.stack(
         [near if found else torch.from_numpy(assign(one.numpy(), maximize=True)[1]) for near, one, found in pairs]
     )

@@ -125,7 +125,7 @@ class Adapter:
         file = self.get(DIFFUSERS_WEIGHTS if DIFFUSERS_WEIGHTS in safe else safe[0])
         said = read_metadata(file)
         notes = {name: said[name] for name in NOTES if said.get(name)}
-        return _converted(read_state_dict(file), _packed_config(file)), {}, notes
+        return _converted(read_state_dict(file), _packed_config(said, file.name)), {}, notes
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -238,16 +238,16 @@ def _float(name: str, value: torch.Tensor) -> torch.Tensor:
     return value.float()
 
 
-def _packed_config(file: Path) -> dict[str, Any]:
-    """What diffusers notes of an adapter in the file of its weights, by part of the pipeline."""
-    packed = read_metadata(file).get("lora_adapter_metadata")
+def _packed_config(said: dict[str, str], name: str) -> dict[str, Any]:
+    """What diffusers notes of an adapter in the metadata of its file of this name, by part of the pipeline."""
+    packed = said.get("lora_adapter_metadata")
     if packed is None:
         return {}
     try:
         content = json.loads(packed)
         return dict(content.items())
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ZooError(f"what {file.name} says of itself is damaged: {error!s:.200}") from error
+        raise ZooError(f"what {name} says of itself is damaged: {error!s:.200}") from error
 
 
 def _converted(state_dict: StateDict, packed: dict[str, Any]) -> StateDict:
@@ -375,16 +375,13 @@ def _download(name: str, commit: str, token: str | None, file: str) -> Path:
 
 def check_same(one: Adapter, first: Adapter, ours: Read, theirs: Read) -> None:
     """Raises [`ZooError`] where an adapter is one of another network, or of another form, than the first."""
-    both, (state_dict, config, notes), (expected, of_first, their_notes) = (
-        f"{one.source} and {first.source}",
-        ours,
-        theirs,
-    )
-    found = [(text, config.get(name), of_first.get(name)) for name, text in COMPARED.items()]
-    found += [
-        (text, notes[name], their_notes[name]) for name, text in NOTES.items() if name in notes.keys() & their_notes
+    both = f"{one.source} and {first.source}"
+    (state_dict, config, notes), (expected, of_first, their_notes) = ours, theirs
+    compared = [(text, config.get(name), of_first.get(name)) for name, text in COMPARED.items()]
+    compared += [
+        (NOTES[name], notes[name], their_notes[name]) for name in NOTES if name in notes and name in their_notes
     ]
-    for text, mine, other in found:
+    for text, mine, other in compared:
         if mine != other:
             raise ZooError(f"{both} have different {text}: {mine!r:.200} and {other!r:.200}.")
     with_magnitudes = [any(MAGNITUDE in name for name in tensors) for tensors in (state_dict, expected)]
