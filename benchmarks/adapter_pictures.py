@@ -10,6 +10,7 @@ no generator, for adapters trained on the class, and for the base model; and dra
 A killed benchmark goes on where it was; a training or an audit that was killed begins anew.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from pdiff_hf.extras import require
 from pdiff_hf.files import is_zoo
 from pdiff_hf.networks.behaviour import VARIANCE_NETWORKS, Behaviour, run_at_once
 from pdiff_hf.networks.gauge import Gauge
+from pdiff_hf.parallel import processes
 from pdiff_hf.tasks import TaskFamily, half_cosine
 from pdiff_hf.tasks.family import training_inputs
 from pdiff_hf.tasks.prototypes import DigitClass, images_of, mean_image
@@ -320,11 +322,10 @@ def measure(config: Config) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         "shuffled condition": drawn(generated(asked[1:] + asked[:1], "shuffled"), PICTURES),
     }
     rows = [{"mean": row["mean"]} for row in zoo.rows()]
-    inputs = training_inputs(family)
+    inputs, device = training_inputs(family), processes().device
     side_by_side = run_at_once(family.task(asked[0]).build_network(), layout, inputs)
-    behaviour = Behaviour(
-        side_by_side, layout, inputs, networks[list(evenly(len(networks), VARIANCE_NETWORKS))], INPUTS
-    )
+    some = networks[list(evenly(len(networks), VARIANCE_NETWORKS))]
+    behaviour = Behaviour(side_by_side, copy.deepcopy(layout).to(device), inputs.to(device), some, INPUTS)
     known = family.conditions("validation")
     for name, answer in answers(
         rows,

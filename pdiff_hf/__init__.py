@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # `as`: exported, for type checkers too
     from .evaluation import evaluate as evaluate
     from .evaluation import run_evaluate as run_evaluate
     from .generate import run_generate as run_generate
-    from .hub import load_pipeline as load_pipeline
+    from .hub.pipelines import load_pipeline as load_pipeline
     from .info import run_info as run_info
     from .networks.adapted import AdaptedNetwork as AdaptedNetwork
     from .networks.adapted import lora as lora
@@ -70,7 +70,7 @@ _HOMES = {
     "errors": ("PdiffError",),
     "evaluation": ("Baseline", "evaluate", "run_evaluate"),
     "generate": ("run_generate",),
-    "hub": ("load_pipeline",),
+    "hub.pipelines": ("load_pipeline",),
     "info": ("run_info",),
     "networks.adapted": ("AdaptedNetwork", "lora"),
     "pipelines.neural_network_diffusion": (

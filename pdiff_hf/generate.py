@@ -11,7 +11,8 @@ from .config import json_object, read_objects
 from .configs import GenerateConfig
 from .errors import ConfigError, PipelineError
 from .files import is_zoo
-from .hub.pipelines import check_draws, load_pipeline, pipeline_folder, settings_sha256, weights_sha256
+from .hub.pipeline_files import pipeline_folder, settings_sha256, weights_sha256
+from .hub.pipelines import check_draws, load_pipeline
 from .parallel import processes, wait_for_everyone, written
 from .runs import check_not_fewer, check_same_facts, check_same_run, save_run
 from .schedulers import replacement

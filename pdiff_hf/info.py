@@ -14,7 +14,8 @@ from .errors import ConfigError, HubError
 from .files import is_pipeline, is_zoo
 from .hub.cards import EVALUATION, UNKNOWN_TASK
 from .hub.client import is_repository
-from .hub.pipelines import load_pipeline, pipeline_folder, weight_files
+from .hub.pipeline_files import pipeline_folder, weight_files
+from .hub.pipelines import load_pipeline
 from .text import load_yaml, printable, with_front
 from .zoo import WeightZoo
 

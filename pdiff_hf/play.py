@@ -33,12 +33,21 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
     gr, pandas = require("gradio", "play"), require("pandas", "play")
     ground = Playground(pipeline, task, zoo)
     families = bool(ground.example)
+    # Columns of zeros and ones, with what tasks have in them.
+    ticks: dict[str, set[tuple[int, ...]]] = {}
+    for column in ground.columns:
+        rows = [row for split in ("train", "validation", "test") for row in ground.family.conditions(split)]
+        values: list[Any] = [row.get(column["name"]) for row in rows]
+        if all(isinstance(one, list) and set(one) <= {0, 1} for one in values):
+            ticks[column["name"]] = {tuple(one) for one in values}
 
     def asked(*values: Any) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for column, value in zip(ground.columns, values, strict=True):
-            if column["kind"] == "numbers" and ticks(column):
+            if column["name"] in ticks:
                 value = [int(place in value) for place in range(len(column["mean"]))]
+                if tuple(value) not in ticks[column["name"]]:
+                    raise ValueError(f"{column['name']}: no task of {ground.name} has just these ticked.")
             elif column["kind"] == "numbers":
                 try:
                     value = json.loads(value)
@@ -49,11 +58,6 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
                 found[column["name"]] = value
         return found
 
-    def ticks(column: dict[str, Any]) -> bool:
-        """Whether a list is of zeros and ones."""
-        values = [row.get(column["name"]) for row in ground.family.conditions("test")]
-        return all(isinstance(one, list) and set(one) <= {0, 1} for one in values)
-
     def widget(column: dict[str, Any]) -> Any:
         name, known = column["name"], ground.example.get(column["name"])
         if column["kind"] == "word":
@@ -61,7 +65,7 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
         if column["kind"] == "number":
             (mean,), (std,) = column["mean"], column["std"]
             return gr.Slider(mean - 3 * std, mean + 3 * std, value=mean if known is None else known, label=name)
-        if ticks(column):
+        if name in ticks:
             return gr.CheckboxGroup(
                 list(range(len(column["mean"]))),
                 value=[i for i, one in enumerate(known or ()) if one],

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from .errors import TaskError, ZooError
 from .evaluation.measures import similarity
 from .hub.cards import UNKNOWN_TASK
-from .hub.pipelines import load_pipeline, pipeline_folder
+from .hub.pipeline_files import pipeline_folder
+from .hub.pipelines import load_pipeline
 from .info import verdict_of_card
 from .networks.predictor import Predictor
 from .parallel import processes

@@ -14,7 +14,7 @@ from .configs import ImportConfig, PullConfig, PushConfig
 from .errors import HubError
 from .files import check_kind, is_pipeline, is_zoo, locked
 from .hub.client import explained
-from .hub.pipelines import pipeline_files
+from .hub.pipeline_files import pipeline_files
 from .hub.push import push
 from .runs import save_run
 from .zoo import WeightZoo

@@ -161,6 +161,16 @@ def test_a_list_that_is_none_is_said_in_every_tab(tmp_path):
             list(answers[name](*numbers, '["<img src=x>"]'))
 
 
+def test_ticks_that_are_no_task_are_said_in_every_tab(asked):
+    answers = {one.fn.__name__: one.fn for one in page(str(asked)).fns.values() if one.fn}
+    for name, numbers in {"ask": (1, 0, 1.0), "walk": (0, 1), "denoise": (0,)}.items():
+        for ticked in ([], list(range(10))):
+            with pytest.raises(gradio.Error, match="classes: no task of digits-subsets has just these ticked"):
+                list(answers[name](*numbers, ticked))
+    ((_, _, networks),) = answers["ask"](1, 0, 1.0, [3])
+    assert len(networks) == 1
+
+
 def test_the_space_is_one():
     _, front, text = (SPACE / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     settings = yaml.safe_load(front)

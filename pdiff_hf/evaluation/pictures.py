@@ -60,6 +60,7 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
     for file in files:
         # No date, so that the same report has the same pictures.
         figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+        figure.set_layout_engine(None)  # found once, the layout holds for both
     return files
 
 

@@ -14,7 +14,7 @@ from ..errors import ConfigError, ZooError
 from ..extras import require
 from ..files import check_parts, locked
 from ..hub.cards import write_evaluation
-from ..hub.pipelines import check_weights, pipeline_folder, weights_sha256
+from ..hub.pipeline_files import check_weights, pipeline_folder, weights_sha256
 from ..hub.push import push_evaluation
 from ..parallel import from_main, processes, wait_for_everyone, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline

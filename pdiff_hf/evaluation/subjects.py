@@ -13,7 +13,8 @@ import torch
 from ..errors import HubError, ZooError
 from ..files import is_pipeline, is_zoo
 from ..hub.client import SUFFIXES, is_repository
-from ..hub.pipelines import check_draws, load_pipeline, pipeline_folder, weights_sha256
+from ..hub.pipeline_files import pipeline_folder, weights_sha256
+from ..hub.pipelines import check_draws, load_pipeline
 from ..parallel import processes
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout
 from ..runs import noted

@@ -18,7 +18,7 @@ from ..errors import HubError
 from ..files import UNFINISHED, is_pipeline, is_zoo, locked_if_writable, stays_inside
 from .cards import PLACEHOLDER, card_text, merge_cards, write_evaluation
 from .client import check_card, explained
-from .pipelines import FACTS, check_weights
+from .pipeline_files import FACTS, check_weights
 
 
 # What belongs to a run on one machine and not into a repository.

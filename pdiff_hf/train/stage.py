@@ -11,7 +11,8 @@ from ..configs import AnyTrainConfig, LoopConfig, NeuronTrainConfig, TrainConfig
 from ..errors import ZooError
 from ..files import check_parts, explained
 from ..hub.cards import write_pipeline_card
-from ..hub.pipelines import load_pipeline, weights_sha256
+from ..hub.pipeline_files import weights_sha256
+from ..hub.pipelines import load_pipeline
 from ..hub.push import push
 from ..parallel import from_main, wait_for_everyone, written
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipeline, ParameterLayout

@@ -341,7 +341,7 @@ def test_every_baseline_is_a_curve(report):
 
 
 def test_copies_have_similarity_one(digits_zoo):
-    report = pdiff_hf.evaluate(trained=digits_zoo, generated=digits_zoo)
+    report = pdiff_hf.evaluate(trained=digits_zoo, generated=digits_zoo, networks_per_point=5)
     assert report["groups"]["generated"]["maximum_similarity"]["mean"] == 1
     assert report["groups"]["generated"]["accuracy"] == report["groups"]["trained"]["accuracy"]
     assert report["nearest_l2"]["generated"] == {"mean": 0, "min": 0, "max": 0}
@@ -531,11 +531,12 @@ def test_zoos_folders_checkpoints_and_state_dicts_are_the_same_to_it(report, dig
 @pytest.mark.slow
 def test_pipelines_are_sampled(digits_zoo, digits_pipeline, tmp_path):
     pipeline = pdiff_hf.load_pipeline(digits_pipeline)
-    of_folder = pdiff_hf.evaluate(trained=digits_zoo, generated=str(digits_pipeline), num_networks=6, seed=3)
-    of_object = pdiff_hf.evaluate(trained=digits_zoo, generated=pipeline, num_networks=6, seed=3, output_dir=tmp_path)
+    settings = {"trained": digits_zoo, "networks_per_point": 5}
+    of_folder = pdiff_hf.evaluate(**settings, generated=str(digits_pipeline), num_networks=6, seed=3)
+    of_object = pdiff_hf.evaluate(**settings, generated=pipeline, num_networks=6, seed=3, output_dir=tmp_path)
     generators = [torch.Generator().manual_seed(seed) for seed in range(3, 9)]
     states = pipeline(num_networks=6, generator=generators).state_dicts
-    of_states = pdiff_hf.evaluate(trained=digits_zoo, generated=states, pipeline=pipeline)
+    of_states = pdiff_hf.evaluate(**settings, generated=states, pipeline=pipeline)
     for other in (of_object, of_states):
         assert without_time(other) == without_time(of_folder)
     assert of_folder["groups"]["generated"]["count"] == 6
@@ -545,7 +546,8 @@ def test_pipelines_are_sampled(digits_zoo, digits_pipeline, tmp_path):
 
 
 def test_baselines_are_generators_too(digits_zoo):
-    report = pdiff_hf.evaluate(trained=digits_zoo, generated=Baseline(digits_zoo, "soup", 40), num_networks=3)
+    average = Baseline(digits_zoo, "soup", 40)
+    report = pdiff_hf.evaluate(trained=digits_zoo, generated=average, num_networks=3, networks_per_point=5)
     generated, soup = (report["groups"][name] for name in ("generated", "soup"))
     assert generated["count"] == 3
     assert generated["accuracy"]["min"] == generated["accuracy"]["max"] == soup["accuracy"]["mean"]
@@ -586,6 +588,7 @@ def test_the_stage_samples_a_pipeline_and_fills_its_card(digits_zoo, digits_pipe
             generated=str(tmp_path / "pipeline"),
             output_dir=str(tmp_path / "report"),
             num_networks=3,
+            networks_per_point=5,
         )
     )
     assert report["groups"]["generated"]["count"] == 3
@@ -599,9 +602,8 @@ def test_figures_do_not_go_into_the_card_of_a_pipeline_that_changed_meanwhile(
     folder = tmp_path / "pipeline"
     shutil.copytree(digits_pipeline, folder)
     before = (folder / "README.md").read_bytes()
-    settings = EvaluateConfig(
-        trained=str(digits_zoo.folder), generated=str(folder), output_dir=str(tmp_path / "report"), num_networks=3
-    )
+    names = {"trained": str(digits_zoo.folder), "generated": str(folder), "output_dir": str(tmp_path / "report")}
+    settings = EvaluateConfig(**names, num_networks=3, networks_per_point=5)
     write = stage.write_report
 
     def meanwhile(*arguments):
@@ -962,7 +964,8 @@ def test_a_pipeline_of_another_architecture_is_refused(digits_zoo, digits_pipeli
 
 def test_the_path_of_a_task_stays_here(digits_zoo, tmp_path):
     (tmp_path / "mine.py").write_text("from pdiff_hf.tasks.digits import DigitsConvNet as Mine\n")
-    report = pdiff_hf.evaluate(f"{tmp_path}/mine.py:Mine", trained=digits_zoo, generated=digits_zoo)
+    networks = {"trained": digits_zoo, "generated": digits_zoo}
+    report = pdiff_hf.evaluate(f"{tmp_path}/mine.py:Mine", **networks, networks_per_point=2)
     assert report["task"] == "mine.py:Mine"
 
 

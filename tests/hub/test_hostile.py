@@ -20,10 +20,18 @@ from safetensors.torch import save_file
 
 from pdiff_hf import PdiffError, TrainConfig, WeightZoo, ZooError, evaluate, load_pipeline, run_train
 from pdiff_hf.cli import main as cli
+from pdiff_hf.errors import HubError
 from pdiff_hf.evaluation.study import PARTS as SCORES
-from pdiff_hf.hub import HubError, merge_cards, push, write_evaluation, write_pipeline_card, write_zoo_card
-from pdiff_hf.hub.cards import EVALUATION, GENERATED
-from pdiff_hf.hub.pipelines import pipeline_files
+from pdiff_hf.hub.cards import (
+    EVALUATION,
+    GENERATED,
+    merge_cards,
+    write_evaluation,
+    write_pipeline_card,
+    write_zoo_card,
+)
+from pdiff_hf.hub.pipeline_files import pipeline_files
+from pdiff_hf.hub.push import push
 from pdiff_hf.zoo.fill import PARTS
 
 from ..conftest import SMALL_TRAINING, random_network

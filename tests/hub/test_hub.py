@@ -27,10 +27,11 @@ from safetensors.torch import save_file
 
 from pdiff_hf import ParameterLayout, PdiffError, WeightZoo, ZooError, load_pipeline
 from pdiff_hf.cli import main as cli
-from pdiff_hf.hub import HubError, merge_cards, push, push_evaluation, write_pipeline_card
-from pdiff_hf.hub.cards import GENERATED
+from pdiff_hf.errors import HubError
+from pdiff_hf.hub.cards import GENERATED, merge_cards, write_pipeline_card
 from pdiff_hf.hub.client import explained
-from pdiff_hf.hub.pipelines import weights_sha256
+from pdiff_hf.hub.pipeline_files import weights_sha256
+from pdiff_hf.hub.push import push, push_evaluation
 
 from ..conftest import SMALL_TRAINING, random_network, site_without_this_package
 from ..documents import Document

@@ -21,7 +21,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from pdiff_hf import NeuralNetworkDiffusionPipeline, ParameterLayout, load_pipeline, load_task
-from pdiff_hf.hub import PipelineError
+from pdiff_hf.errors import PipelineError
 
 from ..conftest import site_without_this_package
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet1DModel
 
 from pdiff_hf import NeuralNetworkDiffusionPipeline, load_pipeline
-from pdiff_hf.hub import PipelineError
+from pdiff_hf.errors import PipelineError
 
 from ..conftest import site_without_this_package
 from .cases import CONDITIONS, FILLINGS, SLOTS, TRUSTED, build_pipe, files_of, load, quiet, run

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pdiff_hf import PdiffError, load_pipeline
+from pdiff_hf.errors import HubError
 from pdiff_hf.files import UNFINISHED as PREFIX
-from pdiff_hf.hub import HubError, push
+from pdiff_hf.hub.push import push
 from pdiff_hf.pipelines.neural_network_diffusion.pipeline import UNFINISHED
 
 from .cases import build_pipe
