@@ -1,6 +1,7 @@
 """A zoo in canonical form: of the networks that differ by what means nothing, one representative each."""
 
 import shlex
+import time
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from .runs import own_randomness, save_run
 from .tasks import check_family, load_family
 from .tasks.family import training_inputs
 from .tasks.task import trusted_name
-from .text import own_task
+from .text import own_task, time_since
 from .zoo import WeightZoo, built, check_room_for, evenly, networks_per_batch
 
 
@@ -38,11 +39,12 @@ def run_align(config: AlignConfig) -> str:
     if processes().num_processes > 1:
         raise ConfigError("`pdiff-hf align` runs in one process.")
     require("scipy.optimize", "report")
+    started = time.perf_counter()
     with written(config.output_dir, "align"):
-        return _align(config, Path(config.output_dir))
+        return _align(config, Path(config.output_dir), started)
 
 
-def _align(config: AlignConfig, folder: Path) -> str:
+def _align(config: AlignConfig, folder: Path, started: float) -> str:
     zoo = WeightZoo.from_pretrained(config.zoo)
     if len(zoo) == 0:
         raise ZooError(f"{config.zoo} has no networks.")
@@ -99,6 +101,6 @@ def _align(config: AlignConfig, folder: Path) -> str:
     return (
         f"{len(zoo)} networks with {symmetry}: the mean distance to their mean was "
         f"{before / len(zoo):.4g} and is {after / len(zoo):.4g}. Predictions differ by {largest:.2g} of the "
-        f"largest at most. They are in {folder}. Next: pdiff-hf train --family neuron --no-initial{options} --zoo "
-        f"{shlex.quote(str(folder))}"
+        f"largest at most. They are in {folder} ({time_since(started)}). Next: pdiff-hf train --family neuron "
+        f"--no-initial{options} --zoo {shlex.quote(str(folder))}"
     )

@@ -141,7 +141,7 @@ def _run(stage: str, args: Sequence[str]) -> None:
         started = time.perf_counter()
         result = run(config)
         if not isinstance(result, str):
-            result = None if quiet else _outcome(stage, config, result, time.perf_counter() - started)
+            result = None if quiet else _outcome(stage, config, result, started)
         if result:
             print(result, flush=True)
     except BrokenPipeError:
@@ -154,18 +154,18 @@ def _run(stage: str, args: Sequence[str]) -> None:
         raise SystemExit(printable(f"pdiff-hf {stage}: {_explanation(error)}")) from error
 
 
-def _outcome(stage: str, config: Any, result: Any, seconds: float) -> str | None:
+def _outcome(stage: str, config: Any, result: Any, started: float) -> str | None:
     """Where the result of a stage is, how much it is, how long it took, and what comes next; of one process of all."""
     from .info import trained_parts
     from .parallel import processes
     from .tasks.task import BUILT_IN
-    from .text import own_task
+    from .text import own_task, time_since
     from .zoo import WeightZoo
 
     if not processes().is_main_process or stage not in ("collect", "train", "generate", "evaluate"):
         return None
     folder = shlex.quote(config.output_dir)
-    took = f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    took = time_since(started)
     if config.push_to_hub is not None:
         from .hub.client import address
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .hub.client import explained
 from .hub.pipeline_files import pipeline_files
 from .hub.push import push
 from .runs import save_run
+from .text import time_since
 from .zoo import WeightZoo
 
 
@@ -26,6 +28,7 @@ ZOO_FILES = ("zoo.json", "metadata.jsonl", "frozen.safetensors", "networks-*-of-
 
 def run_import(config: ImportConfig) -> str:
     """Imports, and says what is there."""
+    started = time.perf_counter()
     common: Any = {"patterns": config.patterns, "task": config.task, "may_differ": config.may_differ}
     if config.adapters:
         rows = [] if config.metadata is None else read_objects(config.metadata, "metadata")
@@ -39,11 +42,12 @@ def run_import(config: ImportConfig) -> str:
         zoo = WeightZoo.from_hub(config.output_dir, config.repositories, config.filename, **common)
     save_run(config.output_dir, "import", config)
     train = f"pdiff-hf train --zoo {shlex.quote(config.output_dir)}"
+    what = f"{len(zoo)} networks of {zoo.vector_size:,} parameters are in {zoo.folder} ({time_since(started)})."
     if config.adapters:
-        return f"{zoo!r} Next: {train}"
+        return f"{what} Next: {train}"
     task = shlex.quote(config.task or "TASK")
     return (
-        f"{zoo!r} Next, of checkpoints of one run: {train}; of different seeds: {train} --family neuron --no-initial "
+        f"{what} Next, of checkpoints of one run: {train}; of different seeds: {train} --family neuron --no-initial "
         f"--task {task}"
     )
 
@@ -63,11 +67,14 @@ def run_push(config: PushConfig) -> str:
 
 def run_pull(config: PullConfig) -> str:
     """Downloads, and says where it is."""
+    started = time.perf_counter()
     with locked(config.output_dir):
-        return _pull(config, Path(config.output_dir))
+        kind, next_command = _pull(config, Path(config.output_dir))
+    return f"The {kind} is in {config.output_dir} ({time_since(started)}). Next: pdiff-hf {next_command}"
 
 
-def _pull(config: PullConfig, folder: Path) -> str:
+def _pull(config: PullConfig, folder: Path) -> tuple[str, str]:
+    """Downloads, and tells what it is, and what comes next."""
     kind = config.kind or _found(config)
     check_kind(folder, "generate" if kind == "zoo" else "train")
     # Where the client notes what it downloaded into a folder.
@@ -98,10 +105,8 @@ def _pull(config: PullConfig, folder: Path) -> str:
             (folder / name).unlink(missing_ok=True)
             noted[name].unlink()
         hf_hub_download(config.repo, index, local_dir=folder, **arguments)
-    next_command = (
-        f"generate --pipeline {shlex.quote(str(folder))}" if kind == "pipeline" else f"info {shlex.quote(str(folder))}"
-    )
-    return f"The {kind} is in {folder}. Next: pdiff-hf {next_command}"
+    stage = "generate --pipeline" if kind == "pipeline" else "info"
+    return kind, f"{stage} {shlex.quote(str(folder))}"
 
 
 def _check_commit(note: Path, name: str, commit: str) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ MOST_YAML = 2**19
 def printable(text: str) -> str:
     """Text for a terminal: escape sequences, half characters and what turns the direction of writing are spelt out."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def time_since(start: float) -> str:
+    """How long it is since a reading of `time.perf_counter()`: to a tenth of a second, or to a minute."""
+    seconds = time.perf_counter() - start
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def plain(text: str) -> str:

@@ -2,6 +2,7 @@
 """LoRA adapters in and out, as the libraries that made them read and write them."""
 
 import json
+import re
 import shutil
 
 import peft
@@ -471,7 +472,8 @@ def test_a_file_of_another_format_says_what_to_do(tmp_path):
 def test_the_command_says_what_is_there(tmp_path, capsys):
     save_adapter(tmp_path / "in" / "a")
     main(["import", "--adapters", str(tmp_path / "in"), "--output-dir", str(tmp_path / "zoo")])
-    assert "1 networks of " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.match(r"1 networks of \d+ parameters are in \S+ \(\d\.\d s\)\. Next: pdiff-hf train --zoo \S+\n", said)
 
 
 # ---- of other zoos
