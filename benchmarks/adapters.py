@@ -93,7 +93,8 @@ def difference_to_peft(name: str, pipeline: Path) -> float:
     zoo, largest = WeightZoo(folder / "generated"), 0.0
     for index, condition in enumerate(asked):
         task = family.task(condition)
-        ours, inputs = task.build_network(), task.data("test")[0]
+        # The base network is where it was evaluated.
+        ours, inputs = task.build_network().to("cpu"), task.data("test")[0]
         ours.load_state_dict(zoo.state_dict(index))
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(ROWS[name].base()), exported / f"{index:05d}")
         with torch.no_grad():

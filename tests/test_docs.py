@@ -51,6 +51,7 @@ def written(folder: Path, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_task_of_ones_own_is_learned_and_audited(tmp_path):
     written(tmp_path, "two_moons.py")
     collect, train, evaluate = Document("docs/tasks.md").commands("two_moons.py:")

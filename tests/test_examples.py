@@ -38,12 +38,14 @@ def test_a_walk_prints_accuracies(digits_pipeline, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_generator_of_ones_own_gets_a_verdict(digits_zoo, tmp_path):
     said = run_here(tmp_path, sys.executable, str(EXAMPLES / "own_generator.py"), str(digits_zoo.folder))
     assert "the front of the baselines" in said.stdout
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_executes(tmp_path):
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)

@@ -58,6 +58,7 @@ def test_two_processes_generate_the_zoo_of_one(digits_pipeline, generated, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_extend_what_one_generated(digits_pipeline, generated, tmp_path):
     folder = tmp_path / "zoo"
     arguments = ["--pipeline", str(digits_pipeline), "--output-dir", str(folder), *GENERATE]
@@ -76,6 +77,7 @@ def test_processes_share_the_seeds_of_an_independent_zoo(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_main_process_collects_a_trajectory(tmp_path):
     for processes in (1, 2):
         arguments = ["--task", "digits-mlp", "--epochs", "1", "--num-networks", "12"]

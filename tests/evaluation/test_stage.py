@@ -818,6 +818,7 @@ def test_a_single_generated_network_has_its_figures(tmp_path):
     assert is_plain_json(report)
 
 
+@pytest.mark.slow
 def test_networks_that_are_always_right_are_alike(tmp_path):
     task = BlobTask()
     task.overlapping = 0.1
@@ -830,6 +831,7 @@ def test_networks_that_are_always_right_are_alike(tmp_path):
     assert is_plain_json(report)
 
 
+@pytest.mark.slow
 def test_networks_that_are_always_wrong_do_not_work(tmp_path):
     task = BlobTask()
     task.overlapping = 0.1
@@ -846,6 +848,7 @@ def test_networks_that_are_always_wrong_do_not_work(tmp_path):
     assert is_plain_json(report)
 
 
+@pytest.mark.slow
 def test_identical_training_networks_can_be_evaluated(tmp_path):
     trained = [answering(1)] * 3
     other = [answering(1, 0.5)]
@@ -855,7 +858,7 @@ def test_identical_training_networks_can_be_evaluated(tmp_path):
     assert is_plain_json(report)
 
 
-@pytest.mark.parametrize("broken", [1, 3])
+@pytest.mark.parametrize("broken", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_outputs_that_are_no_numbers_are_counted_and_wrong(tmp_path, broken):
     trained = [answering(1, offset) for offset in (0, 0.1, 0.2)]
     overflowing = {**answering(1), "2.weight": torch.full((2, 4), 3e38), "0.weight": torch.full((4, 2), 3e38)}
@@ -921,6 +924,7 @@ class OneOutput(BlobTask):
         return (predictions[:, 0] > 0.5) == (targets == 1)
 
 
+@pytest.mark.slow
 def test_predictions_that_are_no_distribution_are_averaged_as_they_are(tmp_path):
     """An ensemble is their mean: that of copies of one network is that network."""
     head = torch.tensor([[1.0, -1, 0, 0]])

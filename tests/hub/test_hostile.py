@@ -273,6 +273,7 @@ def upload(folder: Path, repo: str, repo_type: str, files: dict[str, bytes]) -> 
         HfApi().upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repo, repo_type=repo_type)
 
 
+@pytest.mark.slow
 def test_a_pull_takes_what_a_zoo_or_a_pipeline_consists_of(alice, zoo, tmp_path):
     zoo.write_card("Networks.")
     pipeline = tmp_path / "pipeline"

@@ -19,6 +19,7 @@ def test_the_model_compiles_to_one_graph_and_only_once(case, backend):
             torch.testing.assert_close(case.run(compiled), case.run(model), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.usefixtures("clean_compiler")
 def test_the_compiled_unet_serves_all_shapes():
@@ -81,6 +82,7 @@ def test_the_model_exports_ahead_of_time(case):
 
 @torch.no_grad()
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_exported_model_is_packaged_and_runs(case, tmp_path):
     model = case.model().eval()
     exported = torch.export.export(model, args=(), kwargs=case.inputs())

@@ -87,7 +87,10 @@ def test_latents_have_no_mean_and_unit_scale_over_the_zoo(trained, digits_zoo):
     assert latents.square().mean().item() == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("checkpoint", ["checkpoint-20", "checkpoint-40", "checkpoint-60"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("checkpoint-20", "checkpoint-60")]
+
+
+@pytest.mark.parametrize("checkpoint", ["checkpoint-40", *SLOW])
 def test_a_training_resumes_in_either_part_and_between_them(digits_zoo, tmp_path, checkpoint):
     settings = {"autoencoder_steps": 40, "unet_steps": 40, "checkpointing_steps": 20}
     expected = run_train(config(digits_zoo, tmp_path, **settings))
@@ -130,6 +133,7 @@ def test_random_states_of_a_checkpoint_run_no_code_and_decide_nothing(digits_zoo
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_the_pipeline_of_one(digits_zoo, tmp_path):
     for processes in (1, 2):
         arguments = ["--zoo", str(digits_zoo.folder), "--output-dir", str(tmp_path / f"{processes}"), *ARGUMENTS]

@@ -226,6 +226,7 @@ def test_the_loss_falls_and_networks_come_of_the_pipeline(trained, zoo):
     assert accuracy(zoo, sample(pipe, 20, initial=initial[:20])) > accuracy(zoo, initial[:20]) + 0.1
 
 
+@pytest.mark.slow
 def test_the_folder_serves_without_the_package(trained, tmp_path):
     program = """
 import sys, torch

@@ -85,7 +85,8 @@ def test_the_card_and_the_facts_stand_beside_the_pipeline(digits_pipeline):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "checkpoint"), [(signal.SIGKILL, "checkpoint-80"), (signal.SIGINT, "checkpoint-20")]
+    ("number", "checkpoint"),
+    [pytest.param(signal.SIGKILL, "checkpoint-80", marks=pytest.mark.long), (signal.SIGINT, "checkpoint-20")],
 )
 def test_an_interrupted_training_resumes_with_the_losses_of_an_uninterrupted_one(
     digits_zoo, uninterrupted, tmp_path, number, checkpoint

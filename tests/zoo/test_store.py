@@ -255,6 +255,7 @@ def test_metadata_of_networks_that_were_never_written_is_forgotten(zoo):
     assert WeightZoo(zoo.folder).metadata[10] == {"index": 10, "seed": 10}
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing_that_was_flushed(tmp_path):
     script = textwrap.dedent("""
         import resource, sys, torch
