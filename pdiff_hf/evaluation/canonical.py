@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ..networks.canonical import REFERENCE_NETWORKS, CanonicalForm
-from ..networks.gauge import symmetry_of
+from ..networks.gauge import pairs_of, symmetry_of
 from ..networks.predictor import Predictor
 from ..networks.symmetry import Symmetry, UnknownSymmetryError
 from ..zoo import WeightZoo, evenly
@@ -21,7 +21,7 @@ NEARER = 0.98
 
 def symmetry_that_holds(zoo: WeightZoo, predict: Predictor, inputs: torch.Tensor) -> CanonicalForm | None:
     """The symmetry of the networks of a zoo, where it is recognized and their predictions bear it out."""
-    if zoo.vector_size > MOST_ALIGNED:
+    if zoo.vector_size > MOST_ALIGNED and not pairs_of(zoo.layout):
         return None
     try:
         symmetry = symmetry_of(predict.network, zoo.layout, inputs[:1])

@@ -42,7 +42,7 @@ LOOKED_UP = (
     "mix of the nearest",
 )
 # Tasks that one network is trained for together, and for how many times as long as those of one task.
-TOGETHER, TIMES = 256, 4
+TOGETHER, TIMES = 256, (4, 16)
 
 
 class Seen(NamedTuple):
@@ -209,10 +209,17 @@ class ConditionAudit:
         return {name: {"single": self._of_examples(values), "least": None} for name, values in found.items()}
 
     def _together(self) -> torch.Tensor:
-        """A network that is trained on examples of many training tasks, without being told of which, `[P]`."""
+        """A network that is trained on examples of many training tasks, without being told of which, for as long as
+        validation conditions prefer, `[P]`."""
+        count = len(self._validation[0])
+        found = [self._trained_together(times) for times in TIMES]
+        return max(found, key=lambda vector: self._on_validation(vector.expand(count, 1, -1)))
+
+    def _trained_together(self, times: int) -> torch.Tensor:
+        """One that is trained for so many times as long as for one task, `[P]`."""
         conditions = self.family.conditions("train")
         tasks = [self.family.task(conditions[place]) for place in evenly(len(conditions), TOGETHER)]
-        every = max(1, len(tasks) // TIMES)
+        every = max(1, len(tasks) // times)
         parts = [
             (inputs[place % every :: every], targets[place % every :: every])
             for place, (inputs, targets) in enumerate(data_of(tasks, "train"))
@@ -237,10 +244,18 @@ class ConditionAudit:
         if self.pipeline.transformer is not None:  # whose training has them, too
             rows, in_all_forms = with_equivalents(self.family, zoo.layout, rows)
             vectors = in_all_forms(vectors)
+        mix = None
         if symmetry is not None:
-            vectors = symmetry.canonical(
-                vectors, symmetry.reference(zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS)))
-            )
+            reference = symmetry.reference(zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS)))
+            vectors = symmetry.canonical(vectors, reference)
+        if isinstance(symmetry, Gauge):
+            gauge = symmetry
+            # Whose factors have other scales than those that the pipeline was trained on.
+            layout = layout.fit([vectors])
+
+            def mix(near: torch.Tensor) -> torch.Tensor:
+                return layout.normalize(gauge.align(gauge.mix(vectors[near])[None], reference))[0]
+
         networks = layout.normalize(vectors)
         behaviour = None
         try:
@@ -255,13 +270,6 @@ class ConditionAudit:
 
         def on_validation(answer: Answer) -> float:
             return self._on_validation(layout(answer(self._validation[0]), return_dict=False)[0][:, None])
-
-        mix = None
-        if isinstance(symmetry, Gauge):
-            gauge = symmetry
-
-            def mix(near: torch.Tensor) -> torch.Tensor:
-                return layout.normalize(gauge.mix(vectors[near])[None])[0]
 
         found = answers(rows, networks, behaviour, self.seed, on_validation, mix, self.seen.networks)
         return [(name, layout(answer(self.asked), return_dict=False)[0]) for name, answer in found.items()]

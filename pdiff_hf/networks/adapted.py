@@ -33,6 +33,7 @@ class AdaptedNetwork(nn.Module):
             `base_model.model.` are PEFT's.
 
     Attributes:
+        base (`nn.Module`): The base network.
         adapter_config (`dict`): PEFT's configuration of it; empty where the names are those of diffusers.
 
     Raises:
@@ -84,6 +85,11 @@ class AdaptedNetwork(nn.Module):
             self._update(target, own[a], own[b])
 
     @property
+    def base(self) -> nn.Module:
+        """The base network."""
+        return self._base[0]
+
+    @property
     def adapter_config(self) -> dict[str, Any]:
         """PEFT's configuration of the adapter, where its names are PEFT's; the base model is named where transformers
         knows it."""
@@ -96,7 +102,7 @@ class AdaptedNetwork(nn.Module):
         biases = any(BASE_LAYER in name and name.endswith(".bias") for name in self._trained.values())
         return {
             "peft_type": "LORA",
-            "base_model_name_or_path": getattr(self._base[0], "name_or_path", None) or None,
+            "base_model_name_or_path": getattr(self.base, "name_or_path", None) or None,
             "r": rank,
             "lora_alpha": rank,
             "rank_pattern": {name: own_rank for name, own_rank in ranks.items() if own_rank != rank},
@@ -108,11 +114,11 @@ class AdaptedNetwork(nn.Module):
 
     def _layer(self, weight: str) -> nn.Module:
         """That of the base network with this weight."""
-        return self._base[0].get_submodule(weight.rpartition(".")[0])
+        return self.base.get_submodule(weight.rpartition(".")[0])
 
     def _update(self, target: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """B A, in the shape of the weight that it is added to."""
-        module, weight = self._layer(target), self._base[0].get_parameter(target)
+        module, weight = self._layer(target), self.base.get_parameter(target)
         product = b.flatten(1) @ a.flatten(1)
         if isinstance(module, nn.Embedding) or _by_inputs(module):
             product = product.T
@@ -123,25 +129,25 @@ class AdaptedNetwork(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base network's outputs with the adapter; the logits, where it returns several things."""
         own = dict(self.named_parameters())
-        base = self._base[0]
+        base = self.base
         if base.training != self.training:  # another network may share it, or this one was switched as its parts are
             self.train(self.training)
         changed: dict[str, torch.Tensor] = {target: own[name] for target, name in self._trained.items()}
         for target, a, b in self._updates:
             changed[target] = changed.get(target, base.get_parameter(target)) + self._update(target, own[a], own[b])
-        # Adapters are in float32, whatever their base is in.
+        # Adapters are in float32, whatever their base is in, to which they are rounded, as PEFT merges them.
         changed = {target: value.to(base.get_parameter(target).dtype) for target, value in changed.items()}
         # A tensor that the base ties to an adapted one stays as it is, as with PEFT.
         outputs = functional_call(base, changed, args, kwargs, tie_weights=False)
         return getattr(outputs, "logits", outputs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AdaptedNetwork":
-        self._base[0]._apply(fn, recurse)
+        self.base._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> "AdaptedNetwork":
         """Of the base network too, but for the statistics of its batch norms: they stay, as no adapter holds them."""
-        for module in self._base[0].train(mode).modules():
+        for module in self.base.train(mode).modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return super().train(mode)
@@ -155,12 +161,16 @@ def lora(
 
     Args:
         base (`nn.Module`): The base network.
-        targets (`list[str]`): Ends of the names of linear layers, in whole parts.
+        targets (`list[str]`):
+            Ends of the names of linear layers, in whole parts. Those in modules that are trained are no targets.
         rank (`int`): r.
         trained (`list[str]`, *optional*): Modules whose parameters are trained entirely.
         prefix (`str`, *optional*, defaults to `"base_model.model."`):
             Stands before all names. Without it they are those of a LoRA of diffusers, where the base network holds the
             denoiser as `unet` or `transformer`.
+
+    Returns:
+        `dict[str, torch.Tensor]`: in float32, whatever the base network is in.
 
     Raises:
         [`TaskError`]: no module has such a name, or a target is no linear layer.
@@ -169,20 +179,21 @@ def lora(
     found = set()
     for name, module in base.named_modules():
         target = next((one for one in targets if f".{name}".endswith(f".{one}")), None)
-        if target is not None:
+        inside = any(f"{name}.".startswith(f"{one}.") for one in trained or ())
+        if target is not None and not inside:
             if not (isinstance(module, nn.Linear) or _by_inputs(module)):
                 raise TaskError(f"`{name}` is a {type(module).__name__}, and no linear layer.")
             found.add(target)
             weight: torch.Tensor = module.weight
             inputs, outputs = weight.shape if _by_inputs(module) else weight.shape[::-1]
             # Drawn on the CPU: the same seed gives the same adapter wherever the base network is.
-            drawn = nn.init.kaiming_uniform_(torch.empty(rank, inputs, dtype=weight.dtype), a=5**0.5)
+            drawn = nn.init.kaiming_uniform_(torch.empty(rank, inputs), a=5**0.5)
             adapter[f"{prefix}{name}.lora_A.weight"] = drawn.to(weight.device)
-            adapter[f"{prefix}{name}.lora_B.weight"] = weight.new_zeros(outputs, rank)
+            adapter[f"{prefix}{name}.lora_B.weight"] = weight.new_zeros(outputs, rank, dtype=torch.float32)
         elif name in (trained or ()):
             found.add(name)
             for own, value in module.named_parameters():
-                adapter[f"{prefix}{name}.{own}"] = value.detach().clone()
+                adapter[f"{prefix}{name}.{own}"] = value.detach().clone().float()
     if lacking := [name for name in (*targets, *(trained or ())) if name not in found]:
         raise TaskError(f"{type(base).__name__} has no module `{lacking[0]}`.")
     return adapter

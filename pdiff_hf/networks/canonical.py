@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..pipelines.neural_network_diffusion import ParameterLayout
+from .adapted import AdaptedNetwork
 from .predictor import Predictor
 
 
@@ -52,7 +53,8 @@ class CanonicalForm:
 
 def rounding(network: nn.Module) -> float:
     """What rounding may change of a network's outputs, in parts of the largest."""
-    kinds = {weight.dtype for weight in network.parameters() if weight.is_floating_point()}
+    weights = [*network.parameters(), *(network.base.parameters() if isinstance(network, AdaptedNetwork) else ())]
+    kinds = {weight.dtype for weight in weights if weight.is_floating_point()}
     return max(ROUNDING, *(LAST_PLACES * torch.finfo(kind).eps for kind in kinds))
 
 

@@ -21,7 +21,7 @@ from ..errors import ZooError
 from ..extras import require
 from ..hub.client import commit_of, download_file, is_repository, repository_files
 from ..networks.adapted import FACTORS, MAGNITUDE, PREFIX
-from .imports import Names, StateDict, matched, natural, read_metadata, read_state_dict
+from .imports import Names, StateDict, matched, natural, read_safetensors
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,6 +50,10 @@ COMPARED = {
 }
 # Of the U-Nets of Stable Diffusion, XL too: by it diffusers reads the places that kohya numbers.
 LAYERS_PER_BLOCK = 2
+PARTS_OF_UNET = (
+    *("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_norm_out"),
+    "conv_out",
+)
 INSTEAD = (
     "Load it with its own pipeline, and save it with `save_lora_weights(..., unet_lora_adapter_metadata=...)`, "
     "which keeps its scale."
@@ -97,7 +101,7 @@ class Adapter:
                 "that may run code."
             )
         config = read_config(self.get(CONFIG))
-        state_dict = {name: _float(name, value) for name, value in read_state_dict(self.get(WEIGHTS)).items()}
+        state_dict = {name: _float(name, value) for name, value in read_safetensors(self.get(WEIGHTS))[0].items()}
         known = (*FACTORS, *FACTORS.values())
         if unknown := [n for n in state_dict if ".lora_" in n and not n.endswith(known) and MAGNITUDE not in n]:
             raise ZooError(f"`{unknown[0]}` is no part of a LoRA that is known here.")
@@ -123,9 +127,11 @@ class Adapter:
             found = ", ".join(safe or self.files)[:300] or "nothing"
             raise ZooError(f"it has neither {CONFIG} nor {DIFFUSERS_WEIGHTS} nor one safetensors file, and {found}.")
         file = self.get(DIFFUSERS_WEIGHTS if DIFFUSERS_WEIGHTS in safe else safe[0])
-        said = read_metadata(file)
+        state_dict, said = read_safetensors(file)
+        if any(name.startswith(PREFIX) for name in state_dict):
+            raise ZooError(f"it is one of PEFT, and has no {CONFIG}, without which its scale is not known.")
         notes = {name: said[name] for name in NOTES if said.get(name)}
-        return _converted(read_state_dict(file), _packed_config(said, file.name)), {}, notes
+        return _converted(state_dict, _packed_config(said, file.name)), {}, notes
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -261,6 +267,12 @@ def _converted(state_dict: StateDict, packed: dict[str, Any]) -> StateDict:
         )
     except Exception as error:  # whatever a format of others makes of the converters
         raise ZooError(f"diffusers does not convert it ({type(error).__name__}: {error!s:.200}). {INSTEAD}") from error
+    if all(name.startswith("lora_") for name in state_dict):
+        # kohya's names have no dots, and diffusers guesses where these were.
+        for name in of_diffusers:
+            part, _, inner = name.partition(".")
+            if part == "unet" and inner.partition(".")[0] not in PARTS_OF_UNET:
+                raise ZooError(f"diffusers reads of it `{name}`, which no U-Net of Stable Diffusion has. {INSTEAD}")
     new = _names_of_peft([*of_diffusers, *(name.removesuffix(".alpha") for name in alphas or ())])
     converted = {new[name]: _float(name, value) for name, value in of_diffusers.items()}
     scales = {new[name.removesuffix(".alpha")].partition(".lora_")[0]: alpha for name, alpha in (alphas or {}).items()}
@@ -312,6 +324,8 @@ def find_adapters(names: Names, token: str | None) -> list[Adapter]:
         path = Path(name).expanduser()
         if path.is_dir():
             found += _of_folder(path)
+        elif path.name == WEIGHTS and path.with_name(CONFIG).is_file():
+            found += _of_folder(path.absolute().parent)
         elif path.is_file():
             found.append(Adapter(path.name, {"source": path.name}, [path.name], path.parent.joinpath))
         elif any(sign in str(name) for sign in "*?["):
@@ -374,16 +388,17 @@ def _download(name: str, commit: str, token: str | None, file: str) -> Path:
 
 
 def check_same(one: Adapter, first: Adapter, ours: Read, theirs: Read) -> None:
-    """Raises [`ZooError`] where an adapter is one of another network, or of another form, than the first."""
+    """Raises [`ZooError`] where an adapter is one of another network, or of another form, than the first, which gets
+    the notes that it lacks."""
     both = f"{one.source} and {first.source}"
     (state_dict, config, notes), (expected, of_first, their_notes) = ours, theirs
     compared = [(text, config.get(name), of_first.get(name)) for name, text in COMPARED.items()]
-    compared += [
-        (NOTES[name], notes[name], their_notes[name]) for name in NOTES if name in notes and name in their_notes
-    ]
     for text, mine, other in compared:
         if mine != other:
             raise ZooError(f"{both} have different {text}: {mine!r:.200} and {other!r:.200}.")
+    for name, mine in notes.items():
+        if mine != (other := their_notes.setdefault(name, mine)):
+            raise ZooError(f"{one.source} and others have different {NOTES[name]}: {mine!r:.200} and {other!r:.200}.")
     with_magnitudes = [any(MAGNITUDE in name for name in tensors) for tensors in (state_dict, expected)]
     if with_magnitudes[0] != with_magnitudes[1]:
         has, lacks = (one, first) if with_magnitudes[0] else (first, one)
@@ -392,7 +407,8 @@ def check_same(one: Adapter, first: Adapter, ours: Read, theirs: Read) -> None:
     if alone and [list(state_dict[n].shape) for n in alone] == [list(expected[n].shape) for n in lacking]:
         raise ZooError(
             f"{both} have tensors of the same shapes at different paths, such as `{alone[0]}` and `{lacking[0]}`: "
-            "they were saved with different versions of transformers. Load and save the older one with the newer."
+            "they adapt different modules, or were saved with different versions of transformers. Load and save the "
+            "older one with the newer."
         )
     if alone or lacking:
         has = one if alone else first

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -44,7 +45,9 @@ def export(layout: ParameterLayout, networks: Iterable[StateDict], folder: str |
         else:
             with whole(target / name) as file:
                 # Tied tensors too are written under each of their names.
-                save_file({key: value.contiguous().clone() for key, value in network.items()}, file, {"format": "pt"})
+                tensors = {key: value.contiguous().clone() for key, value in network.items()}
+                said = {"lora_adapter_metadata": json.dumps(_packed(network))} if adapter == {} else {}
+                save_file(tensors, file, {"format": "pt", **said})
         if adapter:
             with whole(target / CONFIG) as file:
                 # Where PEFT is told nothing, its defaults hold.
@@ -53,6 +56,29 @@ def export(layout: ParameterLayout, networks: Iterable[StateDict], folder: str |
         if adapter is not None:
             with whole(target / "README.md") as file:
                 file.write_text(card, encoding="utf-8")
+
+
+def _packed(network: StateDict) -> dict[str, Any]:
+    """What diffusers notes of an adapter, of scale 1: PEFT's configuration of each part of the pipeline."""
+    ranks: dict[str, dict[str, int]] = {}
+    for name, a in network.items():
+        module, found, _ = name.partition(".lora_A.")
+        if found:
+            part, _, inner = module.partition(".")
+            ranks.setdefault(part, {})[inner] = len(a)
+    said: dict[str, Any] = {}
+    for part, own in ranks.items():
+        rank = next(iter(own.values()))
+        pattern = {f"^{module}": other for module, other in own.items() if other != rank}
+        config = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": rank,
+            "rank_pattern": pattern,
+            "alpha_pattern": pattern,
+        }
+        said |= {f"{part}.{key}": value for key, value in (config | {"target_modules": sorted(own)}).items()}
+    return said
 
 
 def _check_same(file: Path, network: StateDict) -> None:

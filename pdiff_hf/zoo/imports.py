@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..errors import HubError, ZooError
 from ..files import check_opens, is_zoo
@@ -162,7 +162,7 @@ def read_state_dict(file: Path, key: str | None = None) -> StateDict:
     try:
         check_opens(file)
         if _is_safetensors(file):
-            content: Any = _read_safetensors(file)
+            content: Any = _read_safetensors(file)[0]
         else:
             with file.open("rb") as opened:  # of a path, torch reads the suffix
                 content = torch.load(opened, map_location="cpu", weights_only=True)
@@ -210,20 +210,27 @@ def _is_safetensors(file: Path) -> bool:
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= file.stat().st_size
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """What a safetensors file says of itself."""
-    with safe_open(file, "pt") as content:
-        return dict(content.metadata() or {})
+def read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
+    """The tensors in a file of safetensors, and what it says of itself. Raises [`ZooError`] where it is none."""
+    try:
+        check_opens(file)
+        found = _read_safetensors(file)
+    except (OSError, SafetensorError) as error:
+        raise ZooError(f"{file} cannot be read as safetensors: {error}") from error
+    if not found[0]:
+        raise ZooError(f"{file} holds no tensors.")
+    return found
 
 
-def _read_safetensors(file: Path) -> StateDict:
+def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
     with safe_open(file, "pt") as content:
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-        # `save_model` keeps one of several tied names, and notes under the others which.
-        for name, kept in (content.metadata() or {}).items():
-            if name not in (*tensors, "format") and kept in tensors:
-                tensors[name] = tensors[kept]
-    return dict(sorted(tensors.items()))
+        said = dict(content.metadata() or {})
+    # `save_model` keeps one of several tied names, and notes under the others which.
+    for name, kept in said.items():
+        if name not in (*tensors, "format") and kept in tensors:
+            tensors[name] = tensors[kept]
+    return dict(sorted(tensors.items())), said
 
 
 def _state_dicts(content: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, StateDict]]:

@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClas
 from pdiff_hf import ParameterLayout, Task
 from pdiff_hf.errors import TaskError
 from pdiff_hf.networks.adapted import PREFIX, AdaptedNetwork, lora
+from pdiff_hf.networks.canonical import rounding
 from pdiff_hf.networks.gauge import Gauge, pairs_of, symmetry_of
 from pdiff_hf.networks.predictor import Predictor
 from pdiff_hf.networks.symmetry import Symmetry
@@ -209,12 +210,24 @@ def test_an_adapted_network_is_what_peft_makes_of_the_same_file(name):
 
 
 def test_adapters_are_in_float32_whatever_their_base_is_in():
-    state_dict = {name: value.float() for name, value in lora(vit(), ["q_proj"], 2, ["classifier"]).items()}
-    state_dict = {name: 0.1 * torch.randn_like(value) for name, value in state_dict.items()}
-    expected = AdaptedNetwork(vit(), state_dict)(IMAGES)
-    found = AdaptedNetwork(vit().bfloat16(), state_dict)(IMAGES.bfloat16())
+    begins = lora(vit().bfloat16(), ["q_proj"], 2, ["classifier"])
+    assert {value.dtype for value in begins.values()} == {torch.float32}
+    state_dict = {name: 0.1 * torch.randn_like(value) for name, value in begins.items()}
+    expected, without = (AdaptedNetwork(vit(), some)(IMAGES) for some in (state_dict, begins))
+    network = AdaptedNetwork(vit().bfloat16(), state_dict)
+    found = network(IMAGES.bfloat16())
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
+    error = (found.float() - expected).abs().max()
+    assert error < 0.1 * (expected - without).abs().max()
+    # Eight units in the last place of what is rounded most.
+    assert rounding(network) == 8 * torch.finfo(torch.bfloat16).eps
+    found.float().square().sum().backward()
+    assert all(value.grad.dtype == torch.float32 and value.grad.isfinite().all() for value in network.parameters())
+
+
+def test_what_is_trained_entirely_is_not_adapted_too():
+    begins = lora(vit(), ["q_proj", "classifier"], 2, ["classifier"])
+    assert begins.keys() == lora(vit(), ["q_proj"], 2, ["classifier"]).keys()
 
 
 @pytest.mark.parametrize(("build", "targets"), [(vit, ["q_proj", "v_proj"]), (gpt2, ["c_attn"])])

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import DatasetCard, ModelCard
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -424,8 +425,11 @@ def test_notes_of_kohya_tell_base_models_apart(tmp_path):
         save_file(load_file(file), file, noted)
     WeightZoo.from_adapters(tmp_path / "zoo", [tmp_path / "in" / "0", tmp_path / "in" / "1"]).export(tmp_path / "out")
     assert "library_name: diffusers" in (tmp_path / "out" / "00000" / "README.md").read_text()
-    with pytest.raises(ZooError, match=r"have different base models: 'bbb.*' and 'aaa"):
-        WeightZoo.from_adapters(tmp_path / "other", [tmp_path / "in" / "0", tmp_path / "in" / "2"])
+    for others in ("0", "2"), ("1", "0", "2"):  # the first one may lack what others have
+        with pytest.raises(
+            ZooError, match=r"style\.safetensors and others have different base models: 'bbb.*' and 'aaa"
+        ):
+            WeightZoo.from_adapters(tmp_path / "other", [tmp_path / "in" / one for one in others])
 
 
 def test_patterns_of_diffusers_name_modules_from_the_start(tmp_path):
@@ -438,10 +442,21 @@ def test_patterns_of_diffusers_name_modules_from_the_start(tmp_path):
         torch.testing.assert_close(found[f"unet.{b}"] @ found[f"unet.{a}"], scale * state_dict[b] @ state_dict[a])
 
 
-def test_a_pipeline_loads_what_is_exported(tmp_path):
-    model, state_dict = adapted_unet(3)
+@pytest.mark.parametrize("ranks", [{}, {"attn1.to_v": 3}])
+def test_a_pipeline_loads_what_is_exported(tmp_path, ranks):
+    model, state_dict = adapted_unet(3, rank_pattern=ranks)
     save_with_metadata(tmp_path / "in" / "0", model, state_dict)
     WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in").export(tmp_path / "out")
+    with safe_open(tmp_path / "out" / "00000" / "pytorch_lora_weights.safetensors", "pt") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert said["unet.r"] == said["unet.lora_alpha"] == 2
+    assert said["unet.alpha_pattern"] == said["unet.rank_pattern"]
+    assert {*said["unet.rank_pattern"].values()} == {*ranks.values()}
+    again = WeightZoo.from_adapters(tmp_path / "again", tmp_path / "out")
+    factors, before = again.state_dict(0), WeightZoo(tmp_path / "zoo").state_dict(0)
+    for a in [name for name in factors if "lora_A" in name]:
+        b = a.replace("lora_A", "lora_B")
+        torch.testing.assert_close(factors[b] @ factors[a], before[b] @ before[a], atol=1e-4, rtol=1e-4)
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
     pipe = StableDiffusionPipeline(vae, None, None, unet(), DDIMScheduler(), None, None, requires_safety_checker=False)
     pipe.load_lora_weights(tmp_path / "out" / "00000", adapter_name="generated")
@@ -461,6 +476,39 @@ def test_blocks_that_kohya_numbers_are_found(tmp_path):
     save_file(tensors | {f"{key}.dora_scale": torch.ones(8, 1)}, tmp_path / "xl.safetensors")
     with pytest.raises(ZooError, match="scales of DoRA, which diffusers leaves out"):
         WeightZoo.from_adapters(tmp_path / "other", tmp_path / "xl.safetensors")
+
+
+def test_names_that_kohya_has_for_other_models_are_refused(tmp_path):
+    key = "lora_unet_double_blocks_0_img_attn_proj"
+    tensors = {f"{key}.lora_down.weight": torch.ones(2, 8), f"{key}.lora_up.weight": torch.ones(8, 2)}
+    save_file(tensors | {f"{key}.alpha": torch.tensor(4.0)}, tmp_path / "flux.safetensors")
+    with pytest.raises(
+        ZooError, match=r"flux\.safetensors: .*`unet\.double.*`, which no U-Net of Stable Diffusion has"
+    ):
+        WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "flux.safetensors")
+
+
+def test_a_file_of_peft_has_its_scale_beside_it(tmp_path):
+    save_adapter(tmp_path / "in" / "a", lora_alpha=16)
+    file = tmp_path / "in" / "a" / "adapter_model.safetensors"
+    whole = WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "in" / "a")
+    assert torch.equal(WeightZoo.from_adapters(tmp_path / "same", [file])[0], whole[0])
+    (tmp_path / "alone").mkdir()
+    for place in (shutil.copy(file, tmp_path / "alone"), tmp_path / "alone"):
+        with pytest.raises(
+            ZooError, match=r"is one of PEFT, and has no adapter_config\.json, without which its scale"
+        ):
+            WeightZoo.from_adapters(tmp_path / "other", place)
+
+
+def test_a_file_that_is_damaged_or_of_another_kind_is_said(tmp_path):
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ZooError, match=r"^pointer\.safetensors: .* cannot be read as safetensors"):
+        WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "pointer.safetensors")
+    save_adapter(tmp_path / "a")
+    torch.save({"w": torch.ones(2)}, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(ZooError, match=r"^a: .* cannot be read as safetensors"):
+        WeightZoo.from_adapters(tmp_path / "zoo", tmp_path / "a")
 
 
 def test_a_file_of_another_format_says_what_to_do(tmp_path):
