@@ -140,8 +140,10 @@ def _run(stage: str, args: Sequence[str]) -> None:
         run = stage_function(stage)
         started = time.perf_counter()
         result = run(config)
-        if not isinstance(result, str):
-            result = None if quiet else _outcome(stage, config, result, started)
+        if quiet and stage not in ("info", "push"):  # whose results are what they say
+            result = None
+        elif not isinstance(result, str):
+            result = _outcome(stage, config, result, started)
         if result:
             print(result, flush=True)
     except BrokenPipeError:

@@ -62,6 +62,8 @@ def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
     conditions = family.conditions(config.split)
     task = family.task(conditions[0])
     asked = config
+    if isinstance(family, OneTask) and config.split != "train":
+        raise ConfigError(f"{config.task} is one task, without a split {config.split}: --seed gives other networks.")
     if not isinstance(family, OneTask):
         config = replace(config, protocol="independent", num_networks=config.networks_per_task * len(conditions))
     with own_randomness():

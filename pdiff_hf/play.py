@@ -100,12 +100,13 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
                 margin = 0.1 * (high - low) + 0.1
                 limits = {"x_lim": [0, int(count) + 1]} if ground.trained is None else {}
                 plot = gr.ScatterPlot(pandas.DataFrame(shown), y_lim=[low - margin, high + margin], **limits)
-                yield plot, f"{text}.", all_of_them
+                yield plot, f"{text}.", (all_of_them, condition)
 
     def answer(state: Any, image: torch.Tensor) -> tuple[Any, str, Any, np.ndarray]:
         if state is None:
             raise gr.Error("Ask for networks first, in the first tab.")
-        probabilities = ground.classify(state, image)
+        vectors, condition = state
+        probabilities = ground.classify(vectors, image, condition)
         together = probabilities.mean(0).tolist()
         names = names_of(len(together), families)
         alone = pandas.DataFrame(each_said(probabilities, families))

@@ -3,7 +3,7 @@
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ from .zoo import WeightZoo, evenly
 
 # Training networks in the plane, test images to choose from, stops of a walk, pictures of a denoising.
 TRAINED, IMAGES, STOPS, PICTURES = 100, 24, 13, 8
+# By so many the mean of what is drawn is known.
+DRAWS = 100
 
 
 class Playground:
@@ -92,7 +94,7 @@ class Playground:
     def score(self, vectors: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
         """Accuracies `[N]` on the test split, and wrong answers, boolean `[N, E]`."""
         inputs, targets = task.data("test")
-        predictions = self._predict(vectors, inputs)
+        predictions = self._predict(vectors, inputs, task)
         wrong = ~torch.stack([task.correct(one, targets) for one in predictions])
         return 1 - wrong.float().mean(1), wrong
 
@@ -117,12 +119,12 @@ class Playground:
         """The accuracy of the ensemble."""
         task = self.family.task(condition or self.example)
         inputs, targets = task.data("test")
-        predictions = self._predict(vectors, inputs).mean(0)
+        predictions = self._predict(vectors, inputs, task).mean(0)
         return task.correct(predictions, targets).float().mean().item()
 
-    def classify(self, vectors: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """What networks say to an image `[C, H, W]`: probabilities `[N, classes]`."""
-        return self._predict(vectors, image[None])[:, 0]
+    def classify(self, vectors: torch.Tensor, image: torch.Tensor, condition: dict[str, Any]) -> torch.Tensor:
+        """What networks that were asked for say to an image `[C, H, W]`: probabilities `[N, classes]`."""
+        return self._predict(vectors, image[None], self.family.task(condition or self.example))[:, 0]
 
     def drawn(self, ink: np.ndarray) -> torch.Tensor:
         """A drawing, 0 to 1 `[height, width]`, as the inputs are: cut out, centred, at their size and range."""
@@ -144,14 +146,23 @@ class Playground:
         that of another, without further noise on the way, along a circle: it stays noise."""
         angles = torch.linspace(0, math.pi / 2, STOPS)
 
-        def between(draw: Callable[[torch.Generator], torch.Tensor]) -> torch.Tensor:
-            start, end = (draw(torch.Generator().manual_seed(seed)) for seed in (first, second))
-            shares = [part.reshape(-1, *[1] * (start.ndim - 1)) for part in (angles.cos(), angles.sin())]
-            return shares[0] * start + shares[1] * end
+        def drawn(draw: Callable[[torch.Generator], torch.Tensor], seeds: Sequence[int]) -> torch.Tensor:
+            return torch.cat([draw(torch.Generator().manual_seed(seed)) for seed in seeds])
+
+        def between(draw: Callable[[torch.Generator], torch.Tensor], mean: torch.Tensor | float = 0.0) -> torch.Tensor:
+            start, end = drawn(draw, (first, second)) - mean
+            shares = [part.reshape(-1, *[1] * start.ndim) for part in (angles.cos(), angles.sin())]
+            return mean + shares[0] * start + shares[1] * end
 
         arguments = {"latents": between(lambda one: torch.randn(1, *self.pipe.latent_shape, generator=one))}
         if self.pipe.takes_initial:
-            arguments["initial"] = between(lambda one: self.pipe.layout.draw_initial([one]))
+
+            def initial(one: torch.Generator) -> torch.Tensor:
+                vectors: torch.Tensor = self.pipe.layout.draw_initial([one])
+                return vectors
+
+            # Unlike noise, they have a mean: constants stay what they are.
+            arguments["initial"] = between(initial, drawn(initial, range(DRAWS)).mean(0))
         vectors = self._sample(condition, deterministic(self.pipe.scheduler), **arguments)
         accuracies, _ = self.score(vectors, self.family.task(condition or self.example))
         return [
@@ -177,9 +188,9 @@ class Playground:
         matrices = [one[name].float().flatten(1) if one[name].ndim > 1 else one[name].float()[None] for one in dicts]
         return rows, [heat(matrix, matrices[-1].abs().max().item()) for matrix in matrices]
 
-    def _predict(self, vectors: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    def _predict(self, vectors: torch.Tensor, inputs: torch.Tensor, task: Task) -> torch.Tensor:
         with self._one_at_a_time:  # visitors share a network
-            return self._predictor(vectors, inputs)
+            return self._predictor.of(task)(vectors, inputs)
 
     def _sample(self, condition: dict[str, Any], scheduler: Any = None, **arguments: Any) -> torch.Tensor:
         if condition:

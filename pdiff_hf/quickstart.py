@@ -103,7 +103,7 @@ def _quickstart(config: QuickstartConfig, folder: Path) -> dict[str, Any]:
             mixed_precision="bf16",
         )
         timed("train", lambda: run_train(train_config))
-        evaluate_config = EvaluateConfig(task, zoo, pipeline, fresh=fresh, output_dir=report_dir)
+        evaluate_config = EvaluateConfig(task, zoo, pipeline, fresh=fresh, output_dir=report_dir, seed=config.seed)
     else:
         timed("collect", lambda: run_collect(CollectConfig(task, output_dir=zoo, seed=config.seed)))
         timed("train", lambda: run_train(TrainConfig(**settings)))

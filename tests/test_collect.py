@@ -32,6 +32,12 @@ def accuracy_of(task_name: str, state_dict: dict) -> float:
     return task.correct(task.predict(network, inputs), targets).float().mean().item()
 
 
+def test_one_task_has_no_splits_of_tasks(tmp_path):
+    with pytest.raises(ConfigError, match="digits-mlp is one task, without a split test: --seed gives other networks"):
+        run_collect(CollectConfig("digits-mlp", str(tmp_path / "zoo"), split="test"))
+    assert not (tmp_path / "zoo").exists() or not list((tmp_path / "zoo").iterdir())
+
+
 def test_a_trajectory_holds_consecutive_steps_of_one_run(tmp_path):
     zoo = run_collect(config(tmp_path / "zoo", save_every=2))
     assert [row["step"] for row in zoo.metadata] == [22, 24, 26, 28, 30, 32]

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from pdiff_hf import CollectConfig, Task, TaskFamily, evaluate, load_task, run_collect
+from pdiff_hf import CollectConfig, NeuronTrainConfig, Task, TaskFamily, evaluate, load_task, run_collect, run_train
 from pdiff_hf.errors import TaskError
 from pdiff_hf.evaluation import conditions
 from pdiff_hf.networks.predictor import Predictor
 from pdiff_hf.networks.trainer import NetworkTrainer
+from pdiff_hf.playground import Playground
 from pdiff_hf.tasks import check_family, load_family
 
 
@@ -89,6 +90,22 @@ def test_networks_that_train_otherwise_are_trained_as_their_tasks_say(tmp_path):
         vector, own = NetworkTrainer(Settings().task(row), row["seed"]).train(zoo.layout)[0]
         torch.testing.assert_close(zoo[row["index"]], vector, rtol=1e-4, atol=1e-5)
         assert row["validation_accuracy"] == pytest.approx(own["validation_accuracy"], abs=0.02)
+
+
+def test_the_page_asks_each_task_what_outputs_mean(tmp_path):
+    zoo = run_collect(CollectConfig(f"{__name__}:Waves", str(tmp_path / "zoo"), networks_per_task=2))
+    settings = {"transformer_steps": 2, "hidden_size": 32, "num_layers": 1, "condition": ("height",)}
+    run_train(NeuronTrainConfig(zoo=str(zoo.folder), output_dir=str(tmp_path / "pipeline"), **settings, task=zoo.task))
+    ground = Playground(str(tmp_path / "pipeline"), zoo.task)
+    for index, row in enumerate(zoo.rows()):
+        task, network = Waves().task(row), Waves().task(row).build_network()
+        network.load_state_dict(zoo.state_dict(index))
+        inputs, targets = task.data("test")
+        expected = task.correct(task.predict(network, inputs), targets).float().mean().item()
+        (found,) = ground.places(zoo[index][None], {"height": row["height"]})
+        assert found["accuracy, %"] == pytest.approx(100 * expected, abs=0.1)
+        said = ground.classify(zoo[index][None], inputs[0], {"height": row["height"]})
+        torch.testing.assert_close(said, task.predict(network, inputs[:1]))
 
 
 def test_what_outputs_mean_is_said_by_each_task(tmp_path):

@@ -110,7 +110,7 @@ def test_a_drawing_becomes_an_input(ground):
     assert image[0, :, 4].mean() > image[0, :, 0].mean()
     assert (ground.drawn(np.zeros((9, 9))) == ground.images.min()).all()
     vectors = torch.cat(list(ground.networks({}, 3, 0, 1.0)))
-    probabilities = ground.classify(vectors, image)
+    probabilities = ground.classify(vectors, image, {})
     assert probabilities.shape == (3, 10)
     assert probabilities.sum(1) == pytest.approx([1, 1, 1])
 
@@ -167,8 +167,9 @@ def test_ticks_that_are_no_task_are_said_in_every_tab(asked):
         for ticked in ([], list(range(10))):
             with pytest.raises(gradio.Error, match="classes: no task of digits-subsets has just these ticked"):
                 list(answers[name](*numbers, ticked))
-    ((_, _, networks),) = answers["ask"](1, 0, 1.0, [3])
+    ((_, _, (networks, condition)),) = answers["ask"](1, 0, 1.0, [3])
     assert len(networks) == 1
+    assert condition == {"classes": [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]}
 
 
 def test_the_space_is_one():

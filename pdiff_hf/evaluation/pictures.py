@@ -322,7 +322,7 @@ def training(
     figure, axes = _figure(6.8, 3.2, ncols=2, squeeze=False)
     spread, loss = axes.flat
     for name, latents, marker in (("trained", trained, "o"), ("generated", generated, "^")):
-        values = latents.flatten(1).std(0).numpy()
+        values = latents.flatten(1).float().std(0).numpy()
         spread.plot(range(1, len(values) + 1), values, marker, markersize=3, color=COLOURS[name], label=LABELS[name])
     low, high = spread.get_ylim()
     if not 0 < high < 5 * low:

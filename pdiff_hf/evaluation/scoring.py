@@ -257,7 +257,8 @@ class Scorer:
         sums: dict[str, Any] = {}
         members = torch.zeros(len(sizes), dtype=torch.long)
         starts = range(0, len(indices), batch_size)
-        for start in tqdm(starts, desc=f"score {name}", unit="batch", leave=False, disable=len(starts) == 1):
+        silent: dict[str, Any] = {"disable": True} if len(starts) == 1 else {}  # else TQDM_DISABLE decides
+        for start in tqdm(starts, desc=f"score {name}", unit="batch", leave=False, **silent):
             some = indices[start : start + batch_size]
             outputs = self.predict(vectors(some), self.inputs)
             predictions = dict(zip(SPLITS, outputs.split(counts, dim=1), strict=True))

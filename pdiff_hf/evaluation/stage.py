@@ -22,12 +22,23 @@ from ..runs import noted, save_run, versions
 from ..tasks import Task, TaskFamily, check_family
 from ..text import with_front
 from ..zoo import WeightZoo
+from ..zoo.imports import checkpoint_files
 from . import pictures
 from .conditions import ConditionAudit, Seen
 from .quality import asked_quality
 from .report import captioned, card_results, card_section, table, write_report
 from .study import PARTS, Study
-from .subjects import NetworksLike, Sampler, Subjects, family_of, holds_pipeline, load, opened
+from .subjects import (
+    NetworksLike,
+    Sampler,
+    Subjects,
+    check_learned_from,
+    family_of,
+    holds_pipeline,
+    knows_training,
+    load,
+    opened,
+)
 
 
 REPORT_VERSION = 2
@@ -176,9 +187,8 @@ def _audit(
                 "--generated PIPELINE."
             )
         folder = pipeline_folder(generated)
-        # Facts may lie beside other weights than those that they are of.
-        if noted(folder, "train", "weights_sha256") == weights_sha256(folder):
-            _check_learned_from(folder, zoo)
+        if knows_training(folder):
+            check_learned_from(folder, zoo)
             seen = _seen(folder)
         generated = load(generated)
     if not hasattr(generated, "condition_encoder"):
@@ -186,6 +196,10 @@ def _audit(
             f"{name} is a family of tasks: what is audited is a pipeline, which is asked for some of them, and not "
             f"{type(generated).__name__}."
         )
+    if not isinstance(fresh, WeightZoo | str | Path | None) or (
+        isinstance(fresh, str | Path) and checkpoint_files(fresh)
+    ):
+        raise ZooError(f"{name} is a family of tasks: fresh networks come in a zoo, whose rows hold their conditions.")
     gold = fresh if isinstance(fresh, WeightZoo | None) else WeightZoo.from_pretrained(str(fresh))
     check_family(family, processes().device, training=False)
     figures = from_main(lambda: ConditionAudit(family, zoo, generated, gold, seed, seen).figures())
@@ -210,17 +224,6 @@ def _seen(pipeline: Path) -> Seen:
         if name in MOST_SEEN and type(number) is int and 0 < number <= MOST_SEEN[name]
     }
     return Seen(**known)
-
-
-def _check_learned_from(pipeline: Path, zoo: WeightZoo) -> None:
-    """Raises [`ZooError`] where a pipeline notes that it learned from another zoo: of what it has seen, and of what
-    baselines have, nothing would be known."""
-    learned_from = noted(pipeline, "train", "zoo_sha256")
-    if learned_from is not None and learned_from != zoo.sha256():
-        raise ZooError(
-            f"{pipeline} did not learn from {zoo.folder} as it is now: it has grown or changed, or is another. Pass "
-            "--trained ZOO, the one of the training."
-        )
 
 
 def _write(

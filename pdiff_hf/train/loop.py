@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -71,6 +71,7 @@ class TrainingLoop:
         self.resume_from = _checkpoint_to_resume(config)
         self.step = _step_of(self.resume_from) if self.resume_from else 0
         self.planned = 0  # steps of the objectives so far
+        self.losses: TextIO | None = None  # of the main process
         self.finished: dict[str, torch.Tensor] = {}
         processes()
         self.accelerator = Accelerator(
@@ -99,15 +100,11 @@ class TrainingLoop:
         if self.resume_from is not None:
             with _readable(self.resume_from):
                 self.finished = load_file(self.resume_from / FINISHED)
-        self.progress = tqdm(
-            total=steps,
-            initial=self.step,
-            desc="train",
-            unit="step",
-            disable=not self.accelerator.is_local_main_process,
-        )
-        if self.accelerator.is_main_process:
-            self.losses = _open_losses(self.folder / LOSSES, self.step)
+        if config.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise ConfigError("fp16 needs an accelerator, and here is none: take bf16.")
+        # Where nothing is said, TQDM_DISABLE decides.
+        silent: dict[str, Any] = {} if self.accelerator.is_local_main_process else {"disable": True}
+        self.progress = tqdm(total=steps, initial=self.step, desc="train", unit="step", **silent)
         try:
             self.accelerator.init_trackers("pdiff-hf")
         except Exception as error:  # of whatever package tracks
@@ -180,6 +177,9 @@ class TrainingLoop:
             for optimizer, peak in zip(optimizers, peaks, strict=True)
         ]
 
+        # Only now has a checkpoint turned out to be what can be resumed.
+        if accelerator.is_main_process and self.losses is None:
+            self.losses = _open_losses(self.folder / LOSSES, self.step)
         if accelerator.is_main_process and self.resume_from is not None:
             self._remove_later(self.step + 1)
         model.train()
@@ -234,7 +234,7 @@ class TrainingLoop:
         self.progress.update()
         self.progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self.accelerator.log({f"{name}/loss": loss}, step=self.step)
-        if self.accelerator.is_main_process:
+        if self.losses is not None:
             self.losses.write(json.dumps({"step": self.step, "objective": name, "loss": loss}) + "\n")
 
     def _save_checkpoint(self, ema: EMAModel | None) -> None:
@@ -242,6 +242,7 @@ class TrainingLoop:
         temporary = target.with_name(f"{target.name}.part")
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
+        if self.losses is not None:
             self.losses.flush()
         wait_for_everyone()
         try:
@@ -274,7 +275,7 @@ class TrainingLoop:
 
     def __exit__(self, *_: object) -> None:
         self.progress.close()
-        if self.accelerator.is_main_process:
+        if self.losses is not None:
             self.losses.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()  # unlike `end_training`, which parts the processes

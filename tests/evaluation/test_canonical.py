@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import pdiff_hf
-from pdiff_hf import CollectConfig, Task, WeightZoo, load_task, run_collect
+from pdiff_hf import CollectConfig, Task, WeightZoo, ZooError, load_task, run_collect
 from pdiff_hf.evaluation.baselines import Baseline, strengths_of
 from pdiff_hf.evaluation.canonical import canonical_zoo, in_form, symmetry_that_holds
 from pdiff_hf.networks.predictor import Predictor
@@ -46,6 +46,12 @@ def test_networks_of_several_seeds_have_a_canonical_form_and_those_of_one_run_ne
     )
     assert canonical_zoo(trajectory, symmetry, tmp_path / "none") is None
     assert not (tmp_path / "none").exists()
+
+
+def test_new_networks_are_of_new_seeds(independent, tmp_path):
+    same = collected(tmp_path / "same", "independent", 3)
+    with pytest.raises(ZooError, match=r"3 networks of .*same have seeds of training networks, and are no new ones"):
+        pdiff_hf.evaluate(trained=independent, generated=independent, fresh=same, networks_per_point=2)
 
 
 def test_the_front_of_independent_networks_is_higher_on_their_canonical_form(independent, monkeypatch):

@@ -284,9 +284,17 @@ def test_a_zoo_that_grew_does_not_resume(digits_zoo, tmp_path):
     run_train(small_config(zoo, tmp_path / "pipeline", checkpointing_steps=50))
     with zoo:
         zoo.append(zoo[0])
-    again = small_config(zoo, tmp_path / "pipeline", checkpointing_steps=50, resume_from_checkpoint="latest")
+    log = (tmp_path / "pipeline" / "train.losses.jsonl").read_text()
+    again = small_config(zoo, tmp_path / "pipeline", checkpointing_steps=50, resume_from_checkpoint="checkpoint-50")
     with pytest.raises(ConfigError, match="holds a run with 40 networks, not 41"):
         run_train(again)
+    assert (tmp_path / "pipeline" / "train.losses.jsonl").read_text() == log
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is an accelerator")
+def test_fp16_without_an_accelerator_is_refused(digits_zoo, tmp_path):
+    with pytest.raises(ConfigError, match="fp16 needs an accelerator, and here is none: take bf16"):
+        run_train(small_config(digits_zoo, tmp_path / "pipeline", mixed_precision="fp16"))
 
 
 def test_randomness_of_the_caller_stays(digits_zoo, tmp_path):
