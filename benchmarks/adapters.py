@@ -26,16 +26,19 @@ from pdiff_hf.tasks import load_family
 
 
 class Row(NamedTuple):
-    """A family of tasks, adapters of each, the base network."""
+    """A family of tasks, adapters of each, the base network; of the generator's training, steps, and how much outputs
+    count, which was chosen on validation tasks: what adapters do can be learned, and their numbers cannot."""
 
     family: str
     each: int
     base: Any
+    steps: int
+    weight: float
 
 
 ROWS = {
-    "vit": Row("benchmarks.adapter_tasks:AdaptersOfSubsets", 1, vit),
-    "gpt2": Row("benchmarks.adapter_tasks:AdaptersOfModules", 4, gpt2),
+    "vit": Row("benchmarks.adapter_tasks:AdaptersOfSubsets", 1, vit, 2500, 1024.0),
+    "gpt2": Row("benchmarks.adapter_tasks:AdaptersOfModules", 4, gpt2, 1500, 256.0),
 }
 
 
@@ -47,8 +50,6 @@ class Config:
     """Base networks."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the generators."""
-    transformer_steps: int = 3000
-    """Of the generator's training."""
     threads: int = 2
     """Of torch."""
     output: str | None = None
@@ -61,12 +62,11 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
     settings = {
         "batch_size": 64,
         "initial": False,
-        # Chosen on validation tasks: what adapters do can be learned from 778 of them, and their numbers cannot.
-        "behaviour_weight": 256.0,
+        "behaviour_weight": row.weight,
         "last_sigma": 0.9,
         "min_sigma": 0.9,
         "mixed_precision": "bf16",
-        "transformer_steps": config.transformer_steps,
+        "transformer_steps": row.steps,
     }
     figures = generalization(folder, row.family, row.each, seed, settings, align=True)
     difference = difference_to_peft(name, folder / f"seed-{seed}" / "pipeline")

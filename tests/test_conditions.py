@@ -290,6 +290,7 @@ def test_the_hypernetwork_weighs_outputs_as_validation_conditions_prefer(zoo, tr
 
     def answered(*weights: float) -> torch.Tensor:
         monkeypatch.setattr(regression, "WEIGHTS", weights)
+        audit.seen = conditions.Seen(weight=weights[0])
         return dict(audit._answers())["hypernetwork"]
 
     once, often = answered(1.0), answered(256.0)
@@ -309,11 +310,11 @@ def test_the_hypernetwork_has_the_training_of_the_generator(zoo, trained, monkey
             return drawn[-1]
 
     monkeypatch.setattr(conditions, "Behaviour", Counted)
-    for networks, steps in ((10 * regression.BATCH, 10), (10, 8)):
+    for networks, steps, weight, tried in ((10 * regression.BATCH, 10, 1.0, 2), (10, 8, 64.0, 3)):
         drawn.clear()
-        seen = conditions.Seen(networks, inputs=5)
+        seen = conditions.Seen(networks, inputs=5, weight=weight)
         conditions.ConditionAudit(FAMILY, zoo, load_pipeline(trained), seen=seen)._answers()
-        assert len(drawn) == 2 * 2 + steps  # each weight for two steps, and the better one
+        assert len(drawn) == tried * 2 + steps  # each weight for two steps, and the best one
         assert {inputs.shape for inputs in drawn} == {(1, 5)}
 
 
@@ -379,9 +380,14 @@ def test_nothing_is_chosen_on_test_data(zoo, trained, monkeypatch):
 
 def test_what_a_training_saw_stays_with_its_pipeline(trained, tmp_path):
     """What was pushed and pulled, too, whose configuration stays where it was."""
-    assert stage._seen(trained) == conditions.Seen(300 * SMALL["batch_size"], NeuronTrainConfig.behaviour_inputs)
+    assert stage._seen(trained) == conditions.Seen(300 * SMALL["batch_size"], 64, 1.0)
     facts = tmp_path / "train.facts.json"
-    for seen in ({"networks": 10**15, "inputs": -1}, {"networks": True, "inputs": "9", "other": 1}, [3], None):
+    for seen in (
+        {"networks": 10**15, "inputs": -1, "weight": 1e30},
+        {"networks": True, "inputs": 9.0, "other": 1},
+        [3],
+        None,
+    ):
         facts.write_text(json.dumps({"seen": seen}))
         assert stage._seen(tmp_path) == conditions.Seen()
 

@@ -47,10 +47,11 @@ TOGETHER, TIMES = 256, (4, 16)
 
 class Seen(NamedTuple):
     """What a training saw: networks, those of all steps together, and inputs of each step, for which it compares
-    outputs."""
+    outputs; and how much outputs count in its loss."""
 
     networks: int = 0
     inputs: int = 64
+    weight: float = 1.0
 
 
 class ConditionAudit:
@@ -271,7 +272,7 @@ class ConditionAudit:
         def on_validation(answer: Answer) -> float:
             return self._on_validation(layout(answer(self._validation[0]), return_dict=False)[0][:, None])
 
-        found = answers(rows, networks, behaviour, self.seed, on_validation, mix, self.seen.networks)
+        found = answers(rows, networks, behaviour, self.seed, on_validation, mix, self.seen.networks, self.seen.weight)
         return [(name, layout(answer(self.asked), return_dict=False)[0]) for name, answer in found.items()]
 
     def _of_zoo(self, zoo: WeightZoo) -> torch.Tensor:

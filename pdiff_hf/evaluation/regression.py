@@ -27,7 +27,7 @@ NEIGHBOURS = (1, 4, 16)
 HIDDEN, STEPS, BATCH, RATE = 512, 2000, 128, 1e-3
 # Outputs of the training networks that are kept: half a gigabyte.
 MOST_OUTPUTS = 2**27
-# Of the difference of outputs in the hypernetwork's loss: whichever is better after this share of those steps.
+# Of the difference of outputs in the hypernetwork's loss: whichever is best after this share of those steps.
 WEIGHTS, CHOSEN_AFTER = (1.0, 256.0), 1 / 4
 
 
@@ -71,6 +71,7 @@ def answers(
     on_validation: Callable[[Answer], float],
     mix: Callable[[torch.Tensor], torch.Tensor] | None = None,
     seen: int = 0,
+    weight: float = 1.0,
 ) -> dict[str, Answer]:
     r"""
     What needs no generator, by name; each as strong as validation conditions prefer.
@@ -83,6 +84,7 @@ def answers(
         on_validation (`Callable`): The accuracy of an answer on validation conditions.
         mix (`Callable`, *optional*): A network `[P]` of these, by a boolean mask `[N]`: of adapters, by their updates.
         seen (`int`, *optional*, defaults to 0): Networks that the generator saw: no more than the hypernetwork does.
+        weight (`float`, *optional*, defaults to 1.0): How much outputs count in the generator's loss, which is tried.
     """
     conditions = Conditions(rows)
     candidates: dict[str, list[Answer]] = {
@@ -101,10 +103,10 @@ def answers(
     def hypernetwork(weight: float, steps: int) -> Answer:
         return _hypernetwork(conditions, networks, behaviour, seed, weight, steps)
 
-    weights = WEIGHTS if behaviour is not None else WEIGHTS[:1]
+    weights = sorted({*WEIGHTS, weight}) if behaviour is not None else WEIGHTS[:1]
     few = int(CHOSEN_AFTER * STEPS)
-    weight = _best(weights, lambda one: on_validation(hypernetwork(one, few)))
-    return {**found, "hypernetwork": hypernetwork(weight, max(STEPS, -(-seen // BATCH)))}
+    best = _best(weights, lambda one: on_validation(hypernetwork(one, few)))
+    return {**found, "hypernetwork": hypernetwork(best, max(STEPS, -(-seen // BATCH)))}
 
 
 def _best(candidates: Sequence[Candidate], measure: Callable[[Candidate], float]) -> Candidate:

@@ -43,7 +43,7 @@ from .subjects import (
 
 REPORT_VERSION = 2
 # More than any training sees, so that facts from elsewhere make no audit endless.
-MOST_SEEN = {"networks": 10**8, "inputs": 10**4}
+MOST_SEEN = {"networks": 10**8, "inputs": 10**4, "weight": 1e6}
 
 
 def evaluate(
@@ -221,7 +221,7 @@ def _seen(pipeline: Path) -> Seen:
     known = {
         name: number
         for name, number in (found.items() if isinstance(found, dict) else ())
-        if name in MOST_SEEN and type(number) is int and 0 < number <= MOST_SEEN[name]
+        if name in MOST_SEEN and type(number) in (int, type(MOST_SEEN[name])) and 0 < number <= MOST_SEEN[name]
     }
     return Seen(**known)
 

@@ -90,12 +90,12 @@ def _train(config: AnyTrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeli
         return pipeline if accelerator.is_main_process else load_pipeline(folder)
 
 
-def _seen(config: LoopConfig, recipe: Any) -> dict[str, int]:
-    """What the denoiser sees: networks, in all of its steps, and inputs of each step where it compares outputs. An
-    audit gives as much to what it compares with."""
+def _seen(config: Any, recipe: Any) -> dict[str, float]:
+    """What the denoiser sees: networks, in all of its steps, and inputs of each step where it compares outputs, which
+    count so much. An audit gives as much to what it compares with."""
     networks = recipe.budget[0] * config.batch_size * (config.gradient_accumulation_steps or 1)
-    inputs = getattr(config, "behaviour_inputs", 0) if getattr(config, "behaviour_weight", 0) else 0
-    return {"networks": networks, "inputs": inputs}
+    weight = getattr(config, "behaviour_weight", 0.0)
+    return {"networks": networks, "inputs": config.behaviour_inputs if weight else 0, "weight": weight}
 
 
 def _statistics(zoo: WeightZoo) -> ParameterLayout:
