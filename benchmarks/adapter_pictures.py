@@ -258,8 +258,9 @@ def drawn(adapters: Sequence[dict[str, torch.Tensor]] | None, count: int) -> tor
 
 def share(pictures: torch.Tensor, asked: Sequence[dict[str, Any]]) -> float:
     """The share of the pictures `[A, n, 1, 8, 8]` that are of the class that was asked for."""
+    network = judge()
     with torch.no_grad():
-        judged = judge()(pictures.flatten(0, 1)).argmax(1).view(len(pictures), -1)
+        judged = network(pictures.flatten(0, 1)).argmax(1).view(len(pictures), -1)
     places = torch.tensor([CLASSES.index(class_of(condition)) for condition in asked])
     return (judged == places[:, None]).float().mean().item()
 

@@ -239,7 +239,7 @@ class ConditionAudit:
     def _answers(self) -> list[tuple[str, torch.Tensor]]:
         """What needs no generator, the best of each kind on validation conditions: vectors `[C, P]`."""
         # On the CPU, wherever the pipeline is, but for what takes long: the training of the hypernetwork.
-        zoo, layout = self.trained, copy.deepcopy(self.pipeline.layout).to("cpu", torch.float32)
+        zoo, layout = self.trained, copy.deepcopy(self.pipeline.layout).cpu().float()
         symmetry = self._symmetry
         rows, vectors = self.rows, torch.cat(list(zoo.batches())).float()
         if self.pipeline.transformer is not None:  # whose training has them, too
