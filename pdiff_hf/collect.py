@@ -52,13 +52,13 @@ def run_collect(config: CollectConfig) -> WeightZoo:
 def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
     state = processes()
     family = load_family(config.task)
+    check_family(family, state.device)
     source = code_sha256(family)
     facts = {} if source is None else {"task_sha256": source}
     if is_zoo(folder) or (folder / STATE_FILE).exists():
         more = ("output_dir", "num_networks", "networks_per_task", "push_to_hub")
         check_same_run(folder, "collect", config, but_for=more)
         check_same_facts(folder, "collect", facts)
-    check_family(family, state.device)
     conditions = family.conditions(config.split)
     task = family.task(conditions[0])
     asked = config

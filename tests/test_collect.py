@@ -136,6 +136,22 @@ def test_networks_of_a_task_that_was_changed_meanwhile_do_not_go_into_the_same_f
     assert len(WeightZoo(tmp_path / "zoo")) == 4
 
 
+def test_nor_do_those_of_a_family_whose_tasks_were_changed(tmp_path):
+    file = tmp_path / "family.py"
+    file.write_text(
+        "from pdiff_hf.tasks.digits import DigitsMLP\nfrom pdiff_hf.tasks import TaskFamily\n"
+        "class T(DigitsMLP):\n    learning_rate, epochs = 1e-3, 1\n"
+        "class F(TaskFamily):\n    def conditions(self, split):\n"
+        "        return [{'number': {'train': 1.0, 'validation': 2.0, 'test': 3.0}[split]}]\n"
+        "    def task(self, condition):\n        return T()\n"
+    )
+    run_collect(CollectConfig(f"{file}:F", str(tmp_path / "zoo"), networks_per_task=1))
+    file.write_text(file.read_text().replace("1e-3", "1e-2"))
+    with pytest.raises(ConfigError, match=r"The task of the run in .* changed meanwhile"):
+        run_collect(CollectConfig(f"{file}:F", str(tmp_path / "zoo"), networks_per_task=2))
+    assert len(WeightZoo(tmp_path / "zoo")) == 1
+
+
 def test_what_the_task_froze_stays_frozen(tmp_path):
     (tmp_path / "task.py").write_text(
         textwrap.dedent("""

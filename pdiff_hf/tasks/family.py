@@ -77,8 +77,10 @@ class OneTask(TaskFamily):
 
 
 def code_sha256(family: TaskFamily) -> str | None:
-    """[`source_sha256`] of a family, or of its only task."""
-    return source_sha256(family.only if isinstance(family, OneTask) else family)
+    """[`source_sha256`] of a family, which has been checked, and of its first task, or of its only one."""
+    if isinstance(family, OneTask):
+        return source_sha256(family.only)
+    return source_sha256(family, family.task(family.conditions("train")[0]))
 
 
 def load_family(name_or_path: str | Task | TaskFamily) -> TaskFamily:

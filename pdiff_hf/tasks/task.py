@@ -114,11 +114,11 @@ def trusted_name(given: str | None, of_zoo: str | None) -> str:
     return of_zoo
 
 
-def source_sha256(thing: Any) -> str | None:
-    """Of the source of the classes of a task or a family, as far as they are the user's own, with which networks
+def source_sha256(*things: Any) -> str | None:
+    """Of the source of the classes of tasks or families, as far as they are the user's own, with which networks
     change; None where they are built in or have no source."""
     sources = []
-    for kind in type(thing).__mro__:
+    for kind in (kind for thing in things for kind in type(thing).__mro__):
         if kind is not object and not kind.__module__.startswith(f"{__package__.partition('.')[0]}."):
             with suppress(OSError, TypeError):
                 sources.append(inspect.getsource(kind))
