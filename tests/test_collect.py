@@ -32,12 +32,6 @@ def accuracy_of(task_name: str, state_dict: dict) -> float:
     return task.correct(task.predict(network, inputs), targets).float().mean().item()
 
 
-def test_one_task_has_no_splits_of_tasks(tmp_path):
-    with pytest.raises(ConfigError, match="digits-mlp is one task, without a split test: --seed gives other networks"):
-        run_collect(CollectConfig("digits-mlp", str(tmp_path / "zoo"), split="test"))
-    assert not (tmp_path / "zoo").exists() or not list((tmp_path / "zoo").iterdir())
-
-
 def test_a_trajectory_holds_consecutive_steps_of_one_run(tmp_path):
     zoo = run_collect(config(tmp_path / "zoo", save_every=2))
     assert [row["step"] for row in zoo.metadata] == [22, 24, 26, 28, 30, 32]
@@ -134,22 +128,6 @@ def test_networks_of_a_task_that_was_changed_meanwhile_do_not_go_into_the_same_f
     with pytest.raises(ConfigError, match=r"The task of the run in .* changed meanwhile"):
         run_collect(config(tmp_path / "zoo", task=task, num_networks=6))
     assert len(WeightZoo(tmp_path / "zoo")) == 4
-
-
-def test_nor_do_those_of_a_family_whose_tasks_were_changed(tmp_path):
-    file = tmp_path / "family.py"
-    file.write_text(
-        "from pdiff_hf.tasks.digits import DigitsMLP\nfrom pdiff_hf.tasks import TaskFamily\n"
-        "class T(DigitsMLP):\n    learning_rate, epochs = 1e-3, 1\n"
-        "class F(TaskFamily):\n    def conditions(self, split):\n"
-        "        return [{'number': {'train': 1.0, 'validation': 2.0, 'test': 3.0}[split]}]\n"
-        "    def task(self, condition):\n        return T()\n"
-    )
-    run_collect(CollectConfig(f"{file}:F", str(tmp_path / "zoo"), networks_per_task=1))
-    file.write_text(file.read_text().replace("1e-3", "1e-2"))
-    with pytest.raises(ConfigError, match=r"The task of the run in .* changed meanwhile"):
-        run_collect(CollectConfig(f"{file}:F", str(tmp_path / "zoo"), networks_per_task=2))
-    assert len(WeightZoo(tmp_path / "zoo")) == 1
 
 
 def test_what_the_task_froze_stays_frozen(tmp_path):

@@ -7,8 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from pdiff_hf import CollectConfig, NeuronTrainConfig, Task, TaskFamily, evaluate, load_task, run_collect, run_train
-from pdiff_hf.errors import TaskError
+from pdiff_hf import (
+    CollectConfig,
+    NeuronTrainConfig,
+    Task,
+    TaskFamily,
+    WeightZoo,
+    evaluate,
+    load_task,
+    run_collect,
+    run_train,
+)
+from pdiff_hf.errors import ConfigError, TaskError
 from pdiff_hf.evaluation import conditions
 from pdiff_hf.networks.predictor import Predictor
 from pdiff_hf.networks.trainer import NetworkTrainer
@@ -180,3 +190,25 @@ def test_a_family_with_the_two_methods_is_one_by_name_and_as_an_object(family):
 def test_an_object_without_the_methods_is_named():
     with pytest.raises(TaskError, match="Linear is no task: it lacks build_network and data"):
         load_task(nn.Linear(2, 2))
+
+
+def test_networks_of_a_family_whose_tasks_were_changed_do_not_go_into_the_same_folder(tmp_path):
+    file = tmp_path / "family.py"
+    file.write_text(
+        "from pdiff_hf.tasks.digits import DigitsMLP\nfrom pdiff_hf.tasks import TaskFamily\n"
+        "class T(DigitsMLP):\n    learning_rate, epochs = 1e-3, 1\n"
+        "class F(TaskFamily):\n    def conditions(self, split):\n"
+        "        return [{'number': {'train': 1.0, 'validation': 2.0, 'test': 3.0}[split]}]\n"
+        "    def task(self, condition):\n        return T()\n"
+    )
+    run_collect(CollectConfig(f"{file}:F", str(tmp_path / "zoo"), networks_per_task=1))
+    file.write_text(file.read_text().replace("1e-3", "1e-2"))
+    with pytest.raises(ConfigError, match=r"The task of the run in .* changed meanwhile"):
+        run_collect(CollectConfig(f"{file}:F", str(tmp_path / "zoo"), networks_per_task=2))
+    assert len(WeightZoo(tmp_path / "zoo")) == 1
+
+
+def test_one_task_has_no_splits_of_tasks(tmp_path):
+    with pytest.raises(ConfigError, match="digits-mlp is one task, without a split test: --seed gives other networks"):
+        run_collect(CollectConfig("digits-mlp", str(tmp_path / "zoo"), split="test"))
+    assert not (tmp_path / "zoo").exists() or not list((tmp_path / "zoo").iterdir())
