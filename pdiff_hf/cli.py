@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -160,6 +159,7 @@ def _outcome(stage: str, config: Any, result: Any, started: float) -> str | None
     """Where the result of a stage is, how much it is, how long it took, and what comes next; of one process of all."""
     from .info import trained_parts
     from .parallel import processes
+    from .runs import zoo_of_training
     from .tasks.task import BUILT_IN
     from .text import own_task, time_since
     from .zoo import WeightZoo
@@ -182,7 +182,9 @@ def _outcome(stage: str, config: Any, result: Any, started: float) -> str | None
         asked = config.condition or config.conditions
         evaluated = shlex.quote(config.pipeline) if asked else folder
         own = own_task(config.task)
-        return f"{what} Next: pdiff-hf evaluate --trained {_zoo_of(config)} --generated {evaluated}{own}"
+        zoo = zoo_of_training(config.pipeline)
+        trained = "ZOO" if zoo is None else shlex.quote(zoo)
+        return f"{what} Next: pdiff-hf evaluate --trained {trained} --generated {evaluated}{own}"
     if stage == "train":
         count = sum(trained_parts(result).values())
         what = f"The pipeline, of {count:,} trained parameters, is in {folder} ({took}). Next: pdiff-hf"
@@ -194,19 +196,6 @@ def _outcome(stage: str, config: Any, result: Any, started: float) -> str | None
     shown = config.pipeline or (config.generated if "conditions" in result else None)
     following = "" if shown is None else f" Next: pdiff-hf play --pipeline {shlex.quote(shown)}{own_task(config.task)}"
     return f"The report is in {folder} ({took}): report.html, report.md, and pictures.{following}"
-
-
-def _zoo_of(config: Any) -> str:
-    """The zoo that a pipeline in a folder here was trained on, for a command."""
-    from yaml import YAMLError
-
-    from .text import load_yaml
-
-    try:
-        zoo = load_yaml(Path(config.pipeline, "train.yaml").read_text(encoding="utf-8"))["zoo"]
-    except (OSError, KeyError, TypeError, ValueError, YAMLError):
-        return "ZOO"
-    return shlex.quote(zoo) if isinstance(zoo, str) else "ZOO"
 
 
 def _family_of(zoo: Any, task: str) -> str:

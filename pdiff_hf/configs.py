@@ -396,7 +396,8 @@ class PlayConfig:
     """What the networks do: a built-in task or family, or path/to/file.py:MyTask. By default what the pipeline's card
     names, if it is a built-in one."""
     zoo: str | None = None
-    """The zoo that was learned from, to compare with; not for families of tasks."""
+    """The zoo that was learned from, to compare with; not for families of tasks. By default the one that the training
+    in the folder names, if it is in a folder here."""
     port: int | None = None
     """Of the page; by default the first free one from 7860."""
 

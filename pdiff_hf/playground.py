@@ -4,6 +4,8 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,14 @@ from torch.nn import functional as F
 
 from .errors import TaskError, ZooError
 from .evaluation.measures import similarity
+from .files import is_zoo
 from .hub.cards import UNKNOWN_TASK
 from .hub.pipeline_files import pipeline_folder
 from .hub.pipelines import load_pipeline
 from .info import verdict_of_card
 from .networks.predictor import Predictor
 from .parallel import processes
+from .runs import zoo_of_training
 from .schedulers import replacement
 from .tasks import Task, load_family
 from .tasks.task import trusted_name
@@ -39,7 +43,9 @@ class Playground:
     Args:
         pipeline (`str`): Its folder, or its name on the Hub, whose code is not run.
         task (`str`, *optional*): What the networks do; by default what the pipeline's card names, if it is built in.
-        zoo (`str`, *optional*): The training networks, to compare with.
+        zoo (`str`, *optional*):
+            The training networks, to compare with; by default those that the training in the folder names, if it is a
+            zoo in a folder here, and the task is no family.
 
     Raises:
         [`PdiffError`]: there is no such pipeline, task or zoo.
@@ -76,6 +82,8 @@ class Playground:
         self._trained_rows: list[dict[str, Any]] = []
         if zoo is not None and self.example:
             raise ZooError(f"Networks of {zoo} do different tasks of {self.name}, and are not compared: leave it out.")
+        if zoo is None and not self.example:
+            zoo = self._known_zoo(folder)
         if zoo is not None:
             networks = WeightZoo.from_pretrained(zoo)
             if networks.layout.architecture != self.pipe.layout.architecture:
@@ -85,6 +93,14 @@ class Playground:
             overlap = similarity(wrong, wrong).fill_diagonal_(-1).amax(1)
             pairs = zip(accuracies.tolist(), overlap.tolist(), strict=True)
             self._trained_rows = [{"accuracy, %": 100 * a, "similarity": s, "networks": "original"} for a, s in pairs]
+
+    def _known_zoo(self, folder: Path) -> str | None:
+        """The training networks, where a folder says which they are, and they are here."""
+        place = zoo_of_training(folder)
+        with suppress(ZooError):
+            if place is not None and is_zoo(Path(place)):
+                return place if WeightZoo(place).layout.architecture == self.pipe.layout.architecture else None
+        return None
 
     @property
     def draws(self) -> bool:

@@ -15,6 +15,7 @@ import yaml
 from .config import load_config
 from .errors import ConfigError
 from .files import whole
+from .text import load_yaml
 
 
 PACKAGES = (
@@ -91,6 +92,15 @@ def check_same_facts(folder: str | Path, stage: str, facts: dict[str, Any]) -> N
             f"{folder} holds a run with {before[name]} {name}, not {value}: it cannot be resumed. Choose another "
             "--output-dir."
         )
+
+
+def zoo_of_training(pipeline: str | Path) -> str | None:
+    """The zoo, a folder or a name, that a pipeline in a folder here was trained on; None where nothing says it."""
+    try:
+        zoo = load_yaml(Path(pipeline, "train.yaml").read_text(encoding="utf-8"))["zoo"]
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
+        return None
+    return zoo if isinstance(zoo, str) else None
 
 
 def noted(folder: str | Path, stage: str, name: str) -> Any:

@@ -139,6 +139,16 @@ def test_a_card_does_not_choose_the_code_that_runs(digits_pipeline, tmp_path):
         Playground(str(folder))
 
 
+def test_training_networks_are_found_where_the_training_says(digits_pipeline, digits_zoo, zoo, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(digits_pipeline, folder)
+    assert len(Playground(str(folder)).trained[0]) == len(digits_zoo)
+    text = (folder / "train.yaml").read_text()
+    for place in (str(zoo.folder), str(tmp_path), "alice/zoo", "[1]"):  # of another architecture, and none
+        (folder / "train.yaml").write_text(text.replace(str(digits_zoo.folder), place))
+        assert Playground(str(folder)).trained is None
+
+
 def test_what_does_not_go_together_is_refused(digits_pipeline, zoo):
     with pytest.raises(TaskError, match="generates no networks of digits-mlp"):
         Playground(str(digits_pipeline), "digits-mlp")
