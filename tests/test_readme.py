@@ -50,9 +50,12 @@ def test_ones_own_checkpoints_become_a_zoo(digits_zoo, tmp_path):
         save_file(digits_zoo.state_dict(index), tmp_path / "checkpoints" / f"{index}.safetensors")
     command, _ = README.commands("--checkpoints")
     train = "pdiff-hf train --zoo runs/my-zoo"
-    said = f": 3 networks of 1898 parameters) Next, of checkpoints of one run: {train}; of different seeds: {train} "
-    said += "--family neuron --no-initial --task TASK\n"
-    assert run_here(tmp_path, *command).stdout.endswith(said)
+    said = run_here(tmp_path, *command).stdout
+    assert said.startswith("3 networks of 1,898 parameters are in runs/my-zoo (")
+    following = (
+        f"of checkpoints of one run: {train}; of different seeds: {train} --family neuron --no-initial --task TASK"
+    )
+    assert said.endswith(f" s). Next, {following}\n")
 
 
 def test_the_python_example_samples_networks(digits_pipeline, tmp_path):
