@@ -362,7 +362,7 @@ def draw(groups: dict[str, torch.Tensor], file: str) -> None:
         for axis, picture in zip(line, pictures, strict=True):
             axis.imshow(picture, cmap="gray_r", vmin=-1, vmax=1)
             axis.axis("off")
-    for start, name in zip((0, *range(1, 4 * len(names), 4)), ("asked for", *names), strict=True):
+    for start, name in zip((0, *range(1, 4 * len(names), 4)), ("asked", *names), strict=True):
         axes[0, start].set_title(name, loc="left", fontsize=8)
     figure.savefig(file, dpi=120, bbox_inches="tight")
 
