@@ -95,7 +95,7 @@ def _seen(config: Any, recipe: Any) -> dict[str, float]:
     count so much. An audit gives as much to what it compares with."""
     networks = recipe.budget[0] * config.batch_size * (config.gradient_accumulation_steps or 1)
     weight = getattr(config, "behaviour_weight", 0.0)
-    return {"networks": networks, "inputs": config.behaviour_inputs if weight else 0, "weight": weight}
+    return {"networks": networks, "inputs": getattr(config, "behaviour_inputs", 0) if weight else 0, "weight": weight}
 
 
 def _statistics(zoo: WeightZoo) -> ParameterLayout:
