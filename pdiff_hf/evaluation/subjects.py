@@ -124,7 +124,8 @@ def opened(
         if origin is not None:
             source = pipeline_folder(origin)
             _check_origin(made, source)
-            if knows_training(source):
+            # Of files and state dicts it is not known whether they are those of that zoo.
+            if zoo.folder != scratch / "trained" and knows_training(source):
                 check_learned_from(source, zoo)
         if new is not None:
             _check_new(new, zoo)

@@ -595,6 +595,18 @@ def test_the_stage_samples_a_pipeline_and_fills_its_card(digits_zoo, digits_pipe
     assert report["verdict"]["sentence"] in ModelCard.load(tmp_path / "pipeline" / "README.md").text
 
 
+def test_a_pipeline_is_evaluated_with_what_it_learned_from(digits_zoo, digits_pipeline, tmp_path):
+    digits_zoo.save_pretrained(tmp_path / "grown")
+    with WeightZoo(tmp_path / "grown") as grown:
+        grown.append(digits_zoo[0])
+    settings = {"generated": str(digits_pipeline), "num_networks": 2, "networks_per_point": 2}
+    with pytest.raises(ZooError, match=r"did not learn from .*grown as it is now: it has grown or changed"):
+        pdiff_hf.evaluate(trained=grown, **settings)
+    # Of files, nobody knows whether they are those of the zoo.
+    found = pdiff_hf.evaluate("digits-convnet", trained=[digits_zoo.state_dict(i) for i in range(40)], **settings)
+    assert found["groups"]["trained"]["count"] == 40
+
+
 @pytest.mark.slow
 def test_figures_do_not_go_into_the_card_of_a_pipeline_that_changed_meanwhile(
     digits_zoo, digits_pipeline, tmp_path, monkeypatch
