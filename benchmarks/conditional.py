@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import tyro
+from filelock import FileLock
 from torch import nn
 
 from benchmarks import minutes_of, table
@@ -117,14 +118,16 @@ def generalization(
     """Collects so many networks of each task, in canonical form where it is asked for; trains a generator in
     `seed-<seed>` of the folder, and evaluates it on the held-out tasks."""
     zoo, fresh, pipeline = folder / "zoo", folder / "fresh", folder / f"seed-{seed}" / "pipeline"
-    run_collect(CollectConfig(family, output_dir=str(zoo), networks_per_task=each))
-    run_collect(
-        CollectConfig(family, output_dir=str(fresh), networks_per_task=FRESH_EACH, split="test", seed=FRESH_SEED)
-    )
-    if align:
-        raw, zoo = zoo, folder / "aligned"
-        if not is_zoo(zoo):
-            run_align(AlignConfig(str(raw), str(zoo), task=family))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "zoos.lock"):  # seeds may be measured side by side
+        run_collect(CollectConfig(family, output_dir=str(zoo), networks_per_task=each))
+        run_collect(
+            CollectConfig(family, output_dir=str(fresh), networks_per_task=FRESH_EACH, split="test", seed=FRESH_SEED)
+        )
+        if align:
+            raw, zoo = zoo, folder / "aligned"
+            if not is_zoo(zoo):
+                run_align(AlignConfig(str(raw), str(zoo), task=family))
     minutes = minutes_of(
         NeuronTrainConfig(
             zoo=str(zoo),
