@@ -117,7 +117,11 @@ def test_a_missing_extra_is_named():
         ("pdiff_hf", {"torch", "sklearn", "matplotlib", "datasets", "tensorboard"}),
         # Pipelines of diffusers take seconds.
         ("pdiff_hf.collect, pdiff_hf.align, pdiff_hf.share", {"diffusers.pipelines.pipeline_utils", "sklearn"}),
-        ("pdiff_hf.train, pdiff_hf.generate, pdiff_hf.evaluation", {"sklearn", "matplotlib", "datasets"}),
+        pytest.param(
+            "pdiff_hf.train, pdiff_hf.generate, pdiff_hf.evaluation",
+            {"sklearn", "matplotlib", "datasets"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_is_imported_imports_nothing_that_only_others_need(modules, without):

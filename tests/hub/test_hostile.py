@@ -330,6 +330,7 @@ def pull_and_die(repo: str, folder: Path) -> str:
         share.hf_hub_download = fetch
 
 
+@pytest.mark.slow
 def test_a_pull_over_an_earlier_one_leaves_no_mixture(alice, zoo, tmp_path):
     pipeline, target = tmp_path / "pipeline", tmp_path / "target"
     pipeline_in(pipeline, zoo.folder, 0)

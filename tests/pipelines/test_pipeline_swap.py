@@ -95,6 +95,7 @@ def test_whenever_saving_ends_there_is_the_old_pipeline_or_the_new_or_none(pipe,
     assert everything(folder) == {**new, "train.yaml": b"kept: true"}
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_it_saves_leaves_no_mixture(two, tmp_path):
     folder = tmp_path / "folder"
     shutil.copytree(two[0], folder)

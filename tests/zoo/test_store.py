@@ -279,6 +279,7 @@ def test_a_full_disk_loses_nothing_that_was_flushed(tmp_path):
     assert not list((tmp_path / "zoo").glob("*.part"))
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_a_readable_zoo(tmp_path, layout):
     script = textwrap.dedent("""
         import sys
