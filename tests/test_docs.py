@@ -109,6 +109,7 @@ def test_checkpoints_of_another_generator_are_audited(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_family_of_ones_own_is_learned(tmp_path):
     written(tmp_path, "angles.py")
     (tmp_path / "turned.py").write_text(Document("docs/tasks.md").containing("python", "class TurnedAngles"))

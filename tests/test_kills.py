@@ -66,10 +66,10 @@ def commands(digits_zoo, digits_pipeline) -> dict[str, list[str]]:
     }
 
 
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("trajectory", "independent", "generate")]
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("trajectory", "independent", "generate", "evaluate")]
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", *LONG])
+@pytest.mark.parametrize("name", ["train", *LONG])
 def test_of_two_at_once_the_second_stops_in_one_line_and_the_first_finishes(commands, tmp_path, name):
     folder = tmp_path / "folder"
     codes, said = meet(folder, *commands[name])

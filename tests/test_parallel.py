@@ -68,6 +68,7 @@ def test_four_processes_extend_what_one_generated(digits_pipeline, generated, tm
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_processes_share_the_seeds_of_an_independent_zoo(tmp_path):
     for processes in (1, 4):
         folder = tmp_path / f"{processes}"

@@ -33,6 +33,7 @@ def own_task(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ones_own_network_goes_through_all_stages(own_task):
     stages = README.commands("my_task.py:")
     assert [arguments[1] for arguments in stages] == ["collect", "train", "generate", "evaluate"]

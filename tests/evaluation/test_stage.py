@@ -510,6 +510,7 @@ def test_randomness_of_the_caller_is_left_alone():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_zoos_folders_checkpoints_and_state_dicts_are_the_same_to_it(report, digits_zoo, other_zoo, tmp_path):
     of_folders = pdiff_hf.evaluate(trained=str(digits_zoo.folder), generated=other_zoo.folder)
     lists = [[zoo.state_dict(index) for index in range(len(zoo))] for zoo in (digits_zoo, other_zoo)]

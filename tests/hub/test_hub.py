@@ -1004,6 +1004,7 @@ def test_a_killed_upload_is_repeated_for_what_had_not_arrived(server, alice, big
 
 
 @pytest.mark.slow  # the client tries for twenty seconds
+@pytest.mark.long
 def test_an_upload_that_failed_is_repeated_for_what_had_not_arrived(server, alice, big_zoo):
     if server.xet:
         pytest.skip("without large files, a commit is one request")

@@ -10,7 +10,9 @@ from .cases import CASES, randn
 
 @torch.no_grad()
 @pytest.mark.usefixtures("clean_compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.long])]
+)
 def test_the_model_compiles_to_one_graph_and_only_once(case, backend):
     model = case.model().eval()
     compiled = torch.compile(model, fullgraph=True, backend=backend)

@@ -181,6 +181,7 @@ def test_other_prediction_types_train_and_sample(digits_zoo, tmp_path, predictio
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_the_pipeline_of_one(digits_zoo, tmp_path):
     for processes in (1, 2):
         arguments = ["--zoo", str(digits_zoo.folder), "--output-dir", str(tmp_path / f"{processes}"), *ARGUMENTS]
