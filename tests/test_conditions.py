@@ -576,7 +576,7 @@ def test_a_quality_that_is_asked_for_is_measured(digits_zoo, tmp_path):
             equal.append(digits_zoo[index], validation_accuracy=0.97)
     unknown = [digits_zoo.state_dict(index) for index in range(4)]
     for trained in (equal, unknown):
-        report = evaluate(digits_zoo.task, trained=trained, generated=str(tmp_path), num_networks=3)
+        report = evaluate(digits_zoo.task, trained=trained, generated=load_pipeline(tmp_path), num_networks=3)
         assert report["quality"] is None
 
 
