@@ -14,6 +14,7 @@ from .configs import PlayConfig
 from .errors import ConfigError
 from .extras import require
 from .playground import IMAGES, Playground, each_said, grey, names_of, said
+from .tasks.family import SPLITS
 from .text import printable
 
 
@@ -35,8 +36,8 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
     families = bool(ground.example)
     # Columns of zeros and ones, with what tasks have in them.
     ticks: dict[str, set[tuple[int, ...]]] = {}
+    rows = [row for split in SPLITS for row in ground.family.conditions(split)]
     for column in ground.columns:
-        rows = [row for split in ("train", "validation", "test") for row in ground.family.conditions(split)]
         values: list[Any] = [row.get(column["name"]) for row in rows]
         if all(isinstance(one, list) and set(one) <= {0, 1} for one in values):
             ticks[column["name"]] = {tuple(one) for one in values}

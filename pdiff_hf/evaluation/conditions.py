@@ -212,21 +212,21 @@ class ConditionAudit:
     def _together(self) -> torch.Tensor:
         """A network that is trained on examples of many training tasks, without being told of which, for as long as
         validation conditions prefer, `[P]`."""
-        count = len(self._validation[0])
-        found = [self._trained_together(times) for times in TIMES]
+        conditions, count = self.family.conditions("train"), len(self._validation[0])
+        tasks = [self.family.task(conditions[place]) for place in evenly(len(conditions), TOGETHER)]
+        data = list(data_of(tasks, "train"))
+        found = [self._trained_together(tasks[0], data, times) for times in TIMES]
         return max(found, key=lambda vector: self._on_validation(vector.expand(count, 1, -1)))
 
-    def _trained_together(self, times: int) -> torch.Tensor:
-        """One that is trained for so many times as long as for one task, `[P]`."""
-        conditions = self.family.conditions("train")
-        tasks = [self.family.task(conditions[place]) for place in evenly(len(conditions), TOGETHER)]
-        every = max(1, len(tasks) // times)
+    def _trained_together(self, task: Task, data: Sequence[Any], times: int) -> torch.Tensor:
+        """One that is trained for so many times as long as for one task, on a part of the data of each, `[P]`."""
+        every = max(1, len(data) // times)
         parts = [
             (inputs[place % every :: every], targets[place % every :: every])
-            for place, (inputs, targets) in enumerate(data_of(tasks, "train"))
+            for place, (inputs, targets) in enumerate(data)
         ]
         inputs, targets = (torch.cat(some) for some in zip(*parts, strict=True))
-        together = copy.copy(tasks[0])
+        together = copy.copy(task)
         together.data = lambda split: (inputs, targets)  # type: ignore[method-assign]
         network = NetworkTrainer(together, self.seed).trained()
         return flatten(self.trained.layout, network.state_dict())
@@ -247,15 +247,16 @@ class ConditionAudit:
             vectors = in_all_forms(vectors)
         mix = None
         if symmetry is not None:
-            reference = symmetry.reference(zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS)))
-            vectors = symmetry.canonical(vectors, reference)
+            vectors = symmetry.canonical(
+                vectors, symmetry.reference(zoo.vectors(evenly(len(zoo), REFERENCE_NETWORKS)))
+            )
         if isinstance(symmetry, Gauge):
             gauge = symmetry
             # Whose factors have other scales than those that the pipeline was trained on.
             layout = layout.fit([vectors])
 
             def mix(near: torch.Tensor) -> torch.Tensor:
-                return layout.normalize(gauge.align(gauge.mix(vectors[near])[None], reference))[0]
+                return layout.normalize(gauge.mix(vectors[near])[None])[0]
 
         networks = layout.normalize(vectors)
         behaviour = None

@@ -85,14 +85,16 @@ class Gauge(CanonicalForm):
         return vectors
 
     def mix(self, vectors: torch.Tensor) -> torch.Tensor:
-        """The adapter `[P]` whose updates are nearest to the mean updates of others, `[N, P]`, and whose other tensors
-        are their mean: PEFT's `add_weighted_adapter` by singular values."""
-        mixed = vectors.mean(0, keepdim=True)
+        """The adapter `[P]` whose updates are nearest to the mean updates of others, `[N, P]`, in the basis that is
+        nearest to their mean, and whose other tensors are their mean: PEFT's `add_weighted_adapter` by singular
+        values."""
+        mean = vectors.mean(0)
+        mixed = mean[None].clone()
         for pair in self.pairs:
             b, a = self.factors(vectors, pair)
             together = b.movedim(0, 1).flatten(1)[None] / len(vectors), a.flatten(0, 1)[None]
             self._put(mixed, pair, *_balanced(*together, self.ranks[pair]))
-        return mixed[0]
+        return self.align(mixed, mean)[0]
 
     def align(self, vectors: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """Rotated vectors `[N, P]`, each brought near to the reference `[P]`."""

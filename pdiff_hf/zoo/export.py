@@ -76,8 +76,9 @@ def _packed(network: StateDict) -> dict[str, Any]:
             "lora_alpha": rank,
             "rank_pattern": pattern,
             "alpha_pattern": pattern,
+            "target_modules": sorted(own),
         }
-        said |= {f"{part}.{key}": value for key, value in (config | {"target_modules": sorted(own)}).items()}
+        said |= {f"{part}.{key}": value for key, value in config.items()}
     return said
 
 

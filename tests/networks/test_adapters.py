@@ -89,6 +89,8 @@ def test_zeros_and_deficient_ranks_stay_what_they_are():
 def test_a_mix_has_the_mean_update_as_far_as_its_rank_goes():
     gauge, vectors = zoo_of(2)
     same = torch.stack([gauge.shuffled(vectors[0], torch.Generator().manual_seed(seed)) for seed in range(4)])
+    balanced = gauge.balance(vectors[:1])
+    torch.testing.assert_close(gauge.mix(balanced), balanced[0], atol=1e-5, rtol=1e-5)  # signs stay, too
     for before, after in zip(products(gauge, vectors[:1]), products(gauge, gauge.mix(same)[None]), strict=True):
         torch.testing.assert_close(before, after, atol=1e-5, rtol=1e-5)
     # Factors, averaged in bases of their own, are of another update.
