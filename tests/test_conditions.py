@@ -567,10 +567,17 @@ def test_a_quality_that_is_asked_for_is_measured(digits_zoo, tmp_path):
     run_train(config)
     report = evaluate(trained=digits_zoo, generated=str(tmp_path), num_networks=3, networks_per_point=3)
     found = report["quality"]
+    assert found["num_inference_steps"] == 50
     accuracies = [row["validation_accuracy"] for row in digits_zoo.rows()]
     assert min(accuracies) <= found["asked"][0] < found["asked"][-1] <= max(accuracies)
     assert len(found["measured"]) == len(found["asked"]) == quality.LEVELS
     assert found["interval"][0] <= found["slope"] <= found["interval"][1]
+    generated = str(tmp_path / "generated")
+    config = GenerateConfig(pipeline=str(tmp_path), output_dir=generated, num_networks=3, num_inference_steps=7)
+    run_generate(config)
+    report = evaluate(trained=digits_zoo, generated=generated, pipeline=str(tmp_path), networks_per_point=3)
+    assert report["quality"]["num_inference_steps"] == 7
+    assert report["quality"]["measured"] != found["measured"]
     with WeightZoo.create(tmp_path / "equal", digits_zoo.layout, task=digits_zoo.task) as equal:
         for index in range(len(digits_zoo)):
             equal.append(digits_zoo[index], validation_accuracy=0.97)

@@ -18,7 +18,9 @@ QUALITY, LEVELS, EACH = "validation_accuracy", 9, 16
 SMALLEST_RANGE = 1e-4
 
 
-def asked_quality(scorer: Scorer, trained: WeightZoo, pipeline: NeuralNetworkDiffusionPipeline) -> Any:
+def asked_quality(
+    scorer: Scorer, trained: WeightZoo, pipeline: NeuralNetworkDiffusionPipeline, num_inference_steps: int
+) -> dict[str, Any] | None:
     r"""
     Whether a pipeline that can be asked for a validation accuracy delivers it: over the range of the zoo, the slope of
     what is measured against what was asked for, and its 95 % interval over networks. None where it cannot be asked, or
@@ -28,6 +30,7 @@ def asked_quality(scorer: Scorer, trained: WeightZoo, pipeline: NeuralNetworkDif
         scorer (`Scorer`): Of the task.
         trained (`WeightZoo`): Its rows tell the range.
         pipeline (`NeuralNetworkDiffusionPipeline`): Is asked.
+        num_inference_steps (`int`): Of the sampling: with few, networks are better than what is asked for.
     """
     encoder = pipeline.condition_encoder
     if QUALITY not in {column["name"] for column in getattr(getattr(encoder, "config", None), "columns", ())}:
@@ -46,7 +49,10 @@ def asked_quality(scorer: Scorer, trained: WeightZoo, pipeline: NeuralNetworkDif
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(asked))]
     rows = [{QUALITY: value} for value in asked.tolist()]
-    vectors = pipeline(condition=rows, generator=generators, output_type="pt").state_dicts.cpu()
+    made = pipeline(
+        condition=rows, generator=generators, num_inference_steps=num_inference_steps, output_type="pt"
+    )
+    vectors = made.state_dicts.cpu()
     scores = scorer(lambda some: vectors[some.start : some.stop], len(vectors), "asked", vectors)
     # Least squares of each bootstrap sample, whose weights sum to 1.
     weights = resample(len(asked), 0)
@@ -55,6 +61,7 @@ def asked_quality(scorer: Scorer, trained: WeightZoo, pipeline: NeuralNetworkDif
     slopes = (weights @ (x * y) - (weights @ x) * (weights @ y)) / (weights @ x.square() - (weights @ x).square())
     return {
         "column": QUALITY,
+        "num_inference_steps": num_inference_steps,
         "asked": asked[::EACH].tolist(),
         "measured": scores.validation.view(LEVELS, EACH).mean(1).tolist(),
         "slope": slopes[0].item(),

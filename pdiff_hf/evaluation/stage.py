@@ -234,8 +234,9 @@ def _write(
     folder = None if output_dir is None else Path(output_dir)
     study = Study(subjects, networks_per_point, None if folder is None else folder / PARTS)
     figures = study.figures()
-    if subjects.pipeline is not None:
-        figures["quality"] = asked_quality(study.scorer, subjects.trained, subjects.pipeline)
+    if (pipeline := subjects.pipeline) is not None:
+        steps = subjects.denoising_steps(pipeline)
+        figures["quality"] = asked_quality(study.scorer, subjects.trained, pipeline, steps)
     report = {"report_version": REPORT_VERSION, "task": subjects.name, **figures, "versions": versions()}
     report["seconds"] = round(time.perf_counter() - started, 2)
     files: list[Path] = []

@@ -27,8 +27,6 @@ from .verdict import Place, Plane, band, beside_fresh, share_of_gap, verdict, wi
 # Where a curve passes the generated networks' similarity, it is refined by so many points.
 REFINEMENTS = 3
 TRAJECTORY_NETWORKS, MAPPED_NETWORKS, MOST_SPREAD = 20, 50, 2048
-# Denoising steps that rows may name.
-MOST_STEPS = 1000
 # Parameters of all networks of a baseline that are made at a time: for each time, the whole zoo is read.
 BASELINE_VALUES = 2**27
 PARTS = f"{UNFINISHED}scores"
@@ -48,6 +46,7 @@ class Study:
     def __init__(self, subjects: Subjects, networks_per_point: int, parts: Path | None):
         self.trained, self.generated, self.fresh = subjects.trained, subjects.generated, subjects.fresh
         self.pipeline, self.networks_per_point = subjects.pipeline, networks_per_point
+        self._denoising_steps = subjects.denoising_steps
         try:
             self.scorer = Scorer(subjects.task, self.trained, processes().device, parts)
         except RuntimeError as error:
@@ -305,12 +304,9 @@ class Study:
         """How training does that takes as long as generating, where the denoiser is told the initialization."""
         if self.pipeline is None or not self.pipeline.takes_initial:
             return None
-        pipeline, row = self.pipeline, next(self.generated.rows())
-        steps = row.get("num_inference_steps")
-        steps = steps if isinstance(steps, int) and 1 <= steps <= MOST_STEPS else pipeline.default_inference_steps
-        found = from_main(
-            lambda: from_the_same(self.scorer.task, pipeline, steps, row.get("mixed_precision") == "bf16")
-        )
+        pipeline, steps = self.pipeline, self._denoising_steps(self.pipeline)
+        bf16 = next(self.generated.rows()).get("mixed_precision") == "bf16"
+        found = from_main(lambda: from_the_same(self.scorer.task, pipeline, steps, bf16))
         if found is None:
             return None
         facts, vectors = found

@@ -27,6 +27,8 @@ from ..zoo.adapters import BASE
 from ..zoo.imports import checkpoint_files, checkpoints_of_files
 
 
+# Denoising steps that rows may name.
+MOST_STEPS = 1000
 # Networks of a chunk: which are sampled together changes their rounding.
 SAMPLED_TOGETHER = 100
 
@@ -60,6 +62,11 @@ class Subjects:
     pipeline: NeuralNetworkDiffusionPipeline | None
     origin: str | None
     scratch: Path
+
+    def denoising_steps(self, pipeline: NeuralNetworkDiffusionPipeline) -> int:
+        """Of the generated networks, as their first row says; where it does not, as many as by default."""
+        steps = next(self.generated.rows()).get("num_inference_steps")
+        return steps if isinstance(steps, int) and 1 <= steps <= MOST_STEPS else pipeline.default_inference_steps
 
     def __post_init__(self) -> None:
         groups = {"trained": self.trained, "generated": self.generated, "fresh": self.fresh}
