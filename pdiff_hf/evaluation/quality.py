@@ -49,9 +49,7 @@ def asked_quality(
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(asked))]
     rows = [{QUALITY: value} for value in asked.tolist()]
-    made = pipeline(
-        condition=rows, generator=generators, num_inference_steps=num_inference_steps, output_type="pt"
-    )
+    made = pipeline(condition=rows, generator=generators, num_inference_steps=num_inference_steps, output_type="pt")
     vectors = made.state_dicts.cpu()
     scores = scorer(lambda some: vectors[some.start : some.stop], len(vectors), "asked", vectors)
     # Least squares of each bootstrap sample, whose weights sum to 1.
