@@ -164,7 +164,7 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
                 "Each dot is a network, its height the share of test examples that it gets right."
                 if ground.trained is None
                 else "Each dot is a network. Up is better; left is more unlike every training network. Good ones are "
-                "as high as the original ones, which were learned from, and as far to the left. Similarity: how much "
+                "as high as the trained ones, which were learned from, and as far to the left. Similarity: how much "
                 "of its errors a network shares with the training network that is most like it; 1 is all."
             )
             button.click(ask, [count, seed, guidance, *widgets], [plane, summary, networks])

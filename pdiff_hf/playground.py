@@ -92,7 +92,7 @@ class Playground:
             accuracies, wrong = self.trained = self.score(vectors, first)
             overlap = similarity(wrong, wrong).fill_diagonal_(-1).amax(1)
             pairs = zip(accuracies.tolist(), overlap.tolist(), strict=True)
-            self._trained_rows = [{"accuracy, %": 100 * a, "similarity": s, "networks": "original"} for a, s in pairs]
+            self._trained_rows = [{"accuracy, %": 100 * a, "similarity": s, "networks": "trained"} for a, s in pairs]
 
     def _known_zoo(self, folder: Path) -> str | None:
         """The training networks, where a folder says which they are, and they are here."""

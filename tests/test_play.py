@@ -56,7 +56,7 @@ def test_networks_have_the_accuracy_that_the_task_finds(ground):
         expected = 100 * task.correct(task.predict(network, inputs), targets).float().mean().item()
         assert row["accuracy, %"] == pytest.approx(expected, abs=0.2)
         assert 0 <= row["similarity"] <= 1
-    assert {row["networks"] for row in rows} == {"generated", "original"}
+    assert {row["networks"] for row in rows} == {"generated", "trained"}
     alone = ground.pipe(generator=torch.Generator().manual_seed(6), output_type="pt").state_dicts
     torch.testing.assert_close(vectors[1:2], alone, rtol=1e-4, atol=1e-4)
 

@@ -14,7 +14,6 @@ from ..text import plain
 from ..zoo import WeightZoo, evenly
 from .baselines import KINDS
 from .measures import columns, picked, similarity, tensor_values
-from .report import LABELS
 
 
 BLUE, ORANGE, GREEN, YELLOW, PURPLE, SKY, RED = (
@@ -129,7 +128,7 @@ def plane(
             x = (networks[name][1] + (right - left) * moved[0]).clamp(left, right)
             y = (100 * networks[name][2] + (high - low) * moved[1]).clamp(low, high)
             ax.scatter(x, y, s=8, marker=marker, color=COLOURS[name], alpha=0.25, linewidths=0, gid=f"networks-{name}")
-            label = f"{LABELS[name]}: mean of {groups[name]['count']}"
+            label = f"{name}: mean of {groups[name]['count']}"
             ax.scatter(
                 *shown[name], s=size, marker=marker, color=COLOURS[name], edgecolor="black", zorder=4, label=label
             )
@@ -165,7 +164,7 @@ def plane(
     files = _save(figure, folder, "plane")
     svg = files[1].read_text(encoding="utf-8")
     for name, (places, x, y) in networks.items():
-        svg = _named(svg, f"networks-{name}", LABELS.get(name, name), places, x.tolist(), (100 * y).tolist())
+        svg = _named(svg, f"networks-{name}", name, places, x.tolist(), (100 * y).tolist())
     files[1].write_text(svg, encoding="utf-8")
     return files
 
@@ -194,7 +193,7 @@ def parameters(trained: WeightZoo, generated: WeightZoo, folder: Path) -> list[P
     for ax, (name, (a, b)) in zip(axes.flat, values, strict=False):
         low, high = torch.quantile(torch.cat([a, b]).double(), torch.tensor([0.001, 0.999]).double()).tolist()
         edges = torch.linspace(low, high if high > low else low + 1e-6, 41, dtype=torch.float64).numpy()
-        ax.hist(a.numpy(), edges, density=True, color=BLUE, alpha=0.5, label="original")
+        ax.hist(a.numpy(), edges, density=True, color=BLUE, alpha=0.5, label="trained")
         ax.hist(b.numpy(), edges, density=True, histtype="step", color=RED, linewidth=1.3, label="generated")
         ax.set_title(plain(name), fontsize=8, parse_math=False)
         ax.tick_params(labelsize=7)
@@ -220,8 +219,8 @@ def overlap(trained: torch.Tensor, generated: torch.Tensor, folder: Path) -> lis
     ax.axhline(border, color="white", linewidth=1)
     ax.axvline(border, color="white", linewidth=1)
     places = [len(parts[0]) / 2, len(parts[0]) + len(parts[1]) / 2]
-    ax.set_xticks(places, ["original", "generated"])
-    ax.set_yticks(places, ["original", "generated"])
+    ax.set_xticks(places, ["trained", "generated"])
+    ax.set_yticks(places, ["trained", "generated"])
     ax.grid(False)
     figure.colorbar(image, ax=ax, label="intersection over union of wrong predictions")
     return _save(figure, folder, "overlap")
@@ -244,7 +243,7 @@ def calibration(report: dict[str, Any], folder: Path) -> list[Path]:
                 marker=marker,
                 markersize=4,
                 color=COLOURS[name],
-                label=LABELS[name],
+                label=name,
             )
         ax.set_xscale("log", base=2)
         ax.set_xlabel("networks in the ensemble", fontsize=8)
@@ -271,7 +270,7 @@ def weight_map(trained: WeightZoo, groups: dict[str, Iterator[torch.Tensor]], fo
         ("fresh", "D", 14),
         ("generated", "^", 20),
     )
-    names = LABELS | {"gaussian": "per-parameter Gaussian", "soup": "soups"}
+    names = {"gaussian": "per-parameter Gaussian", "soup": "soups"}
     for name, marker, size in styles:
         if name in groups:
             x, y = torch.cat([(vectors - mean) @ axes_ for vectors in groups[name]]).T.numpy()
@@ -279,9 +278,9 @@ def weight_map(trained: WeightZoo, groups: dict[str, Iterator[torch.Tensor]], fo
             steps = _steps(trained) if name == "trained" else []
             if steps and len(steps) == len(x):
                 colour = {"c": steps, "cmap": "winter", "linewidths": 0}
-            points = ax.scatter(x, y, s=size, marker=marker, alpha=0.6, label=names[name], **colour)
+            points = ax.scatter(x, y, s=size, marker=marker, alpha=0.6, label=names.get(name, name), **colour)
             if "cmap" in colour:
-                figure.colorbar(points, ax=ax, label="training step of the originals")
+                figure.colorbar(points, ax=ax, label="training step of the training networks")
     ax.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
     ax.set_ylabel(f"second principal component ({100 * shares[1]:.0f} %)")
     figure.legend(loc="outside upper center", ncols=3, fontsize=8)
@@ -301,7 +300,7 @@ def denoising(steps: list[int], accuracies: list[torch.Tensor], report: dict[str
     ax.plot(steps, mean, color=RED, marker="^", markersize=4, label="generated, mean")
     ax.fill_between(steps, low, high, color=RED, alpha=0.2, linewidth=0, label="worst to best")
     trained = 100 * report["groups"]["trained"]["accuracy"]["mean"]
-    ax.axhline(trained, color=BLUE, linestyle="--", label="original, mean")
+    ax.axhline(trained, color=BLUE, linestyle="--", label="trained, mean")
     ax.locator_params(axis="x", integer=True)
     ax.set_xlabel("denoising steps done")
     ax.set_ylabel("accuracy if decoded here, %")
@@ -323,7 +322,7 @@ def training(
     spread, loss = axes.flat
     for name, latents, marker in (("trained", trained, "o"), ("generated", generated, "^")):
         values = latents.flatten(1).float().std(0).numpy()
-        spread.plot(range(1, len(values) + 1), values, marker, markersize=3, color=COLOURS[name], label=LABELS[name])
+        spread.plot(range(1, len(values) + 1), values, marker, markersize=3, color=COLOURS[name], label=name)
     low, high = spread.get_ylim()
     if not 0 < high < 5 * low:
         spread.set_yscale("log")
@@ -344,6 +343,6 @@ def training(
     else:
         loss.set_visible(False)
     shown = [name for name in ("trained", "reconstructed", "generated") if name in report["groups"]]
-    accuracies = [f"{100 * report['groups'][name]['accuracy']['mean']:.2f} % {LABELS[name]}" for name in shown]
+    accuracies = [f"{100 * report['groups'][name]['accuracy']['mean']:.2f} % {name}" for name in shown]
     figure.suptitle("accuracy on the test split: " + ", ".join(accuracies), fontsize=9)
     return _save(figure, folder, "training")

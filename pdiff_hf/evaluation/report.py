@@ -18,14 +18,6 @@ from .baselines import KINDS
 
 # Columns of the table of groups in the terminal and in cards; reports have all of them.
 SHORT = ("networks", "count", "mean", "min", "chosen on validation", "similarity")
-LABELS = {
-    "trained": "original",
-    "soup": "soup",
-    "ensemble": "ensemble",
-    "generated": "generated",
-    "fresh": "fresh",
-    "reconstructed": "reconstructed",
-}
 # What the groups are.
 MEANINGS = {
     "trained": "the training networks, which were learned from",
@@ -33,7 +25,7 @@ MEANINGS = {
     "ensemble": "the average of their predictions",
     "generated": "what is judged here",
     "fresh": "networks trained from new seeds, the gold standard",
-    "reconstructed": "originals, encoded and decoded by the autoencoder",
+    "reconstructed": "training networks, encoded and decoded by the autoencoder",
 }
 # The rows of a report on conditions.
 CONDITION_MEANINGS = {
@@ -72,21 +64,21 @@ CAPTIONS = {
     "the filled histogram. Bad: it is narrower, since generated networks are nearly one network, or has tails of its "
     "own",
     "overlap": "Which networks err on the same test examples; in each group, those come first that err like many "
-    "others. Good: the generated square looks like that of the originals. Bad: it is brighter, since generated "
+    "others. Good: the generated square looks like that of the trained ones. Bad: it is brighter, since generated "
     "networks are nearly alike, or the squares of both groups have bright spots, where a generated network errs as "
-    "an original does",
+    "a training network does",
     "calibration": "Ensembles against their size: higher accuracy, lower NLL and lower calibration error are better. "
     "Bands are 95 % intervals over test examples, which all groups share; size 1 is one random network. Good: the "
-    "generated curve follows that of fresh networks, or else of the originals. Bad: it is flat where that of the "
-    "originals improves, since more networks add nothing",
+    "generated curve follows that of fresh networks, or else of the trained ones. Bad: it is flat where that of the "
+    "trained ones improves, since more networks add nothing",
     "map": "The networks on the first two principal components of the training networks, which say little where they "
-    "hold little of the variance. Good: the generated ones are where the originals are, and spread as these. Bad: "
+    "hold little of the variance. Good: the generated ones are where the trained ones are, and spread as these. Bad: "
     "they cluster at the centre, or lie elsewhere",
     "denoising": "Accuracy of some networks, 20 at most, if their denoising ended after a step; early steps give "
-    "nearly the mean network, which may be good. Good: it reaches that of the originals by the last step. Bad: it "
+    "nearly the mean network, which may be good. Good: it reaches that of the trained ones by the last step. Bad: it "
     "ends below, or rises steeply to the end, so that more steps may help",
     "training": "Left: how much each latent, or without an autoencoder each parameter, varies over networks. Good: "
-    "generated ones vary as the originals. Bad: they vary less, often in late latents. Right: the loss of the "
+    "generated ones vary as the trained ones. Bad: they vary less, often in late latents. Right: the loss of the "
     "denoiser. Bad: it still falls at the end, so that more training may help",
     "conditions": "Accuracy on conditions that no training network had, the mean and its 95 % interval; rows share "
     "conditions, and often images, so that differences are surer than that. Good: the generator lies right of all "
@@ -112,7 +104,7 @@ def group_table(report: dict[str, Any]) -> list[dict[str, str]]:
     for group, figures in report["groups"].items():
         accuracy = figures["accuracy"]
         row = {
-            "networks": LABELS[group],
+            "networks": group,
             "count": str(figures["count"]),
             "mean": percent(accuracy["mean"]),
             "95 % over networks": _ends(accuracy["interval_networks"]),
@@ -259,7 +251,6 @@ def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> Non
         template = _environment(escape).get_template(f"{kind}.{ending}")
         texts[f"report.{ending}"] = template.render(
             report=report if escape else {**report, "task": plain(report["task"])},
-            labels=LABELS,
             meanings=MEANINGS | CONDITION_MEANINGS if kind == "conditions" else MEANINGS,
             against=AGAINST,
             kinds={kind: KINDS[kind] for kind in {point["kind"]: 0 for point in report.get("baselines", ())}},

@@ -199,11 +199,11 @@ def verdict(
 
     margin = f"{points(over_all[0].item(), [low, high])} the front of the baselines"
     place = f"accuracy {100 * accuracy:.2f} % at similarity {similar:.3f}"
-    # Where guessing is as good as the originals, what is far from both does not work.
+    # Where guessing is as good as training networks, what is far from both does not work.
     if accuracy < ((chance + trained_accuracy) / 2 if trained_accuracy > chance else chance / 2):
         label = "not-working"
         sentence = (
-            f"The generated networks do not work: {100 * accuracy:.2f} %, where the originals reach "
+            f"The generated networks do not work: {100 * accuracy:.2f} %, where training networks reach "
             f"{100 * trained_accuracy:.2f} % and guessing {100 * chance:.2f} %."
         )
     elif copied > 0.5 and similar >= COPY_SIMILARITY:

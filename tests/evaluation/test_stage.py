@@ -420,7 +420,7 @@ def test_the_page_holds_all_it_shows(written):
     for target in re.findall(r'<a href="#(\w+)"', page):
         assert f'<h2 id="{target}">' in page
     plane = page[page.index("<svg") : page.index("</svg>")]
-    for group in ("original", "generated"):
+    for group in ("trained", "generated"):
         assert len(re.findall(rf"<title>{group} \d+: [\d.]+ %, similarity [\d.]+</title></use>", plane)) > 1
 
 
@@ -430,8 +430,8 @@ def test_networks_far_from_the_others_stand_at_the_edge_under_their_own_names(tm
     generated = [answering(1, 0.5), answering(0.5, 3.0), answering(-1, 0.0)]
     pdiff_hf.evaluate(BlobTask(), trained=trained, generated=generated, output_dir=tmp_path)
     plane = (tmp_path / "plane.svg").read_text()
-    places = {name: re.findall(rf"<title>{name} (\d+):", plane) for name in ("original", "generated")}
-    assert places == {"original": ["0", "2", "4", "6", "8", "10"], "generated": ["0", "1", "2"]}
+    places = {name: re.findall(rf"<title>{name} (\d+):", plane) for name in ("trained", "generated")}
+    assert places == {"trained": ["0", "2", "4", "6", "8", "10"], "generated": ["0", "1", "2"]}
 
 
 def test_the_page_has_the_figures_of_the_text(written):
