@@ -37,6 +37,25 @@ def line_of(*args: str) -> str:
     return str(caught.value)
 
 
+# ---- threads
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, "50000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_spin_for_less_unless_the_user_says_how_they_wait(environment, expected):
+    others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = (
+        "import os, sys; from pdiff_hf.cli import main; assert 'torch' not in sys.modules; main(['--version']); "
+        "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=others | environment, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert said.stdout.split()[-2:] == [str(expected), "False"]
+
+
 # ---- errors nobody thought of
 
 
