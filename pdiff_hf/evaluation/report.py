@@ -27,6 +27,18 @@ MEANINGS = {
     "fresh": "networks trained from new seeds, the gold standard",
     "reconstructed": "training networks, encoded and decoded by the autoencoder",
 }
+# What the columns, and the verdict, are in.
+WORDS = {
+    "min": "the accuracy of the worst network",
+    "chosen on validation": "the accuracy of the network that is best on the validation split",
+    "similarity": "how much of its errors a network shares with the training network that is most like it, itself "
+    "excluded (intersection over union of the errors; 1 is all); the mean over the networks",
+    "95 %": "the interval of the mean, by bootstrap, over networks and over test examples",
+    "NLL, Brier, ECE": "negative log-likelihood in nats, Brier score, and expected calibration error in 15 bins; scaled: "
+    "with the temperature that fits the validation split best; less is better",
+    "baselines": "what needs no generator: training networks with noise, their averages, Gaussians of their weights",
+    "front": "at a similarity, the best accuracy that any baseline reaches there or below",
+}
 # The rows of a report on conditions.
 CONDITION_MEANINGS = {
     "generated": "what is judged here",
@@ -251,7 +263,8 @@ def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> Non
         template = _environment(escape).get_template(f"{kind}.{ending}")
         texts[f"report.{ending}"] = template.render(
             report=report if escape else {**report, "task": plain(report["task"])},
-            meanings=MEANINGS | CONDITION_MEANINGS if kind == "conditions" else MEANINGS,
+            meanings=CONDITION_MEANINGS if kind == "conditions" else MEANINGS,
+            words=WORDS,
             against=AGAINST,
             kinds={kind: KINDS[kind] for kind in {point["kind"]: 0 for point in report.get("baselines", ())}},
             columns=tuple(rows[0]),

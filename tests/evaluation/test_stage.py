@@ -382,7 +382,11 @@ def test_every_picture_is_there_for_the_screen_and_for_print(written):
 def test_the_text_has_the_verdict_the_figures_and_the_pictures(written):
     report, folder = written
     text = (folder / "report.md").read_text()
-    assert f"**{report['verdict']['label']}**: {report['verdict']['sentence']}" in text
+    assert f"**{report['verdict']['sentence']}** (`{report['verdict']['label']}`)" in text
+    page = (folder / "report.html").read_text()
+    for word in (*report["groups"], "similarity", "front"):
+        assert re.search(rf"^- \*\*{word}\*\*: \w", text, re.MULTILINE)
+        assert re.search(rf"<dt>{word}</dt><dd>\w", page)
     for group in report["groups"].values():
         assert f"| {group['count']} | {100 * group['accuracy']['mean']:.2f} |" in text
     shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
