@@ -34,8 +34,8 @@ WORDS = {
     "similarity": "how much of its errors a network shares with the training network that is most like it, itself "
     "excluded (intersection over union of the errors; 1 is all); the mean over the networks",
     "95 %": "the interval of the mean, by bootstrap, over networks and over test examples",
-    "NLL, Brier, ECE": "negative log-likelihood in nats, Brier score, and expected calibration error in 15 bins; scaled: "
-    "with the temperature that fits the validation split best; less is better",
+    "NLL, Brier, ECE": "negative log-likelihood in nats, Brier score, and expected calibration error in 15 bins; "
+    "scaled: with the temperature that fits the validation split best; less is better",
     "baselines": "what needs no generator: training networks with noise, their averages, Gaussians of their weights",
     "front": "at a similarity, the best accuracy that any baseline reaches there or below",
 }
