@@ -11,7 +11,7 @@ from .configs import AlignConfig
 from .errors import ConfigError, TaskError, ZooError
 from .extras import require
 from .networks.canonical import REFERENCE_NETWORKS, relative_change
-from .networks.gauge import symmetry_of
+from .networks.gauge import Gauge, symmetry_of
 from .networks.predictor import Predictor
 from .networks.symmetry import UnknownSymmetryError
 from .parallel import processes, written
@@ -97,10 +97,11 @@ def _align(config: AlignConfig, folder: Path, started: float) -> str:
     save_run(folder, "align", config)
     origin = Path(config.zoo).resolve().name if Path(config.zoo).is_dir() else config.zoo
     WeightZoo(folder).write_card(f"The networks of `{origin}` in canonical form.")
+    learner = " --family neuron --no-initial" if isinstance(symmetry, Gauge) else ""
     options = own_task(name) + "".join(f" --condition {column}" for column in family.conditions("train")[0])
     return (
         f"{len(zoo)} networks with {symmetry}: the mean distance to their mean was "
         f"{before / len(zoo):.4g} and is {after / len(zoo):.4g}. Predictions differ by {largest:.2g} of the "
-        f"largest at most. They are in {folder} ({time_since(started)}). Next: pdiff-hf train --family neuron "
-        f"--no-initial{options} --zoo {shlex.quote(str(folder))}"
+        f"largest at most. They are in {folder} ({time_since(started)}). Next: pdiff-hf train"
+        f"{learner}{options} --zoo {shlex.quote(str(folder))}"
     )

@@ -94,9 +94,8 @@ def _collect(config: CollectConfig, folder: Path) -> WeightZoo:
         zoo = WeightZoo(folder)
     if state.is_main_process:
         what = "task" if isinstance(family, OneTask) else f"{len(conditions)} tasks"
-        zoo.write_card(
-            f"A {config.protocol} zoo of the {what} `{shown_name(config.task)}`, collected with seed {config.seed}."
-        )
+        kind = "An independent" if config.protocol == "independent" else "A trajectory"
+        zoo.write_card(f"{kind} zoo of the {what} `{shown_name(config.task)}`, collected with seed {config.seed}.")
         if config.push_to_hub is not None:
             zoo.push_to_hub(config.push_to_hub)
     return zoo

@@ -27,7 +27,8 @@ class CollectConfig:
     split: Literal["train", "validation", "test"] = "train"
     """Of a family of tasks: which of its conditions."""
     protocol: Literal["trajectory", "independent"] = "trajectory"
-    """Consecutive checkpoints of one run (as in the paper), or one network a seed."""
+    """Consecutive checkpoints of one run (as in the paper), or one network a seed. Of a family of tasks always the
+    latter."""
     save_every: int = 1
     """Optimizer steps from one kept checkpoint of a trajectory to the next."""
     epochs: int | None = None
@@ -342,8 +343,8 @@ class EvaluateConfig:
     """The generated zoo or checkpoints, as above, or the pipeline to sample from; of a family of tasks, a
     pipeline."""
     fresh: str | None = None
-    """A zoo of networks that were trained from new seeds, of a family of tasks with --split test: the gold
-    standard."""
+    """Networks that were trained from new seeds, the gold standard: a zoo or checkpoints, as above; of a family of
+    tasks a zoo that was collected with --split test."""
     output_dir: str = "runs/report"
     """Folder of the report: report.json, report.md, report.html and pictures."""
     pipeline: str | None = None
@@ -373,7 +374,8 @@ class QuickstartConfig:
     """Checkpoints of one ConvNet, as the published method learns them, or networks for tasks that nobody trained:
     which of the ten digits count, in some 7 minutes."""
     output_dir: str = "runs/quickstart"
-    """Where zoo/, pipeline/, generated/ and report/ go; what an earlier quickstart left in them is removed."""
+    """Where zoo/, fresh/ (held-out tasks), pipeline/, generated/ and report/ go; what an earlier quickstart left in
+    them is removed."""
     task: str | None = None
     """A built-in task, or a class of your own: path/to/file.py:MyTask, whose learning rate does not end at 0; of the
     other story a family. By default digits-convnet or digits-subsets."""

@@ -16,7 +16,7 @@ class ConfigError(PdiffError, ValueError):
 
 
 class WriteError(PdiffError, OSError):
-    """A file that cannot be written: the disk is full or protected."""
+    """A file that cannot be written: the disk is full or protected, or another process writes the folder."""
 
 
 class ZooError(PdiffError, ValueError):

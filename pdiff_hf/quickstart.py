@@ -35,7 +35,8 @@ FAR = 10**6
 
 
 def run_quickstart(config: QuickstartConfig) -> dict[str, Any]:
-    """Runs the four stages with their defaults, and returns the report with the seconds that each took."""
+    """Runs the stages of a story, `checkpoints` with their defaults, and returns the report with the seconds that each
+    took."""
     if processes().num_processes > 1:
         raise ConfigError("`pdiff-hf quickstart` runs in one process; its stages, one by one, run in several.")
     threads = torch.get_num_threads()

@@ -110,7 +110,7 @@ def test_what_comes_next_names_code_of_ones_own_and_what_tasks_differ_by(tmp_pat
         of = {"num_networks": 2} if name == "T" else {"networks_per_task": 1}
         run_collect(CollectConfig(f"tasks.py:{name}", name, protocol="independent", epochs=1, **of))
         said = run_align(AlignConfig(zoo=name, task=f"tasks.py:{name}", output_dir=f"aligned-{name}"))
-        assert f"--no-initial --task tasks.py:{name}{options} --zoo aligned-{name}" in said
+        assert f"Next: pdiff-hf train --task tasks.py:{name}{options} --zoo aligned-{name}" in said
         assert f"The networks of `{name}` in canonical form." in Path(f"aligned-{name}", "README.md").read_text()
 
 

@@ -26,6 +26,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
     api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     for name in ("WeightZoo.from_checkpoints", "NeuronTrainConfig.hidden_size", "NeuralNetworkDiffusionPipeline"):
         assert name in api
+    assert '<a href="#pdiff_hf.evaluation.baselines.Baseline"><code>Baseline</code></a>' in api
+    assert "[<code>" not in api
 
 
 @pytest.mark.parametrize("page", PAGES)

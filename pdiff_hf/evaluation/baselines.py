@@ -139,7 +139,8 @@ def strengths_of(kind: str, count: int) -> list[float]:
 class Baseline:
     r"""
     A generator with the interface of [`NeuralNetworkDiffusionPipeline`] that learns nothing: it combines the networks
-    of a zoo. All work on standardized parameters (running variances: on their logarithms).
+    of a zoo. All work on standardized parameters (of positive ones near 0, such as running variances, the
+    logarithms).
 
     | kind | a network is | strength |
     | --- | --- | --- |

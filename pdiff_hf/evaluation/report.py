@@ -107,6 +107,13 @@ CARD = """**{{ report.verdict.label }}**: {{ said }}
 | {% for column in columns %}{{ row[column] }} | {% endfor %}
 
 {% endfor %}
+
+{% for group in report.groups if group in meanings %}
+- **{{ group }}**: {{ meanings[group] }}
+{% endfor %}
+{% if "conditions" not in report %}
+- **similarity**: {{ words.similarity }}
+{% endif %}
 """
 
 
@@ -186,7 +193,14 @@ def card_section(report: dict[str, Any]) -> str:
     """Verdict and groups, for the card of a pipeline."""
     columns, rows = _short(report)
     said = "\n".join(with_front(report["verdict"]["sentence"]))
-    return _environment(escape=False).from_string(CARD).render(report=report, said=said, columns=columns, rows=rows)
+    template = _environment(escape=False).from_string(CARD)
+    meanings = _meanings(report)
+    return template.render(report=report, said=said, columns=columns, rows=rows, meanings=meanings, words=WORDS)
+
+
+def _meanings(report: dict[str, Any]) -> dict[str, str]:
+    """What the groups of a report are."""
+    return CONDITION_MEANINGS if "conditions" in report else MEANINGS
 
 
 def card_results(report: dict[str, Any]) -> list[EvalResult]:
@@ -263,7 +277,7 @@ def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> Non
         template = _environment(escape).get_template(f"{kind}.{ending}")
         texts[f"report.{ending}"] = template.render(
             report=report if escape else {**report, "task": plain(report["task"])},
-            meanings=CONDITION_MEANINGS if kind == "conditions" else MEANINGS,
+            meanings=_meanings(report),
             words=WORDS,
             against=AGAINST,
             kinds={kind: KINDS[kind] for kind in {point["kind"]: 0 for point in report.get("baselines", ())}},

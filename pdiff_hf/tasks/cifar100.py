@@ -46,7 +46,7 @@ class CIFAR100ResNet18(Task):
         return (pixels / 255 - MEAN) / STD, targets
 
     def augment(self, inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """One random shift of up to 4 pixels a batch, and a horizontal flip of every second image."""
+        """One random shift of up to 4 pixels a batch, and a horizontal flip of each image with probability 1/2."""
         size = inputs.shape[-1]
         top, left = torch.randint(9, (2,), generator=generator).tolist()
         inputs = F.pad(inputs, (4, 4, 4, 4))[..., top : top + size, left : left + size]

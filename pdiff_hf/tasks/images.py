@@ -99,8 +99,8 @@ def _pooled(dataset: str, size: int, examples: int, split: str) -> tuple[torch.T
 
 
 class PooledImages(Task):
-    """One pass in steps of 64 examples, at a learning rate that falls to 0 by a cosine. Images are averaged down, and
-    each pixel is standardized over the training images."""
+    """One pass, where a task says no more, in steps of 64 examples, at a learning rate that falls to 0 by a cosine.
+    Images are averaged down, and each pixel is standardized over the training images."""
 
     dataset: str
     size = 7

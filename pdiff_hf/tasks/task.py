@@ -41,7 +41,9 @@ class Task:
     Attributes:
         patterns (`tuple[str, ...]`, defaults to `("*",)`):
             Shell-style patterns of the state-dict names that are generated.
-        epochs (`int`, defaults to 30): Passes over the training split before the first checkpoint is kept.
+        epochs (`int`, defaults to 30):
+            Passes over the training split before the first checkpoint of a trajectory is kept; of independent networks
+            in all.
         batch_size (`int`, defaults to 50): Examples a step.
         learning_rate (`float`, defaults to 3e-3): Of AdamW.
     """

@@ -33,9 +33,11 @@ def run_train(config: AnyTrainConfig) -> NeuralNetworkDiffusionPipeline:
     Learns the networks of a zoo and saves the pipeline in `config.output_dir`.
 
     Raises:
+        [`ConfigError`]: a condition that the rows lack, models that no memory holds, a folder with another run.
         [`ZooError`]: the zoo cannot be read, or has fewer than two networks.
         [`TrainingError`]: the training diverged, or cannot be resumed.
         [`TaskError`]: networks of this task cannot be learned in this way.
+        [`WriteError`]: the disk is full, or another process writes the folder.
     """
     with written(config.output_dir, "train"):
         check_parts(config.output_dir, "a pipeline")

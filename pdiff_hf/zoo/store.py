@@ -217,7 +217,8 @@ class WeightZoo:
         return cls(folder, fetch=lambda name: Path(download_file(repo_id, "dataset", folder.name, token, name)))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
-        """Makes a dataset repository hold this zoo, card included, in one commit; see [`hub.push`] for arguments."""
+        """Makes a dataset repository hold this zoo, card included, in one commit. Takes the
+        arguments of `pdiff_hf.hub.push.push`."""
         self._writable()
         self.flush()
         # What it says of the networks may be of fewer ones.
@@ -495,8 +496,8 @@ class WeightZoo:
         return ZooError(f"Network {index} of {self.folder} holds NaN or infinite values: its shard is damaged.")
 
     def columns(self, start: int, stop: int, every: int = 1) -> torch.Tensor:
-        """Some consecutive parameters of all networks, or of every so-manieth, float32 `[N, stop - start]`; reads no
-        others."""
+        """Some consecutive parameters of all N networks, or of each `every`-th, float32
+        `[ceil(N / every), stop - start]`; reads no others."""
         parts = []
         for shard, size in enumerate(self._shards.sizes):
             first = -shard * self.networks_per_shard % every

@@ -389,8 +389,8 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             initial (`list[dict[str, torch.Tensor]]` or `torch.Tensor`, *optional*):
                 Untrained networks, state dicts or vectors `[num_networks, P]`, where the denoiser was trained to be
                 told the initialization: each network is what training would make of its own. By default they are drawn
-                as those of the training zoo were; where these are neither uniform, normal nor constant, they are
-                needed.
+                as those of the training zoo were; where these are neither uniform, normal, constant nor the same in
+                all networks, they are needed.
             condition (`dict` or `list[dict]`, *optional*):
                 What is asked for, such as `{"classes": [0, 1, 1], "validation_accuracy": 0.97}`: of all networks, or a
                 dict for each. `pipe.condition_encoder.known()` says what there is. By default nothing is asked for.
