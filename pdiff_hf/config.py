@@ -61,10 +61,7 @@ def parse(config_class: type[Config], stage: str, args: Sequence[str]) -> Config
             default = replace(default, condition=())
         defaults["default"] = default
     described = f"{config_class.__doc__}\n\n{CONFIG_HELP}"
-    config = tyro.cli(config_class, prog=f"pdiff-hf {stage}", description=described, args=args, **defaults)
-    given = {field.name: getattr(config, field.name) for field in fields(config)}
-    at_home = {name: value for name, value in given.items() if isinstance(value, str) and value.startswith("~/")}
-    return replace(config, **{name: os.path.expanduser(value) for name, value in at_home.items()})
+    return tyro.cli(config_class, prog=f"pdiff-hf {stage}", description=described, args=args, **defaults)
 
 
 def completion(stages: dict[str, Any], shell: str = "bash") -> str:

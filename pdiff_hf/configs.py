@@ -1,7 +1,8 @@
 # Over 400 lines: all arguments of all stages, and what each means.
 """What each stage can be told: one frozen dataclass each, without an import that takes long."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -12,7 +13,21 @@ from .errors import ConfigError
 
 
 @dataclass(frozen=True)
-class CollectConfig:
+class StageConfig:
+    """Settings of a stage, as a file holds them: paths are text, without ~, and lists are tuples."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            if isinstance(value, str) and value.startswith("~/"):
+                value = os.path.expanduser(value)
+            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
+
+
+@dataclass(frozen=True)
+class CollectConfig(StageConfig):
     """Trains networks of a task and keeps their checkpoints."""
 
     task: str = "digits-convnet"
@@ -48,6 +63,7 @@ class CollectConfig:
     """Name of the dataset repository that the zoo is pushed to in the end."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self, "num_networks", "networks_per_task", "save_every")
         if self.split not in ("train", "validation", "test"):
             raise ConfigError(f"The split is {self.split!r}; expected 'train', 'validation' or 'test'.")
@@ -59,7 +75,7 @@ class CollectConfig:
 
 
 @dataclass(frozen=True)
-class AlignConfig:
+class AlignConfig(StageConfig):
     """Permutes and scales the hidden units of a zoo's networks, or rotates the ranks of its adapters, so that they lie
     near to each other."""
 
@@ -74,11 +90,12 @@ class AlignConfig:
     """Aligning must not change what networks predict: more than this share of the largest prediction is an error."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_above_zero(self, "tolerance")
 
 
 @dataclass(frozen=True)
-class LoopConfig:
+class LoopConfig(StageConfig):
     """What any training of a pipeline has in common."""
 
     zoo: str = "runs/zoo"
@@ -113,6 +130,7 @@ class LoopConfig:
     """A tracker of accelerate: tensorboard, wandb, all, ..."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self, "batch_size", "checkpointing_steps")
         for name in ("gradient_accumulation_steps", "checkpoints_total_limit"):
             if getattr(self, name) is not None:
@@ -273,7 +291,7 @@ AnyTrainConfig = TrainConfig | NeuronTrainConfig
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(StageConfig):
     """Samples networks from a pipeline into a zoo."""
 
     pipeline: str = "runs/pipeline"
@@ -314,6 +332,7 @@ class GenerateConfig:
     """Name of the dataset repository that the zoo is pushed to in the end."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self, "num_networks")
         for name in ("num_inference_steps", "batch_size"):
             if getattr(self, name) is not None:
@@ -329,7 +348,7 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(StageConfig):
     """Scores trained and generated networks and all trivial baselines, audits memorization, and gives a verdict."""
 
     task: str | None = None
@@ -360,6 +379,7 @@ class EvaluateConfig:
     """Name of the model repository that the pipeline, with its card, is pushed to in the end."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self, "num_networks", "networks_per_point")
         if self.networks_per_point > 100_000:
             raise ConfigError("networks_per_point has to be at most 100,000.")
@@ -367,7 +387,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class QuickstartConfig:
+class QuickstartConfig(StageConfig):
     """Trains networks on digits, learns their distribution, samples new ones, compares."""
 
     story: Literal["checkpoints", "subsets"] = "checkpoints"
@@ -383,13 +403,14 @@ class QuickstartConfig:
     """Of everything."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self)
         if self.story not in ("checkpoints", "subsets"):
             raise ConfigError(f"The story is {self.story!r}; expected 'checkpoints' or 'subsets'.")
 
 
 @dataclass(frozen=True)
-class PlayConfig:
+class PlayConfig(StageConfig):
     """Serves a page on this machine where networks of a pipeline are asked for, tried out and looked at."""
 
     pipeline: str = "runs/pipeline"
@@ -404,12 +425,13 @@ class PlayConfig:
     """Of the page; by default the first free one from 7860."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.port is not None and not 0 < self.port < 2**16:
             raise ConfigError(f"port has to be from 1 to 65535, and is {self.port}.")
 
 
 @dataclass(frozen=True)
-class InfoConfig:
+class InfoConfig(StageConfig):
     """Says what a folder holds, or a repository on the Hub: a zoo, a pipeline or a report."""
 
     place: tyro.conf.Positional[str]
@@ -417,7 +439,7 @@ class InfoConfig:
 
 
 @dataclass(frozen=True)
-class PushConfig:
+class PushConfig(StageConfig):
     """Makes a repository on the Hub hold a zoo or a pipeline, in one commit."""
 
     folder: str
@@ -435,7 +457,7 @@ class PushConfig:
 
 
 @dataclass(frozen=True)
-class PullConfig:
+class PullConfig(StageConfig):
     """Downloads a zoo or a pipeline from the Hub into a folder."""
 
     repo: str
@@ -449,7 +471,7 @@ class PullConfig:
 
 
 @dataclass(frozen=True)
-class ImportConfig:
+class ImportConfig(StageConfig):
     """Makes a zoo of checkpoints of one architecture, here or on the Hub, or of LoRA adapters of one base model."""
 
     output_dir: str
@@ -476,6 +498,7 @@ class ImportConfig:
     """What the networks do: a built-in task, or path/to/file.py:MyTask."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if sum(map(bool, (self.checkpoints, self.repositories, self.adapters))) != 1:
             raise ConfigError("Pass --checkpoints, --repositories or --adapters: what the zoo is made of.")
         if self.key is not None and not self.checkpoints:

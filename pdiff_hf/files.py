@@ -81,7 +81,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         [`WriteError`]: another process writes it.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     made = not folder.exists()
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)

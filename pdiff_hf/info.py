@@ -46,9 +46,13 @@ def _said(place: str) -> str:
     if folder.exists() or not is_repository(place):
         raise ConfigError(f"{place} holds no zoo, no pipeline and no report.")
     try:
-        return _of_pipeline(pipeline_folder(place))
+        found = pipeline_folder(place)
     except HubError:
-        return _of_zoo(WeightZoo.from_pretrained(place))  # a data set may have the name
+        found = None
+    # A data set may have the name, beside a model of another kind.
+    return (
+        _of_zoo(WeightZoo.from_pretrained(place)) if found is None or not is_pipeline(found) else _of_pipeline(found)
+    )
 
 
 def _of_zoo(zoo: WeightZoo) -> str:
@@ -64,7 +68,7 @@ def _of_zoo(zoo: WeightZoo) -> str:
         lines.append(f"Task: {zoo.task}.")
     rows = zoo.metadata
     for name in MEASURES:
-        values = [row[name] for row in rows if isinstance(row.get(name), float)]
+        values = [row[name] for row in rows if type(row.get(name)) in (int, float)]
         if values:
             mean = sum(values) / len(values)
             lines.append(f"{name}: mean {100 * mean:.2f} %, {100 * min(values):.2f} to {100 * max(values):.2f}.")
@@ -127,7 +131,9 @@ def _made(folder: Path, stages: tuple[str, ...]) -> list[str]:
     for stage in stages:
         with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
             settings = load_yaml((folder / f"{stage}.yaml").read_text(encoding="utf-8")).items()
-            said = ", ".join(f"{name}={value}"[:200] for name, value in settings if value not in (None, [], False))
+            said = ", ".join(
+                f"{name}={value}"[:200] for name, value in settings if value is not False and value not in (None, [])
+            )
             return [f"Made by `pdiff-hf {stage}` with {said}."]
     return []
 

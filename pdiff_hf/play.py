@@ -49,7 +49,7 @@ def page(pipeline: str, task: str | None = None, zoo: str | None = None) -> Any:
                 value = [int(place in value) for place in range(len(column["mean"]))]
                 if tuple(value) not in ticks[column["name"]]:
                     raise ValueError(f"{column['name']}: no task of {ground.name} has just these ticked.")
-            elif column["kind"] == "numbers":
+            elif column["kind"] == "numbers" and value:
                 try:
                     value = json.loads(value)
                 except ValueError as error:

@@ -3,18 +3,19 @@
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from torch.nn import functional as F
 
 from .errors import TaskError, ZooError
 from .evaluation.measures import similarity
+from .evaluation.subjects import check_together
 from .files import is_zoo
 from .hub.cards import UNKNOWN_TASK
 from .hub.pipeline_files import pipeline_folder
@@ -22,6 +23,7 @@ from .hub.pipelines import load_pipeline
 from .info import verdict_of_card
 from .networks.predictor import Predictor
 from .parallel import processes
+from .pipelines.neural_network_diffusion.pipeline import draw_seed
 from .runs import zoo_of_training
 from .schedulers import replacement
 from .tasks import Task, load_family
@@ -75,7 +77,7 @@ class Playground:
             self.pipe.layout.flatten(first.build_network().state_dict())
         except ValueError as error:
             raise TaskError(f"{pipeline} generates no networks of {self.name}: {error}") from error
-        self.images = first.data("test")[0]
+        self.images = first.data("test")[0].cpu()
         self._one_at_a_time = threading.Lock()
         self._predictor = Predictor(first, self.pipe.layout, self.pipe.device)
         self.trained: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -86,8 +88,9 @@ class Playground:
             zoo = self._known_zoo(folder)
         if zoo is not None:
             networks = WeightZoo.from_pretrained(zoo)
-            if networks.layout.architecture != self.pipe.layout.architecture:
-                raise ZooError(f"{zoo} holds networks of another architecture than {pipeline} generates.")
+            check_together(networks, self.pipe.layout, pipeline)
+            if len(networks) < 2:
+                raise ZooError(f"{zoo} holds {len(networks)} networks; similarity to training networks needs two.")
             vectors = networks.vectors(evenly(len(networks), TRAINED))
             accuracies, wrong = self.trained = self.score(vectors, first)
             overlap = similarity(wrong, wrong).fill_diagonal_(-1).amax(1)
@@ -99,7 +102,9 @@ class Playground:
         place = zoo_of_training(folder)
         with suppress(ZooError):
             if place is not None and is_zoo(Path(place)):
-                return place if WeightZoo(place).layout.architecture == self.pipe.layout.architecture else None
+                zoo = WeightZoo(place)
+                check_together(zoo, self.pipe.layout, folder)
+                return place if len(zoo) > 1 else None
         return None
 
     @property
@@ -111,7 +116,7 @@ class Playground:
         """Accuracies `[N]` on the test split, and wrong answers, boolean `[N, E]`."""
         inputs, targets = task.data("test")
         predictions = self._predict(vectors, inputs, task)
-        wrong = ~torch.stack([task.correct(one, targets) for one in predictions])
+        wrong = ~torch.stack([task.correct(one, targets.cpu()) for one in predictions])
         return 1 - wrong.float().mean(1), wrong
 
     def networks(self, condition: dict[str, Any], count: int, seed: int, guidance: float) -> Iterator[torch.Tensor]:
@@ -136,7 +141,7 @@ class Playground:
         task = self.family.task(condition or self.example)
         inputs, targets = task.data("test")
         predictions = self._predict(vectors, inputs, task).mean(0)
-        return task.correct(predictions, targets).float().mean().item()
+        return task.correct(predictions, targets.cpu()).float().mean().item()
 
     def classify(self, vectors: torch.Tensor, image: torch.Tensor, condition: dict[str, Any]) -> torch.Tensor:
         """What networks that were asked for say to an image `[C, H, W]`: probabilities `[N, classes]`."""
@@ -161,24 +166,21 @@ class Playground:
         """Accuracies on the way from the noise (and the initialization, where the denoiser is told it) of one seed to
         that of another, without further noise on the way, along a circle: it stays noise."""
         angles = torch.linspace(0, math.pi / 2, STOPS)
+        # Noise first, and initializations then, as the pipeline draws them for these seeds.
+        ends = [torch.Generator().manual_seed(draw_seed(torch.Generator().manual_seed(s))) for s in (first, second)]
 
-        def drawn(draw: Callable[[torch.Generator], torch.Tensor], seeds: Sequence[int]) -> torch.Tensor:
-            return torch.cat([draw(torch.Generator().manual_seed(seed)) for seed in seeds])
-
-        def between(draw: Callable[[torch.Generator], torch.Tensor], mean: torch.Tensor | float = 0.0) -> torch.Tensor:
-            start, end = drawn(draw, (first, second)) - mean
+        def between(drawn: torch.Tensor, mean: torch.Tensor | float = 0.0) -> torch.Tensor:
+            start, end = drawn - mean
             shares = [part.reshape(-1, *[1] * start.ndim) for part in (angles.cos(), angles.sin())]
             return mean + shares[0] * start + shares[1] * end
 
-        arguments = {"latents": between(lambda one: torch.randn(1, *self.pipe.latent_shape, generator=one))}
+        noise = torch.cat([torch.randn(1, *self.pipe.latent_shape, generator=end) for end in ends])
+        arguments = {"latents": between(noise)}
         if self.pipe.takes_initial:
-
-            def initial(one: torch.Generator) -> torch.Tensor:
-                vectors: torch.Tensor = self.pipe.layout.draw_initial([one])
-                return vectors
-
             # Unlike noise, they have a mean: constants stay what they are.
-            arguments["initial"] = between(initial, drawn(initial, range(DRAWS)).mean(0))
+            many = [torch.Generator().manual_seed(seed) for seed in range(DRAWS)]
+            draw = self.pipe.layout.draw_initial
+            arguments["initial"] = between(draw(ends), draw(many).mean(0))
         vectors = self._sample(condition, deterministic(self.pipe.scheduler), **arguments)
         accuracies, _ = self.score(vectors, self.family.task(condition or self.example))
         return [
@@ -200,7 +202,7 @@ class Playground:
         rows = [{"step": step + 1.0, "accuracy, %": 100 * a} for step, a in enumerate(accuracies.tolist())]
         shown = torch.linspace(0, len(vectors) - 1, min(PICTURES, len(vectors))).round().long()
         dicts = self.pipe.layout.unflatten(vectors[shown])
-        name = max(dicts[0], key=lambda one: dicts[0][one].numel())
+        name = max(self.pipe.layout.slices, key=lambda one: dicts[0][one].numel())
         matrices = [one[name].float().flatten(1) if one[name].ndim > 1 else one[name].float()[None] for one in dicts]
         return rows, [heat(matrix, matrices[-1].abs().max().item()) for matrix in matrices]
 
@@ -225,6 +227,8 @@ def deterministic(scheduler: Any) -> Any:
     """A scheduler of the same noise that adds none while sampling."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return type(scheduler).from_config(scheduler.config, stochastic_sampling=False)
+    if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):  # which adds none
+        return type(scheduler).from_config(scheduler.config)
     return replacement("DDIMScheduler", scheduler)
 
 

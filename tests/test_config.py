@@ -1,17 +1,19 @@
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
 import pdiff_hf
-from pdiff_hf import cli
+from pdiff_hf import WeightZoo, cli
 from pdiff_hf.config import load_config, parse
-from pdiff_hf.configs import TrainConfig
+from pdiff_hf.configs import PullConfig, TrainConfig
 from pdiff_hf.errors import ConfigError
 from pdiff_hf.extras import install, require
-from pdiff_hf.runs import save_run
+from pdiff_hf.runs import check_same_run, save_run
 
 from .conftest import run
 
@@ -164,3 +166,23 @@ def test_an_extra_is_installed_from_where_the_package_was(origin, command, tmp_p
         (notes / "direct_url.json").write_text(json.dumps(origin))
     monkeypatch.setattr(sys, "path", [str(notes.parent)])
     assert install("report").endswith(command)
+
+
+def test_settings_of_a_program_are_those_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = TrainConfig(zoo=Path("~/zoo"), output_dir="~/runs", block_out_channels=[8, 8])
+    assert config == TrainConfig(zoo=f"{tmp_path}/zoo", output_dir=f"{tmp_path}/runs", block_out_channels=(8, 8))
+    save_run(tmp_path, "train", config)
+    check_same_run(tmp_path, "train", config, ())
+    assert PullConfig(repo="me/zoo", output_dir=tmp_path / "x").output_dir == f"{tmp_path}/x"
+
+
+def test_folders_at_home_are_at_home(tmp_path, monkeypatch, zoo):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for seed in range(2):
+        torch.save({"weight": torch.full((3,), float(seed))}, tmp_path / f"{seed}.pt")
+    assert len(WeightZoo.from_checkpoints("~/imported", "~/*.pt")) == 2
+    zoo.save_pretrained("~/copied")
+    assert len(WeightZoo(tmp_path / "copied")) == len(zoo)
+    assert not (tmp_path / "~").exists()

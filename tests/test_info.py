@@ -7,11 +7,14 @@ import shutil
 import pytest
 import torch
 
-from pdiff_hf import EvaluateConfig, ParameterLayout, WeightZoo, ZooError, run_evaluate
+from pdiff_hf import EvaluateConfig, GenerateConfig, ParameterLayout, WeightZoo, ZooError, run_evaluate
 from pdiff_hf.cli import main
 from pdiff_hf.configs import InfoConfig
 from pdiff_hf.errors import ConfigError
 from pdiff_hf.info import run_info
+from pdiff_hf.runs import save_run
+
+from .conftest import random_network
 
 
 def test_a_zoo_says_how_large_and_how_good_it_is(digits_zoo, capsys):
@@ -62,6 +65,18 @@ def test_a_pipeline_and_its_report_say_the_verdict(digits_zoo, digits_pipeline, 
     sentence = report["verdict"]["sentence"]
     assert sentence in run_info(InfoConfig(str(tmp_path / "report")))
     assert sentence in run_info(InfoConfig(str(tmp_path / "pipeline")))
+
+
+def test_figures_that_are_whole_numbers_and_settings_of_zero_are_said(tmp_path, layout):
+    with WeightZoo.create(tmp_path, layout) as zoo:
+        for seed, accuracy in enumerate((0.5, 1, True)):
+            zoo.append(random_network(seed).state_dict(), accuracy=accuracy)
+    save_run(tmp_path, "generate", GenerateConfig(guidance_scale=0.0, condition='{"a": 1}'))
+    said = run_info(InfoConfig(str(tmp_path)))
+    assert "accuracy: mean 75.00 %, 50.00 to 100.00." in said
+    assert "guidance_scale=0.0" in said
+    assert "seed=0" in said
+    assert "False" not in said
 
 
 def test_what_holds_nothing_and_what_is_damaged_is_said(tmp_path):

@@ -1,6 +1,7 @@
 """The page to play with: what it computes, what it shows in a browser, and that it is a Space."""
 
 import contextlib
+import copy
 import shutil
 import socket
 import subprocess
@@ -15,14 +16,24 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import FlowMatchHeunDiscreteScheduler
 
-from pdiff_hf import CollectConfig, NeuronTrainConfig, WeightZoo, load_task, run_collect, run_train
+from pdiff_hf import (
+    CollectConfig,
+    NeuronTrainConfig,
+    ParameterLayout,
+    TrainConfig,
+    WeightZoo,
+    load_task,
+    run_collect,
+    run_train,
+)
 from pdiff_hf.errors import TaskError, ZooError
 from pdiff_hf.play import page
-from pdiff_hf.playground import Playground, each_said, heat, said
+from pdiff_hf.playground import Playground, deterministic, each_said, heat, said
 
 from . import families
-from .conftest import ROOT
+from .conftest import ROOT, SMALL_TRAINING
 
 
 SPACE = ROOT / "spaces" / "playground"
@@ -92,6 +103,61 @@ def test_a_walk_leads_from_one_network_to_the_other(ground):
     assert type(ground.pipe.scheduler).__name__ == "DDPMScheduler"
 
 
+@pytest.mark.parametrize("initial", [False, True])
+def test_the_ends_of_a_walk_are_the_networks_of_its_seeds(asked, ground, initial):
+    ground = Playground(str(asked)) if initial else ground
+    assert ground.pipe.takes_initial == initial
+    condition = ground.example
+    scheduler = ground.pipe.scheduler
+    expected = []
+    for seed in (4, 5):
+        vectors = ground._sample(condition, deterministic(scheduler), generator=torch.Generator().manual_seed(seed))
+        expected.append(100 * ground.score(vectors, ground.family.task(condition))[0].item())
+    found = ground.walk(4, 5, condition)
+    assert [found[0]["accuracy, %"], found[-1]["accuracy, %"]] == pytest.approx(expected, abs=0.5)
+
+
+def test_heuns_flow_matching_walks_as_it_is():
+    scheduler = deterministic(FlowMatchHeunDiscreteScheduler(shift=2.0))
+    assert type(scheduler) is FlowMatchHeunDiscreteScheduler
+    assert scheduler.config.shift == 2.0
+
+
+def test_networks_that_are_not_comparable_are_not_compared(digits_zoo, digits_pipeline, tmp_path):
+    layout = copy.deepcopy(digits_zoo.layout)
+    with WeightZoo.create(tmp_path / "few", layout) as few:
+        few.append(digits_zoo[0])
+    with pytest.raises(ZooError, match="few holds 1 networks; similarity to training networks needs two"):
+        Playground(str(digits_pipeline), "digits-convnet", str(few.folder))
+    pipeline = Path(shutil.copytree(digits_pipeline, tmp_path / "pipeline"))
+    settings = yaml.safe_load((pipeline / "train.yaml").read_text()) | {"zoo": str(few.folder)}
+    (pipeline / "train.yaml").write_text(yaml.safe_dump(settings))
+    assert Playground(str(pipeline), "digits-convnet").trained is None
+
+
+def test_a_generated_matrix_is_denoised_and_no_frozen_one(tmp_path):
+    task = load_task("digits-resnet")
+    state = task.build_network().state_dict()
+    layout = ParameterLayout.from_state_dict(state, task.patterns)
+    with WeightZoo.create(tmp_path / "zoo", layout, task="digits-resnet") as zoo:
+        for _ in range(3):
+            zoo.append(
+                {
+                    name: value + torch.rand_like(value) if name in layout.slices else value
+                    for name, value in state.items()
+                }
+            )
+    run_train(TrainConfig(zoo=str(zoo.folder), output_dir=str(tmp_path / "pipeline"), **SMALL_TRAINING))
+    _, pictures = Playground(str(tmp_path / "pipeline"), "digits-resnet").denoising(0, {})
+    assert not np.array_equal(pictures[0], pictures[-1])
+    other = {name: value if name in layout.slices else value + 1 for name, value in state.items()}
+    with WeightZoo.create(tmp_path / "other", ParameterLayout.from_state_dict(other, task.patterns)) as strange:
+        for _ in range(2):
+            strange.append(other)
+    with pytest.raises(ZooError, match=r"do not go together: .* is not generated, and differs"):
+        Playground(str(tmp_path / "pipeline"), "digits-resnet", str(strange.folder))
+
+
 def test_denoising_ends_in_the_network(ground):
     rows, pictures = ground.denoising(3, {})
     (network,) = ground.places(torch.cat(list(ground.networks({}, 1, 3, 1.0))), {})[:1]
@@ -154,7 +220,7 @@ def test_what_does_not_go_together_is_refused(digits_pipeline, zoo):
         Playground(str(digits_pipeline), "digits-mlp")
     with pytest.raises(TaskError, match="cannot be asked for 'classes', by which the tasks of digits-subsets differ"):
         Playground(str(digits_pipeline), "digits-subsets")
-    with pytest.raises(ZooError, match="holds networks of another architecture"):
+    with pytest.raises(ZooError, match="hold networks of different architectures"):
         Playground(str(digits_pipeline), zoo=str(zoo.folder))
 
 
@@ -169,6 +235,7 @@ def test_a_list_that_is_none_is_said_in_every_tab(tmp_path):
             list(answers[name](*numbers, "north"))
         with pytest.raises(gradio.Error, match=r"cannot be .*&lt;img src=x&gt;"):
             list(answers[name](*numbers, '["<img src=x>"]'))
+        assert list(answers[name](*numbers, ""))  # left blank, it is not asked for
 
 
 def test_ticks_that_are_no_task_are_said_in_every_tab(asked):

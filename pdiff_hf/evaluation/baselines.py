@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..pipelines.neural_network_diffusion import NeuralNetworkDiffusionPipelineOutput, ParameterLayout
+from ..pipelines.neural_network_diffusion.pipeline import draw_seed
 from ..zoo import WeightZoo
 
 
@@ -204,7 +205,7 @@ class Baseline:
             raise ValueError(f"{len(several)} generators were passed for {num_networks} networks: pass one for each.")
         # One for all draws the seeds of the networks one after the other.
         parents: list[Any] = [generator] * num_networks if several is None else several
-        seeds = [int(torch.randint(2**63 - 1, (), generator=parent)) for parent in parents]
+        seeds = [draw_seed(parent) for parent in parents]
         networks = torch.cat([self.vectors(seeds[i : i + chunk_size]) for i in range(0, len(seeds), chunk_size)])
         states = self.layout.unflatten(networks) if output_type == "state_dict" else networks
         return NeuralNetworkDiffusionPipelineOutput(state_dicts=states) if return_dict else (states,)

@@ -61,7 +61,8 @@ def in_form(zoo: WeightZoo, symmetry: CanonicalForm, reference: torch.Tensor, fo
     with found:
         for batch in zoo.batches():
             fits = batch.abs().amax(1) < LARGEST  # no number is none
-            batch[fits] = symmetry.canonical(batch[fits], reference)
+            if fits.any():
+                batch[fits] = symmetry.canonical(batch[fits], reference)
             for vector in batch:
                 found.append(vector)
     return found

@@ -196,7 +196,7 @@ class ConditionAudit:
         for (_, targets), (_, tested) in zip(data_of(self.tasks, "train"), data_of(self.tasks, "test"), strict=True):
             if targets.ndim != 1 or targets.is_floating_point():
                 return None
-            found.append((tested == targets.mode().values).float())
+            found.append((tested == targets.mode().values).float().cpu())
         return self._of_examples(found)
 
     def _rivals(self) -> dict[str, dict[str, Any]]:
@@ -206,7 +206,7 @@ class ConditionAudit:
             self.asked, self.tasks, data_of(self.tasks, "test"), strict=True
         ):
             for name, predictions in self.family.rivals(condition, inputs).items():
-                found.setdefault(name, []).append(task.correct(predictions, targets).float())
+                found.setdefault(name, []).append(task.correct(predictions, targets).float().cpu())
         return {name: {"single": self._of_examples(values), "least": None} for name, values in found.items()}
 
     def _together(self) -> torch.Tensor:

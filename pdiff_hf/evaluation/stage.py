@@ -1,6 +1,8 @@
 """Stage 4: what generated networks are worth, against those they were learned from and against what costs nothing."""
 
+import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,7 +15,7 @@ from ..configs import EvaluateConfig
 from ..errors import ConfigError, ZooError
 from ..extras import require
 from ..files import check_parts, locked
-from ..hub.cards import write_evaluation
+from ..hub.cards import around_evaluation, write_evaluation
 from ..hub.pipeline_files import check_weights, pipeline_folder, weights_sha256
 from ..hub.push import push_evaluation
 from ..parallel import from_main, processes, wait_for_everyone, written
@@ -133,6 +135,9 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
         for name in (config.generated, config.pipeline)
         if name is not None and holds_pipeline(name)
     }
+    cards = [name for name in weights if _has_card(name)]
+    for name in cards:
+        around_evaluation(Path(name))  # what is wrong with it is said before the work
     if found := family_of(config.task, config.trained):
         origin = config.generated
         report, files = _audit(found, config.generated, config.fresh, config.seed, config.output_dir)
@@ -153,13 +158,23 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Console().print(*with_front(report["verdict"]["sentence"]), sep="\n", highlight=False)
     if origin is not None:
         evaluation = (card_section(report), card_results(report), captioned(files))
-        if (Path(origin) / "README.md").is_file():
+        if origin in cards:
             with locked(origin):
                 check_weights(Path(origin), weights[origin])
                 write_evaluation(Path(origin), *evaluation)
         if config.push_to_hub is not None:
             push_evaluation(origin, config.push_to_hub, *evaluation, weights=weights[origin])
     return report
+
+
+def _has_card(pipeline: str) -> bool:
+    """Whether a pipeline is in a folder with a card that can be written."""
+    if not (Path(pipeline) / "README.md").is_file():
+        return False
+    if not os.access(pipeline, os.W_OK):
+        print(f"{pipeline} cannot be written: its card will stay as it is.", file=sys.stderr)
+        return False
+    return True
 
 
 def require_extras(output_dir: str | Path | None) -> None:

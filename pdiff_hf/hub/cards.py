@@ -247,6 +247,22 @@ def write_pipeline_card(
     _write_card(folder, str(card))
 
 
+def around_evaluation(folder: Path) -> tuple[RepoCard, str, str]:
+    """The card of a pipeline, and its text before and after the place for figures. Raises [`PipelineError`] where
+    there is none."""
+    file = folder / "README.md"
+    _check_inside(file, folder)
+    start, end = EVALUATION
+    card = _parsed_card(card_text(file))
+    before, marker, rest = card.text.partition(start)
+    if not marker:
+        raise PipelineError(f"{file} has no place for figures: it lacks the line {start!r}.")
+    _, marker, after = rest.partition(end)
+    if not marker:
+        raise PipelineError(f"{file} has no end of the place for figures: it lacks the line {end!r}.")
+    return card, before, after
+
+
 def write_evaluation(folder: Path, section: str, results: list[EvalResult], pictures: Mapping[Path, str]) -> None:
     r"""
     Puts an evaluation into the card of a pipeline.
@@ -260,16 +276,8 @@ def write_evaluation(folder: Path, section: str, results: list[EvalResult], pict
     Raises:
         [`PipelineError`]: the card has no place for it, or the folder has pictures elsewhere, by links.
     """
-    file = folder / "README.md"
-    _check_inside(file, folder)
     start, end = EVALUATION
-    card = _parsed_card(card_text(file))
-    before, marker, rest = card.text.partition(start)
-    if not marker:
-        raise PipelineError(f"{file} has no place for figures: it lacks the line {start!r}.")
-    _, marker, after = rest.partition(end)
-    if not marker:
-        raise PipelineError(f"{file} has no end of the place for figures: it lacks the line {end!r}.")
+    card, before, after = around_evaluation(folder)
     lines, beside = [section.strip()], folder / "evaluation"
     for path in (beside, *beside.rglob("*")):
         _check_inside(path, folder)
@@ -281,7 +289,7 @@ def write_evaluation(folder: Path, section: str, results: list[EvalResult], pict
     data = card.data.to_dict()
     ours = ModelCardData(model_name=PLACEHOLDER, eval_results=results).to_dict()["model-index"] if results else []
     _set_results(data, _results(data), ours)
-    with whole(file) as temporary:
+    with whole(folder / "README.md") as temporary:
         temporary.write_text(_card(data, text), encoding="utf-8")
 
 

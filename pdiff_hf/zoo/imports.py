@@ -178,6 +178,11 @@ def read_state_dict(file: Path, key: str | None = None) -> StateDict:
             "where you trust it, and save the tensors alone: torch.save(network.state_dict(), file)."
         ) from error
     except Exception as error:
+        if "weights_only" in str(error):
+            raise ZooError(
+                f"{file} cannot be read as a state dict: it is a TorchScript archive, or of torch's old formats. Save "
+                "the tensors alone: torch.save(network.state_dict(), file)."
+            ) from error
         raise ZooError(f"{file} cannot be read as a state dict: {error}") from error
     found = dict(_state_dicts(content))
     if key is not None:

@@ -1,6 +1,7 @@
 """The shards of a zoo: `networks-00001-of-000NN.safetensors`, each full but the last."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +115,11 @@ class Shards:
 
     def _path(self, number: int, total: int) -> Path:
         return self.folder / f"networks-{number:05}-of-{total:05}.safetensors"
+
+    def copy(self, folder: Path) -> None:
+        """Into a folder, under the names of a finished zoo."""
+        for shard in range(len(self)):
+            shutil.copyfile(self.open(shard), folder / self._path(shard + 1, len(self)).name)
 
     def _find(self) -> list[Path]:
         found: dict[int, Path] = {}

@@ -231,9 +231,12 @@ class WeightZoo:
             return push(self.folder, repo_id, contents={self._rows.file.name: self._row_bytes()}, **kwargs)
 
     def sha256(self) -> str:
-        """Of its architecture and rows, and of its first and its last network: of another zoo it is another."""
-        ends = self.vectors([0, len(self) - 1]).numpy().tobytes() if len(self) else b""
-        return hashlib.sha256(json.dumps(self.layout.architecture).encode() + self._row_bytes() + ends).hexdigest()
+        """Of its architecture, rows, frozen tensors and networks."""
+        found = hashlib.sha256(json.dumps(self.layout.architecture).encode() + self._row_bytes())
+        found.update((self.folder / "frozen.safetensors").read_bytes())
+        for batch in self.batches():
+            found.update(batch.numpy().tobytes())
+        return found.hexdigest()
 
     def _row_bytes(self) -> bytes:
         """The rows of stored networks, without what a killed process left behind them."""
@@ -635,19 +638,20 @@ class WeightZoo:
             [`ConfigError`]: the folder holds a pipeline or a report.
             [`WriteError`]: it cannot be written.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         self.flush()
         for shard in range(len(self._shards)):
             self._shards.open(shard)
         with locked(folder), explained(folder):
             _make_free(folder)
             # Links of the cache become files.
-            left = shutil.ignore_patterns("zoo.json", "*.part", f"{UNFINISHED}*", LOCK)
+            left = shutil.ignore_patterns("zoo.json", "networks-*.safetensors", "*.part", f"{UNFINISHED}*", LOCK)
             names = [file.name for file in self.folder.iterdir()]
             for name in {*names} - left(str(self.folder), names) - {"metadata.jsonl", "frozen.safetensors"}:
                 if (folder / name).exists():
                     raise ZooError(f"{folder} holds {name} already. Choose another folder, or move it away.")
             shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=left)
+            self._shards.copy(folder)
             with whole(folder / "zoo.json") as file:  # last, since it is what makes a folder a zoo
                 shutil.copyfile(self.folder / "zoo.json", file)
 
@@ -683,7 +687,7 @@ def built(
 
     Args and raises: as those of [`WeightZoo.create`].
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     place = folder / BUILT
     with locked(folder):
         _make_free(folder)

@@ -470,7 +470,7 @@ class NeuralNetworkDiffusionPipeline(DiffusionPipeline):
             asked = self.condition_encoder(rows)
             nothing = None if guidance_scale == 1 else self.condition_encoder([{}])
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * num_networks
-        seeds = [_draw_seed(parent) for parent in generators]
+        seeds = [draw_seed(parent) for parent in generators]
 
         chunks: list[torch.Tensor] = []
         starts = range(0, num_networks, chunk_size)
@@ -694,7 +694,8 @@ def _slots(index: Path) -> set[str]:
     return {name for name, value in described if isinstance(value, list) and name.isidentifier() and name[0] != "_"}
 
 
-def _draw_seed(generator: torch.Generator | None) -> int:
+def draw_seed(generator: torch.Generator | None) -> int:
+    """That of a network."""
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
 

@@ -104,6 +104,9 @@ def test_numbers_that_are_too_large_for_a_canonical_form_stay_as_they_are(indepe
     found = in_form(zoo, symmetry, reference, tmp_path / "form").vectors()
     assert torch.equal(found[0], large[0])
     torch.testing.assert_close(found[1:], symmetry.canonical(large[1:], reference))
+    with WeightZoo.create(tmp_path / "all-large", independent.layout) as zoo:
+        zoo.append(large[0])
+    assert torch.equal(in_form(zoo, symmetry, reference, tmp_path / "alone").vectors(), large[:1])
 
 
 def test_interpolations_end_half_way():

@@ -636,6 +636,21 @@ def test_figures_do_not_go_into_the_card_of_a_pipeline_that_changed_meanwhile(
     assert (folder / "README.md").read_bytes() == before
 
 
+def test_what_is_wrong_with_a_card_is_said_before_the_work(digits_zoo, digits_pipeline, tmp_path, monkeypatch, capsys):
+    folder = Path(shutil.copytree(digits_pipeline, tmp_path / "pipeline"))
+    (folder / "README.md").write_text("Mine.")
+    names = {"trained": str(digits_zoo.folder), "generated": str(folder), "output_dir": str(tmp_path / "report")}
+    config = EvaluateConfig(**names, num_networks=2, networks_per_point=2)
+    with pytest.raises(PipelineError, match="has no place for figures"):
+        run_evaluate(config)
+    assert not (tmp_path / "report").exists()
+    monkeypatch.setattr(stage.os, "access", lambda place, mode: Path(place) != folder)
+    run_evaluate(config)
+    assert f"{folder} cannot be written: its card will stay as it is." in capsys.readouterr().err
+    assert (folder / "README.md").read_text() == "Mine."
+    assert (tmp_path / "report" / "report.json").exists()
+
+
 def test_what_a_report_replaces_is_known(written):
     assert {file.name for file in written[1].glob("*.png")} <= {*PARTS["a report"]}
 

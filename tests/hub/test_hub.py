@@ -32,6 +32,7 @@ from pdiff_hf.hub.cards import GENERATED, merge_cards, write_pipeline_card
 from pdiff_hf.hub.client import explained
 from pdiff_hf.hub.pipeline_files import weights_sha256
 from pdiff_hf.hub.push import push, push_evaluation
+from pdiff_hf.share import PULLED
 
 from ..conftest import SMALL_TRAINING, random_network, site_without_this_package
 from ..documents import Document
@@ -634,6 +635,12 @@ def run_cli(*arguments: str) -> None:
     cli()
 
 
+def put_model(repo: str) -> None:
+    """A model of another kind."""
+    HfApi().create_repo(repo)
+    HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id=repo)
+
+
 def test_the_command_line_pushes_and_pulls(alice, zoo, digits_pipeline, tmp_path):
     alice(run_cli, "push", "--folder", str(zoo.folder), "--repo", "alice/cli-zoo")
     alice(run_cli, "pull", "--repo", "alice/cli-zoo", "--kind", "zoo", "--output-dir", str(tmp_path / "zoo2"))
@@ -641,6 +648,8 @@ def test_the_command_line_pushes_and_pulls(alice, zoo, digits_pipeline, tmp_path
     alice(run_cli, "push", "--folder", str(digits_pipeline), "--repo", "alice/cli-pipeline", "--private", "True")
     alice(run_cli, "pull", "--repo", "alice/cli-pipeline", "--output-dir", str(tmp_path / "pipeline2"))
     assert torch.equal(sample(load_pipeline(tmp_path / "pipeline2")), sample(load_pipeline(digits_pipeline)))
+    assert "10 networks" in alice(run_cli_aloud, "info", "alice/cli-zoo")
+    alice(put_model, "alice/cli-zoo")
     assert "10 networks" in alice(run_cli_aloud, "info", "alice/cli-zoo")
     assert "A pipeline that samples networks of 1,898" in alice(run_cli_aloud, "info", "alice/cli-pipeline")
 
@@ -1102,6 +1111,17 @@ def test_a_pull_replaces_nothing_that_was_changed_or_made_here(alice, zoo, tmp_p
     error = alice(error_of, pull, "alice/worked-on", tmp_path / "mine")
     assert "metadata.jsonl was not pulled" in error
     assert (tmp_path / "mine" / "metadata.jsonl").read_text() == "mine"
+
+
+def test_a_pull_that_was_interrupted_is_repeated(alice, zoo, tmp_path):
+    alice(push_folder, zoo.folder, "alice/interrupted")
+    (tmp_path / "there").mkdir()
+    for name in ("networks-00001-of-00003.safetensors", "metadata.jsonl"):  # copied in part from the cache
+        (tmp_path / "there" / name).write_bytes((zoo.folder / name).read_bytes()[:50])
+    assert "was not pulled" in alice(error_of, pull, "alice/interrupted", tmp_path / "there")
+    (tmp_path / "there" / PULLED).touch()
+    assert torch.equal(alice(pull, "alice/interrupted", tmp_path / "there"), zoo.vectors())
+    assert not (tmp_path / "there" / PULLED).exists()
 
 
 def test_what_is_not_of_a_zoo_is_not_pushed_with_it(alice, zoo, tmp_path):

@@ -1,7 +1,9 @@
 """Checkpoints of all kinds become the networks that they are, or are refused with the reason."""
 
 import collections
+import io
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -68,6 +70,14 @@ class Arguments:
     """Of a training script."""
 
 
+def scripted() -> bytes:
+    """What `torch.jit.save` writes."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 1)), buffer)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -81,6 +91,7 @@ class Arguments:
         (b"", "cannot be read as a state dict"),
         (b"\xff\xff\xff\xff\xff\xff\xff\x7f{", "cannot be read as a state dict"),
         (b"\x09\0\0\0\0\0\0\0{damaged}", "cannot be read as a state dict"),
+        (scripted(), r"it is a TorchScript archive, or of torch's old formats. Save the tensors alone"),
     ],
 )
 def test_what_holds_no_tensors_alone_is_explained_without_settings_that_run_code(tmp_path, content, message):

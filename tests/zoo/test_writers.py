@@ -242,6 +242,18 @@ def test_a_copy_of_a_zoo_replaces_no_files(zoo, tmp_path):
     assert [file.name for file in (tmp_path / "clone").iterdir()] == ["README.md"]
 
 
+def test_a_copy_of_what_a_killed_writer_left_can_be_read(zoo, tmp_path):
+    networks = zoo.vectors()
+    # It was renaming the shards for a fourth one.
+    (zoo.folder / "networks-00001-of-00003.safetensors").rename(zoo.folder / "networks-00001-of-00004.safetensors")
+    (zoo.folder / "networks-00004-of-00004.safetensors.part").touch()
+    again = WeightZoo(zoo.folder)
+    again.save_pretrained(tmp_path / "copy")
+    copied = WeightZoo(tmp_path / "copy")
+    assert torch.equal(copied.vectors(), networks)
+    assert len(list((tmp_path / "copy").glob("*.safetensors"))) == 4
+
+
 def test_shards_of_two_zoos_are_told_apart(tmp_path, layout):
     for name, count in (("old", 4), ("new", 6)):
         with WeightZoo.create(tmp_path / name, layout, networks_per_shard=2) as zoo:
@@ -270,7 +282,14 @@ def test_the_sum_of_a_zoo_tells_another_one(tmp_path, layout):
                 zoo.append(random_network(seed).state_dict(), **row)
         return zoo.sha256()
 
-    sums = [made("a", 0, 1), made("b", 0, 2), made("c", 0, 1, seed=3), made("d")]
+    sums = [
+        made("a", 0, 1),
+        made("b", 0, 2),
+        made("c", 0, 1, seed=3),
+        made("d"),
+        made("f", 0, 5, 1),
+        made("g", 0, 6, 1),
+    ]
     assert len(set(sums)) == len(sums)
     assert made("e", 0, 1) == sums[0] == WeightZoo(tmp_path / "a").sha256()
 

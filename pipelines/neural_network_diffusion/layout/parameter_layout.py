@@ -31,6 +31,12 @@ KURTOSIS = {UNIFORM: 1.8, NORMAL: 3.0}
 # Of so few networks, sums of squares say nothing.
 FEW = 30
 GENERATED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What safetensors holds and torch computes with.
+DTYPES = (
+    *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "complex64"),
+    *("float16", "bfloat16", "float32", "float64"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+)
 # Above it, all numbers that float32 holds are whole.
 LARGEST = 2**24
 # Far above any network of today; more is an error or an attack.
@@ -508,9 +514,9 @@ def check_tensors(tensors: list[dict[str, Any]]) -> None:
             raise ValueError(f"{name!r:.200} is no name of a tensor, or stands twice.")
         if not isinstance(shape, (list, tuple)) or not all(type(length) is int and length >= 0 for length in shape):
             raise ValueError(f"`{name}` has the shape {shape!r:.200}, which is none.")
-        if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"`{name}` has the dtype {dtype!r:.200}, which is none.")
-        size += math.prod(shape)
+        size += math.prod(max(length, 1) for length in shape)  # of those without numbers, torch multiplies them, too
         if size > MOST_PARAMETERS:
             raise ValueError(f"The layout claims {size:,} numbers or more; at most {MOST_PARAMETERS:,} are supported.")
         if role == TIED:
