@@ -159,7 +159,7 @@ def main(config: Config) -> None:
         return
     rows: list[dict[str, Any]] = []
     print(
-        "zoo | autoencoder | seed | train, s | peak, GB (before) | original: mean, min | reconstructed: mean, min",
+        "zoo | autoencoder | seed | train, s | peak, GB (before) | trained: mean, min | reconstructed: mean, min",
         end="",
     )
     print(" | generated: mean, min | similarity | spread | gain over the front, points")

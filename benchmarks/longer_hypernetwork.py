@@ -20,7 +20,7 @@ from benchmarks.conditional import ROWS
 from pdiff_hf import WeightZoo
 from pdiff_hf.evaluation.conditions import ConditionAudit, Seen
 from pdiff_hf.evaluation.measures import interval, resampled_means
-from pdiff_hf.evaluation.regression import BATCH
+from pdiff_hf.evaluation.regression import BATCH, STEPS
 from pdiff_hf.evaluation.verdict import CONFIDENCE
 from pdiff_hf.hub.pipelines import load_pipeline
 from pdiff_hf.tasks import load_family
@@ -38,7 +38,7 @@ class Config:
     seed: int = 0
     """Of the generator, which is there."""
     steps: tuple[int, ...] = (2500, 10000)
-    """Of the hypernetworks."""
+    """Of the hypernetworks, 2,000 at least."""
     guidance_scale: float = 1.0
     """Of the generator: see its report."""
     threads: int = 2
@@ -51,6 +51,8 @@ class Config:
 
 def main(config: Config) -> None:
     """Prints a line a hypernetwork."""
+    if min(config.steps) < STEPS:
+        raise SystemExit(f"The audit's hypernetwork is trained for {STEPS} steps or more.")
     torch.set_num_threads(config.threads)
     row, folder = ROWS[config.row], Path(config.work_dir, config.row)
     family, zoo = load_family(row.family), WeightZoo(folder / "zoo")
@@ -59,7 +61,8 @@ def main(config: Config) -> None:
     generated = None
     print(HEADER)
     for steps in config.steps:
-        seen = Seen(steps * BATCH, row.settings["behaviour_inputs"], row.settings["behaviour_weight"])
+        inputs, weight = row.settings.get("behaviour_inputs", 64), row.settings.get("behaviour_weight", 1.0)
+        seen = Seen(steps * BATCH, inputs, weight)
         audit = ConditionAudit(family, zoo, pipeline, seed=config.seed, seen=seen)
         if generated is None:
             made = audit._generate(audit.asked, 16, config.guidance_scale)

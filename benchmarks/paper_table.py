@@ -257,7 +257,7 @@ def markdown(table: dict[str, dict[str, Any]], ablation: dict[str, dict[str, Any
         f"{facts['num_networks']} generated networks. Best is chosen on validation data. "
         "Gain: accuracy over the best trivial baseline at equal similarity, with its 99 % interval.",
         "",
-        "| task | generated parameters | original: best, mean | soup | generated: best, mean, min | similarity "
+        "| task | generated parameters | trained: best, mean | soup | generated: best, mean, min | similarity "
         "| verdict | gain |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -268,7 +268,7 @@ def markdown(table: dict[str, dict[str, Any]], ablation: dict[str, dict[str, Any
             f"| {name} | {MAIN[name][1]}, {row['parameters']:,} "
             f"| {percent(row['trained_best_on_validation'], row['trained_mean'])} | {percent(row['soup'])} "
             f"| {percent(row['generated_best_on_validation'], row['generated_mean'], row['generated_min'])} "
-            f"| {row['similarity']:.3f} (original {row['trained_similarity']:.3f}) | {row['verdict']} "
+            f"| {row['similarity']:.3f} (trained {row['trained_similarity']:.3f}) | {row['verdict']} "
             f"| {gain} ({low} to {high}) |"
         )
     if ablation:

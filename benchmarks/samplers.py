@@ -238,7 +238,7 @@ def main(config: Config) -> None:
         rows += measured
         print(f"\n{task} | sampler | steps | evaluations | mean | min | outliers | spread | seconds", end=" | ")
         print("times faster than published | times decoding | as good as 1000 steps")
-        print(f"original | | | | {figures(zoo)} | | {zoo['spread']:.3f} | | | |")
+        print(f"trained | | | | {figures(zoo)} | | {zoo['spread']:.3f} | | | |")
         for row in measured:
             faster = f"{row.get('times_faster_than_published', 0):,.0f}".removeprefix("0")
             print(

@@ -4,12 +4,20 @@
 import os
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from .config import ZooDtype, check_above_zero, check_not_negative, check_positive, check_seed, check_tracker
 from .errors import ConfigError
+
+
+def _of_file(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_of_file, value))
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 @dataclass(frozen=True)
@@ -18,12 +26,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, os.PathLike):
-                value = os.fspath(value)
-            if isinstance(value, str) and value.startswith("~/"):
-                value = os.path.expanduser(value)
-            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
+            object.__setattr__(self, field.name, _of_file(getattr(self, field.name)))
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,14 @@ def _said(place: str) -> str:
         found = pipeline_folder(place)
     except HubError:
         found = None
-    # A data set may have the name, beside a model of another kind.
-    return (
-        _of_zoo(WeightZoo.from_pretrained(place)) if found is None or not is_pipeline(found) else _of_pipeline(found)
-    )
+    if found is not None and is_pipeline(found):
+        return _of_pipeline(found)
+    try:
+        return _of_zoo(WeightZoo.from_pretrained(place))  # a data set may have the name, too
+    except HubError as error:
+        if found is None:
+            raise
+        raise ConfigError(f"{place} holds no pipeline: there is no model_index.json.") from error
 
 
 def _of_zoo(zoo: WeightZoo) -> str:

@@ -90,7 +90,7 @@ class Playground:
             networks = WeightZoo.from_pretrained(zoo)
             check_together(networks, self.pipe.layout, pipeline)
             if len(networks) < 2:
-                raise ZooError(f"{zoo} holds {len(networks)} networks; similarity to training networks needs two.")
+                raise ZooError(f"{zoo} holds fewer than two networks: similarity to training networks needs more.")
             vectors = networks.vectors(evenly(len(networks), TRAINED))
             accuracies, wrong = self.trained = self.score(vectors, first)
             overlap = similarity(wrong, wrong).fill_diagonal_(-1).amax(1)

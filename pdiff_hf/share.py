@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defin
 from .config import read_objects
 from .configs import ImportConfig, PullConfig, PushConfig
 from .errors import HubError
-from .files import UNFINISHED, check_kind, is_pipeline, is_zoo, locked
+from .files import check_kind, is_pipeline, is_zoo, locked
 from .hub.client import explained
 from .hub.pipeline_files import pipeline_files
 from .hub.push import push
@@ -22,8 +22,8 @@ from .text import time_since
 from .zoo import WeightZoo
 
 
-# In a folder, while it is pulled.
-PULLED = f"{UNFINISHED}pull"
+# Beside the client's notes, while a folder is pulled.
+PULLED = "pdiff-hf-unfinished"
 # What a zoo consists of.
 ZOO_FILES = ("zoo.json", "metadata.jsonl", "frozen.safetensors", "networks-*-of-*.safetensors", "README.md")
 
@@ -96,11 +96,12 @@ def _pull(config: PullConfig, folder: Path) -> tuple[str, str]:
         replaced = {*filter_repo_objects(names, allow_patterns=patterns), *of_earlier}
         if kind == "zoo":
             replaced |= {shard.name for shard in folder.glob("networks-*.safetensors")}
-        unfinished = folder / PULLED
-        if not unfinished.exists():
+        unfinished = notes.parent / PULLED
+        if not unfinished.exists() or is_zoo(folder) or is_pipeline(folder):
             for name in sorted(replaced):
                 _check_pulled(folder / name, noted.get(name))
         # Of a pull that was interrupted, files may be there in part, and without a note.
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
         unfinished.touch()
         # First gone and last there: what an interrupted pull leaves is no mixture of two commits.
         (folder / index).unlink(missing_ok=True)

@@ -45,6 +45,7 @@ def aligned(zoo, tmp_path_factory) -> WeightZoo:
     folder = tmp_path_factory.mktemp("adapters") / "aligned"
     said = run_align(AlignConfig(str(zoo.folder), str(folder), task=NAME))
     assert "96 networks with 2 low-rank updates" in said
+    assert f"Next: pdiff-hf train --family neuron --no-initial --task {NAME}" in said
     return WeightZoo(folder)
 
 

@@ -578,6 +578,11 @@ def test_a_quality_that_is_asked_for_is_measured(digits_zoo, tmp_path):
     report = evaluate(trained=digits_zoo, generated=generated, pipeline=str(tmp_path), networks_per_point=3)
     assert report["quality"]["num_inference_steps"] == 7
     assert report["quality"]["measured"] != found["measured"]
+    with WeightZoo.create(tmp_path / "others", digits_zoo.layout, task=digits_zoo.task) as others:
+        for vector in WeightZoo(generated).vectors():
+            others.append(vector, num_inference_steps=7, scheduler="DPMSolverMultistepScheduler")
+    report = evaluate(trained=digits_zoo, generated=others, pipeline=str(tmp_path), networks_per_point=3)
+    assert report["quality"] == found
     with WeightZoo.create(tmp_path / "equal", digits_zoo.layout, task=digits_zoo.task) as equal:
         for index in range(len(digits_zoo)):
             equal.append(digits_zoo[index], validation_accuracy=0.97)

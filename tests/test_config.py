@@ -10,7 +10,7 @@ import torch
 import pdiff_hf
 from pdiff_hf import WeightZoo, cli
 from pdiff_hf.config import load_config, parse
-from pdiff_hf.configs import PullConfig, TrainConfig
+from pdiff_hf.configs import ImportConfig, PullConfig, TrainConfig
 from pdiff_hf.errors import ConfigError
 from pdiff_hf.extras import install, require
 from pdiff_hf.runs import check_same_run, save_run
@@ -170,6 +170,8 @@ def test_an_extra_is_installed_from_where_the_package_was(origin, command, tmp_p
 
 def test_settings_of_a_program_are_those_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    files = ImportConfig(str(tmp_path), checkpoints=[Path("~/0.pt"), "1.pt"]).checkpoints
+    assert files == (f"{tmp_path}/0.pt", "1.pt")
     config = TrainConfig(zoo=Path("~/zoo"), output_dir="~/runs", block_out_channels=[8, 8])
     assert config == TrainConfig(zoo=f"{tmp_path}/zoo", output_dir=f"{tmp_path}/runs", block_out_channels=(8, 8))
     save_run(tmp_path, "train", config)

@@ -27,7 +27,7 @@ MEANINGS = {
     "fresh": "networks trained from new seeds, the gold standard",
     "reconstructed": "training networks, encoded and decoded by the autoencoder",
 }
-# What the columns, and the verdict, are in.
+# What the words of the columns and of the verdict mean.
 WORDS = {
     "min": "the accuracy of the worst network",
     "chosen on validation": "the accuracy of the network that is best on the validation split",

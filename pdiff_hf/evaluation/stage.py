@@ -95,6 +95,7 @@ def evaluate(
         [`ConfigError`]: the folder holds what is no report.
     """
     require_extras(output_dir)
+    output_dir = None if output_dir is None else Path(output_dir).expanduser()
     with nullcontext() if output_dir is None else _written(output_dir):
         if found := family_of(task, trained):
             return _audit(found, generated, fresh, seed, output_dir)[0]
@@ -135,7 +136,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
         for name in (config.generated, config.pipeline)
         if name is not None and holds_pipeline(name)
     }
-    cards = [name for name in weights if _has_card(name)]
+    cards = [name for name in weights if _has_card(name, config.push_to_hub is not None)]
     for name in cards:
         around_evaluation(Path(name))  # what is wrong with it is said before the work
     if found := family_of(config.task, config.trained):
@@ -167,14 +168,20 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
-def _has_card(pipeline: str) -> bool:
-    """Whether a pipeline is in a folder with a card that can be written."""
+def _has_card(pipeline: str, push: bool) -> bool:
+    """Whether a pipeline is in a folder with a card that can be written. Raises [`ConfigError`] where it cannot, and
+    is pushed."""
     if not (Path(pipeline) / "README.md").is_file():
         return False
-    if not os.access(pipeline, os.W_OK):
+    if os.access(pipeline, os.W_OK):
+        return True
+    if push:
+        raise ConfigError(
+            f"{pipeline} cannot be written, and --push-to-hub pushes it with its new card: copy it first."
+        )
+    if processes().is_main_process:
         print(f"{pipeline} cannot be written: its card will stay as it is.", file=sys.stderr)
-        return False
-    return True
+    return False
 
 
 def require_extras(output_dir: str | Path | None) -> None:

@@ -64,9 +64,13 @@ class Subjects:
     scratch: Path
 
     def denoising_steps(self, pipeline: NeuralNetworkDiffusionPipeline) -> int:
-        """Of the generated networks, as their first row says; where it does not, as many as by default."""
-        steps = next(self.generated.rows()).get("num_inference_steps")
-        return steps if isinstance(steps, int) and 1 <= steps <= MOST_STEPS else pipeline.default_inference_steps
+        """Of the generated networks, as their first row says; where it does not, or names another scheduler, as many
+        as by default."""
+        row = next(self.generated.rows())
+        steps, scheduler = row.get("num_inference_steps"), row.get("scheduler")
+        if isinstance(steps, int) and 1 <= steps <= MOST_STEPS and scheduler == type(pipeline.scheduler).__name__:
+            return steps
+        return pipeline.default_inference_steps
 
     def __post_init__(self) -> None:
         groups = {"trained": self.trained, "generated": self.generated, "fresh": self.fresh}

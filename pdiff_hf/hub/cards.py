@@ -256,10 +256,10 @@ def around_evaluation(folder: Path) -> tuple[RepoCard, str, str]:
     card = _parsed_card(card_text(file))
     before, marker, rest = card.text.partition(start)
     if not marker:
-        raise PipelineError(f"{file} has no place for figures: it lacks the line {start!r}.")
+        raise PipelineError(f"{file} has no place for figures: put the lines {start!r} and {end!r} into it.")
     _, marker, after = rest.partition(end)
     if not marker:
-        raise PipelineError(f"{file} has no end of the place for figures: it lacks the line {end!r}.")
+        raise PipelineError(f"{file} has no end of the place for figures: put the line {end!r} into it.")
     return card, before, after
 
 

@@ -53,7 +53,7 @@ def _train(config: AnyTrainConfig, folder: Path) -> NeuralNetworkDiffusionPipeli
     config = with_environment(config)
     with TrainingLoop(config, config.steps) as loop:
         accelerator = loop.accelerator
-        facts = {"networks": len(zoo), **recipe.facts, "zoo_sha256": zoo.sha256()}
+        facts = {"networks": len(zoo), **recipe.facts, "zoo_sha256": from_main(zoo.sha256)}
         if loop.step > 0:
             check_same_facts(folder, "train", facts)
         wait_for_everyone()

@@ -362,7 +362,7 @@ def with_metadata(adapters: list[Adapter], metadata: Iterable[Mapping[str, Any]]
 
 def _of_folder(folder: Path) -> list[Adapter]:
     """That in a folder, or those in its folders and files."""
-    folder = folder.resolve()  # of which "." has a name, too
+    folder = Path(os.path.abspath(folder))  # of which "." has a name, too
     files = sorted(file.name for file in folder.iterdir() if file.is_file())
     if CONFIG in files or DIFFUSERS_WEIGHTS in files:
         return [Adapter(folder.name, {"source": folder.name}, files, folder.joinpath)]

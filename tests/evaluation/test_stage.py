@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -645,6 +646,8 @@ def test_what_is_wrong_with_a_card_is_said_before_the_work(digits_zoo, digits_pi
         run_evaluate(config)
     assert not (tmp_path / "report").exists()
     monkeypatch.setattr(stage.os, "access", lambda place, mode: Path(place) != folder)
+    with pytest.raises(ConfigError, match="cannot be written, and --push-to-hub pushes it with its new card"):
+        run_evaluate(replace(config, push_to_hub="me/pipeline"))
     run_evaluate(config)
     assert f"{folder} cannot be written: its card will stay as it is." in capsys.readouterr().err
     assert (folder / "README.md").read_text() == "Mine."

@@ -862,7 +862,10 @@ def test_a_pull_over_an_earlier_one_whose_connection_fails_is_no_mixture(server,
     assert "metadata.jsonl could not be downloaded: the connection to the Hub was lost. Pull again." in said
     with pytest.raises(ZooError):
         WeightZoo(tmp_path / "zoo")
+    mark = tmp_path / "zoo" / ".cache" / "huggingface" / PULLED
+    assert mark.exists()
     assert len(alice(pull, "alice/half-pulled", tmp_path / "zoo")) == len(before) + 1
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize(
@@ -899,13 +902,11 @@ def test_a_gated_repository_is_no_missing_one():
         raise GatedRepoError("gated", response=response)
 
 
-def create(repo: str) -> str:
-    return HfApi().create_repo(repo).repo_id
-
-
 def test_a_pull_says_what_lacks(alice, zoo, tmp_path, digits_pipeline):
     alice(push_folder, digits_pipeline, "alice/known")
-    alice(create, "alice/weights-alone")
+    alice(put_model, "alice/weights-alone")
+    said = alice(error_of, run_cli, "info", "alice/weights-alone")
+    assert "alice/weights-alone holds no pipeline: there is no model_index.json" in said
 
     def said(*arguments: str) -> str:
         return alice(error_of, run_cli, "pull", *arguments, "--output-dir", str(tmp_path / "new"))
@@ -1119,9 +1120,15 @@ def test_a_pull_that_was_interrupted_is_repeated(alice, zoo, tmp_path):
     for name in ("networks-00001-of-00003.safetensors", "metadata.jsonl"):  # copied in part from the cache
         (tmp_path / "there" / name).write_bytes((zoo.folder / name).read_bytes()[:50])
     assert "was not pulled" in alice(error_of, pull, "alice/interrupted", tmp_path / "there")
-    (tmp_path / "there" / PULLED).touch()
+    mark = tmp_path / "there" / ".cache" / "huggingface" / PULLED
+    mark.parent.mkdir(parents=True)
+    mark.touch()
     assert torch.equal(alice(pull, "alice/interrupted", tmp_path / "there"), zoo.vectors())
-    assert not (tmp_path / "there" / PULLED).exists()
+    assert not mark.exists()
+    mark.touch()  # what was finished meanwhile is not replaced for that
+    later = time.time() + 10
+    os.utime(tmp_path / "there" / "metadata.jsonl", (later, later))
+    assert "and a pull would replace it" in alice(error_of, pull, "alice/interrupted", tmp_path / "there")
 
 
 def test_what_is_not_of_a_zoo_is_not_pushed_with_it(alice, zoo, tmp_path):
