@@ -1,5 +1,6 @@
 """A zoo in canonical form holds the same networks, nearer to each other."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_an_aligned_zoo_predicts_the_same_and_lies_nearer_together(independent, 
     assert spread[1] < 0.85 * spread[0]
     assert "groups of 32 hidden units" in said
     assert f"was {spread[0]:.4g} and is" in said
+    assert float(re.search(r"and is ([\d.]+)\. ", said)[1]) == pytest.approx(spread[1], rel=0.1)
 
 
 def test_what_is_said_of_predictions_is_true_of_what_is_stored(tmp_path):

@@ -4,6 +4,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +36,7 @@ from pdiff_hf.tasks import load_family
 from pdiff_hf.tasks.family import forms_of, solved_alike
 from pdiff_hf.text import load_yaml
 from pdiff_hf.train.neuron_diffusion import initial_vectors
+from pdiff_hf.train.objectives import UNTOLD, ConditionalObjective
 
 from . import families
 
@@ -140,8 +142,28 @@ def test_networks_solve_tasks_that_no_network_was_trained_for(trained):
     assert "| condition | direction |" in card
     pipe = load_pipeline(trained)
     assert "direction (a list of 2 numbers)" in pipe.condition_encoder.known()
+    # Guidance was learned: what stands for nothing asked starts at 0.
+    assert (pipe.condition_encoder.unasked != 0).any()
     assert accuracies(pipe, "test").mean() > 0.8
     assert accuracies(pipe, "test", guidance_scale=1.5).mean() > 0.8
+
+
+def test_some_networks_are_told_nothing_in_training_and_some_not_all():
+    generator = torch.Generator().manual_seed(0)
+    for columns, each in ((["a", "b"], (1 - UNTOLD) ** 2), (["a"], 1 - UNTOLD)):
+        rows = [{name: float(place**power) for power, name in enumerate(columns, 1)} for place in range(5)]
+        encoder = ConditionEncoder.from_rows(rows, columns, 4)
+        torch.nn.init.normal_(encoder.unasked)
+        objective = ConditionalObjective(torch.nn.Identity(), None, encoder)
+        asked = objective.draw_asked(20_000, generator)["asked"]
+        assert asked.float().mean(0).tolist() == pytest.approx([each] * len(columns), abs=0.01)
+        assert asked.any(1).float().mean().item() == pytest.approx(
+            (1 - UNTOLD) * (1 - UNTOLD**2 if len(columns) > 1 else 1), abs=0.01
+        )
+        codes = encoder.codes(rows)
+        nothing, everything = (objective.told(codes, torch.full_like(asked[:5], told)) for told in (False, True))
+        torch.testing.assert_close(nothing["condition"], encoder([{}] * 5))
+        torch.testing.assert_close(everything["condition"], encoder(rows))
 
 
 def test_the_published_family_can_be_asked_too(zoo, tmp_path, capsys):
@@ -187,7 +209,9 @@ def test_the_command_takes_conditions_and_rows_record_them(trained, tmp_path, ca
 
     file = tmp_path / "asked.jsonl"
     file.write_text(json.dumps(asked) + "\n\n" + json.dumps({}) + "\n")
-    config = GenerateConfig(str(trained), output_dir=str(tmp_path / "b"), num_networks=3, conditions=str(file))
+    config = GenerateConfig(
+        str(trained), output_dir=str(tmp_path / "b"), num_networks=3, conditions=str(file), batch_size=1
+    )
     zoo = run_generate(config)
     assert [row.get("direction") for row in zoo.rows()] == [[0.0, 1.0], None, [0.0, 1.0]]
     torch.testing.assert_close(zoo.vectors([0]), WeightZoo(tmp_path / "a").vectors([0]), atol=1e-4, rtol=1e-4)
@@ -196,6 +220,21 @@ def test_the_command_takes_conditions_and_rows_record_them(trained, tmp_path, ca
     with pytest.raises(ConfigError, match="cannot be resumed"):
         run_generate(config)
     capsys.readouterr()
+
+
+def test_networks_are_generated_with_the_guidance_that_their_rows_name(trained, tmp_path):
+    settings = {"guidance_scale": 2.0, "num_inference_steps": 3}
+    asked = {"direction": [0.0, 1.0]}
+    made = run_generate(
+        GenerateConfig(
+            *(str(trained),), output_dir=str(tmp_path), num_networks=2, condition=json.dumps(asked), **settings
+        )
+    )
+    pipe = load_pipeline(trained)
+    generators = [torch.Generator().manual_seed(row["seed"]) for row in made.rows()]
+    again = pipe(2, condition=asked, generator=generators, output_type="pt", **settings).state_dicts
+    torch.testing.assert_close(made.vectors(), again, atol=1e-4, rtol=1e-4)
+    assert [row["guidance_scale"] for row in made.rows()] == [2.0, 2.0]
 
 
 def test_what_was_asked_for_is_recorded_beside_what_rows_say_of_themselves(zoo, tmp_path):
@@ -298,6 +337,39 @@ def test_the_hypernetwork_weighs_outputs_as_validation_conditions_prefer(zoo, tr
     chosen = answered(1.0, 256.0)
     assert torch.equal(chosen, once) or torch.equal(chosen, often)
     assert torch.equal(chosen, answered(256.0, 1.0))
+
+
+@pytest.mark.parametrize("preferred", [1.0, 64.0, 256.0])
+def test_the_weight_that_validation_prefers_is_taken(monkeypatch, preferred):
+    def tagged(conditions, networks, behaviour, seed, weight, steps):
+        return lambda asked: torch.full((len(asked), 1), weight)
+
+    monkeypatch.setattr(regression, "_hypernetwork", tagged)
+    rows = [{"x": float(place)} for place in range(20)]
+    found = regression.answers(
+        *(rows, torch.zeros(20, 1), object(), 0),
+        lambda answer: -abs(answer(rows[:1]).item() - preferred),
+        weight=64.0,
+    )
+    assert found["hypernetwork"](rows[:1]).item() == preferred
+
+
+def test_what_needs_no_generator_is_what_its_name_says(monkeypatch):
+    monkeypatch.setattr(regression, "STEPS", 8)
+    places = [0.0, 1, 2, 3, 3, 4, 5, 6, 7, 8, 9]
+    rows = [{"x": place, "word": "ab"[int(place) % 2]} for place in places]
+    known = regression.Conditions(rows)
+    assert known.rows[:, 1:].tolist() == [[1.0 - place % 2, place % 2] for place in places]
+    known = regression.Conditions([{"x": place} for place in places])
+    networks = torch.tensor(places)[:, None]
+    # Nearest to 3.2 are 3, of which there are two networks, 4, 2 and 5.
+    mean = regression._averaging(known, networks, 4)([{"x": 3.2}, {"x": 8.9}])
+    assert mean[:, 0].tolist() == pytest.approx([17 / 5, 30 / 4])
+    found = regression.answers([{"x": place} for place in places], networks, None, 0, lambda answer: 0.0)
+    assert found["nearest condition"]([{"x": 3.2}, {"x": 100.0}])[:, 0].tolist() == [3.0, 9.0]
+    assert found["mean network"]([{"x": 3.2}]).item() == pytest.approx(sum(places) / len(places))
+    products = regression._interactions(torch.tensor([[2.0, 3, 5]]), 3)
+    assert products.tolist() == [[1, 2, 3, 5, 6, 10, 15, 30]]
 
 
 def test_the_hypernetwork_has_the_training_of_the_generator(zoo, trained, monkeypatch):
@@ -536,7 +608,9 @@ def scores(**means: float) -> dict:
     [
         (0.9, 0.9, 0.7, 0.7, "ignores-the-condition"),
         (0.9, 0.5, 0.9, 0.7, "no-better-than-retrieval"),
+        (0.9, 0.5, 0.8995, 0.7, "no-better-than-retrieval"),  # better, and no more than by chance
         (0.9, 0.5, 0.8, 0.95, "no-better-than-regression"),
+        (0.9, 0.5, 0.8, 0.8995, "no-better-than-regression"),
         (0.9, 0.5, 0.8, 0.88, "generalizes"),
     ],
 )
@@ -572,6 +646,7 @@ def test_a_quality_that_is_asked_for_is_measured(digits_zoo, tmp_path):
     assert min(accuracies) <= found["asked"][0] < found["asked"][-1] <= max(accuracies)
     assert len(found["measured"]) == len(found["asked"]) == quality.LEVELS
     assert found["interval"][0] <= found["slope"] <= found["interval"][1]
+    assert found["slope"] == pytest.approx(np.polyfit(found["asked"], found["measured"], 1)[0], rel=1e-3)
     generated = str(tmp_path / "generated")
     config = GenerateConfig(pipeline=str(tmp_path), output_dir=generated, num_networks=3, num_inference_steps=7)
     run_generate(config)

@@ -34,10 +34,11 @@ def test_code_that_came_with_a_configuration_runs_only_by_name(tmp_path, monkeyp
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.chdir(tmp_path)
     line = line_of("collect", "--config", str(folder / "collect.yaml"))
-    assert f"names the task {task!r}, which is code of its own: pass --task {task} to run it." in line
+    named = os.path.expanduser(task)
+    assert f"names the task {named!r}, which is code of its own: pass --task {named} to run it." in line
     assert not (tmp_path / "CANARY").exists()
     config = parse(CollectConfig, "collect", ["--config", str(folder / "collect.yaml"), "--task", task])
-    assert config.task == os.path.expanduser(task)
+    assert config.task == named
 
 
 def test_a_configuration_may_name_a_built_in_task(tmp_path):

@@ -31,6 +31,18 @@ def test_a_generated_zoo_names_what_made_each_network_so_that_it_can_be_made_aga
     torch.testing.assert_close(again[0], zoo[3], atol=1e-4, rtol=1e-4)
 
 
+def test_noise_and_dtype_are_those_that_were_asked_for(digits_pipeline, tmp_path):
+    zoo = run_generate(config(digits_pipeline, tmp_path, num_networks=2, parameter_noise=0.5, dtype="bfloat16"))
+    assert zoo.dtype == torch.bfloat16
+    generators = [torch.Generator().manual_seed(row["seed"]) for row in zoo.rows()]
+    settings = {"num_inference_steps": 3, "output_type": "pt"}
+    pipe = load_pipeline(digits_pipeline)
+    noisy = pipe(2, generator=generators, parameter_noise=0.5, **settings).state_dicts
+    torch.testing.assert_close(zoo.vectors(), noisy.bfloat16().float(), atol=1e-3, rtol=1e-2)
+    generators = [torch.Generator().manual_seed(row["seed"]) for row in zoo.rows()]
+    assert (pipe(2, generator=generators, **settings).state_dicts - noisy).abs().max() > 0.01
+
+
 def test_an_unfinished_zoo_is_completed(digits_pipeline, tmp_path):
     run_generate(config(digits_pipeline, tmp_path / "a", num_networks=2))
     completed = run_generate(config(digits_pipeline, tmp_path / "a", batch_size=2))

@@ -137,6 +137,7 @@ def test_networks_that_are_not_comparable_are_not_compared(digits_zoo, digits_pi
     assert Playground(str(pipeline), "digits-convnet").trained is None
 
 
+@pytest.mark.slow
 def test_a_generated_matrix_is_denoised_and_no_frozen_one(tmp_path):
     task = load_task("digits-resnet")
     state = task.build_network().state_dict()

@@ -256,10 +256,12 @@ def around_evaluation(folder: Path) -> tuple[RepoCard, str, str]:
     card = _parsed_card(card_text(file))
     before, marker, rest = card.text.partition(start)
     if not marker:
-        raise PipelineError(f"{file} has no place for figures: put the lines {start!r} and {end!r} into it.")
+        raise PipelineError(
+            f"{file} has no place for figures: it lacks the line {start!r}, and {end!r} after it. Put them in."
+        )
     _, marker, after = rest.partition(end)
     if not marker:
-        raise PipelineError(f"{file} has no end of the place for figures: put the line {end!r} into it.")
+        raise PipelineError(f"{file} has no end of the place for figures: it lacks the line {end!r}. Put it in.")
     return card, before, after
 
 

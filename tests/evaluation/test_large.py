@@ -230,6 +230,21 @@ def test_verdicts_where_no_baseline_reaches_or_few_networks_are():
     assert found["sentence"].startswith("Not above the front, though better than noise and averages")
 
 
+@pytest.mark.parametrize(("spread", "label"), [(0.02, "no-better-than-noise"), (0.002, "above-the-front")])
+def test_what_may_be_chance_is_not_above_the_front(spread, label):
+    noise = torch.randn(1001, generator=torch.Generator().manual_seed(0))
+    noise[0] = 0
+    shaken = Place(0.85 + spread * noise, torch.full((1001,), 0.8))
+    found = verdict(shaken, CURVES, 0.9, 0.1, copied=0.0, outside=1.0)
+    assert found["accuracy_gain"] == pytest.approx(0.03, abs=1e-4)
+    assert found["label"] == label
+
+
+def test_half_of_the_networks_have_to_be_copies_to_be_called_memorized():
+    labels = [verdict(place(0.89, 0.96), CURVES, 0.9, 0.1, copied=share, outside=1.0)["label"] for share in (0.5, 0.6)]
+    assert [label == "memorized" for label in labels] == [False, True]
+
+
 def test_networks_that_are_nearly_one_are_called_collapsed():
     def label(dispersion, accuracy=0.85, similar=0.8):
         found = verdict(place(accuracy, similar), CURVES, 0.9, 0.1, copied=0.0, outside=1.0, dispersion=dispersion)

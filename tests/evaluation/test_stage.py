@@ -637,6 +637,7 @@ def test_figures_do_not_go_into_the_card_of_a_pipeline_that_changed_meanwhile(
     assert (folder / "README.md").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_card_is_said_before_the_work(digits_zoo, digits_pipeline, tmp_path, monkeypatch, capsys):
     folder = Path(shutil.copytree(digits_pipeline, tmp_path / "pipeline"))
     (folder / "README.md").write_text("Mine.")

@@ -15,6 +15,8 @@ from pdiff_hf.networks.symmetry import Symmetry, UnknownSymmetryError, _matched
 from pdiff_hf.tasks.digits import DigitsResNet
 from pdiff_hf.tasks.resnet import ResNet
 
+from .test_stacked import CalledTwice, Tied
+
 
 class Residual(nn.Module):
     """A residual stream of linear layers, with layer norm or without."""
@@ -299,6 +301,8 @@ class Branching(nn.Linear):
             "a convolution of 4 groups",
         ),
         (sequential(lambda: nn.Linear(6, 4), nn.ReLU, nn.Flatten, lambda: nn.Linear(24, 2)), IMAGES, "several places"),
+        (CalledTwice, (9, 6), "no hidden units"),
+        (Tied, (9, 6), "no hidden units"),
     ],
 )
 def test_what_is_not_recognized_is_refused_with_the_reason(build, shape, message):

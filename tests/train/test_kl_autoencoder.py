@@ -191,6 +191,35 @@ def test_the_behaviour_loss_is_the_difference_of_outputs_relative_to_their_varia
     assert ours.grad.abs().sum() > 0
 
 
+def test_noise_and_behaviour_count_as_much_as_the_settings_say(digits_zoo, tmp_path, monkeypatch):
+    made = []
+
+    class Kept(latent_diffusion.AutoencoderObjective):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(latent_diffusion, "AutoencoderObjective", Kept)
+    settings = {"input_noise": 0.3, "latent_noise": 0.2, "kl_weight": 0.1, "behaviour_weight": 3.0}
+    run_train(config(digits_zoo, tmp_path, **settings, autoencoder_steps=1, unet_steps=1))
+    (objective,) = made
+    found = (objective.parameter_noise, objective.latent_noise, objective.kl_weight, objective.behaviour_weight)
+    assert found == (0.3, 0.2, 0.1, 3.0)
+    vectors = torch.randn(4, digits_zoo.vector_size, generator=torch.Generator().manual_seed(0))
+    drawn = objective.draw(4, {"vectors": vectors}, torch.Generator().manual_seed(1))
+    objective.behaviour = lambda decoded, stored, inputs: torch.tensor(2.0)
+
+    @torch.no_grad()
+    def loss(**changed: float) -> float:
+        for name, value in ({"parameter_noise": 0.0, "latent_noise": 0.0, "behaviour_weight": 0.0} | changed).items():
+            setattr(objective, name, value)
+        return objective(vectors, **drawn).item()
+
+    assert loss(behaviour_weight=3.0) - loss() == pytest.approx(6, abs=1e-4)
+    assert loss(parameter_noise=0.3) != loss()
+    assert loss(latent_noise=0.2) != loss()
+
+
 def test_behaviour_can_be_learned(digits_zoo, tmp_path):
     run_train(config(digits_zoo, tmp_path, behaviour_weight=1.0))
     losses = [row["loss"] for row in log(tmp_path) if row["objective"] == "autoencoder"]

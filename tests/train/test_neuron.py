@@ -33,7 +33,7 @@ from pdiff_hf.align import run_align
 from pdiff_hf.config import parse
 from pdiff_hf.configs import AlignConfig
 from pdiff_hf.errors import ConfigError, PipelineError, TaskError, TrainingError, ZooError
-from pdiff_hf.evaluation import study
+from pdiff_hf.evaluation import equal_time, study
 from pdiff_hf.evaluation.equal_time import from_the_same
 from pdiff_hf.networks.symmetry import Symmetry
 from pdiff_hf.networks.trainer import NetworkTrainer
@@ -365,7 +365,7 @@ def test_a_task_that_builds_something_else_is_refused(zoo, tmp_path):
 @pytest.mark.parametrize("row", [{"seed": -1}, {"seed": 2**64}, {"seed": True}, {"initial_norm": "1"}])
 def test_rows_that_are_no_record_are_refused(zoo, tmp_path, row):
     other = with_rows(zoo, tmp_path / "zoo", **({"seed": 1, "initial_norm": 1.0} | row))
-    with pytest.raises(ZooError, match="does not"):
+    with pytest.raises(ZooError, match="does not record"):
         run_train(config(other, tmp_path / "told"))
 
 
@@ -438,6 +438,16 @@ def test_an_evaluation_trains_as_long_from_the_same_initializations(trained, zoo
         alone.train_step()
     found = zoo.layout.flatten(alone.network.state_dict()).cpu()
     torch.testing.assert_close(vectors[0], found, atol=1e-3, rtol=1e-2)
+
+
+def test_as_long_is_as_many_steps_as_fit_the_time(trained, monkeypatch):
+    # 100 steps take a second, beside half a second around them, and generating 50 networks takes two.
+    monkeypatch.setattr(
+        equal_time, "_seconds", lambda work, *given: 0.5 + (given[0] - 2) / 100 if len(given) == 2 else 2.0
+    )
+    facts, _ = from_the_same(TwoHidden(), load_pipeline(trained), 2, bf16=True)
+    assert facts["steps"] == 200
+    assert facts["seconds"] == pytest.approx(2.0 / equal_time.NETWORKS)
 
 
 # ---- what cannot be learned

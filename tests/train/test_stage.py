@@ -7,11 +7,13 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pdiff_hf import (
     NeuralNetworkDiffusionPipeline,
@@ -24,6 +26,8 @@ from pdiff_hf import (
 )
 from pdiff_hf.errors import ConfigError
 from pdiff_hf.train import TrainingError
+from pdiff_hf.train.latent_diffusion import denoising_scheduler
+from pdiff_hf.train.objectives import DenoiserObjective
 
 from ..conftest import ROOT, SMALL_TRAINING, kill_one_process, launch, random_network, run
 
@@ -162,8 +166,23 @@ def test_going_on_from_an_earlier_checkpoint_replaces_the_later_ones(digits_zoo,
 
 
 def test_accumulated_gradients_count_as_one_step(digits_zoo, tmp_path):
-    run_train(small_config(digits_zoo, tmp_path, batch_size=16, gradient_accumulation_steps=4, unet_steps=20))
-    assert len(losses(tmp_path)) == 20
+    steps = []
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        run_train(small_config(digits_zoo, tmp_path, batch_size=16, gradient_accumulation_steps=4, unet_steps=20))
+    finally:
+        hook.remove()
+    assert len(losses(tmp_path)) == len(steps) == 20
+
+
+def test_the_average_of_the_weights_is_saved(digits_zoo, tmp_path):
+    pipes = [
+        run_train(small_config(digits_zoo, tmp_path / str(decay), unet_steps=5, ema_decay=decay))
+        for decay in (0.0, 0.5)
+    ]
+    assert losses(tmp_path / "0.0") == losses(tmp_path / "0.5")
+    last, average = (torch.cat([one.flatten() for one in pipe.unet.parameters()]) for pipe in pipes)
+    assert not torch.equal(last, average)
 
 
 def test_training_in_bfloat16_gives_a_float32_pipeline(digits_zoo, tmp_path):
@@ -173,7 +192,32 @@ def test_training_in_bfloat16_gives_a_float32_pipeline(digits_zoo, tmp_path):
     assert sum(values[-10:]) < 0.8 * sum(values[:10])
 
 
-@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+class Perfect(torch.nn.Module):
+    """A denoiser that knows the latents."""
+
+    def __init__(self, latents, prediction_type, kept):
+        super().__init__()
+        self.latents, self.prediction_type, self.kept = latents, prediction_type, kept
+
+    def forward(self, noisy, timesteps):
+        signal, noise = (part[timesteps].sqrt()[:, None, None] for part in (self.kept, 1 - self.kept))
+        epsilon = (noisy - signal * self.latents) / noise
+        kinds = {"sample": self.latents, "epsilon": epsilon, "v_prediction": signal * epsilon - noise * self.latents}
+        return SimpleNamespace(sample=kinds[self.prediction_type])
+
+
+@pytest.mark.parametrize("learned", ["sample", "epsilon", "v_prediction"])
+@pytest.mark.parametrize("predicted", ["sample", "epsilon", "v_prediction"])
+def test_what_a_prediction_type_says_is_learned(learned, predicted):
+    latents = torch.randn(64, 2, 4, generator=torch.Generator().manual_seed(0))
+    scheduler = denoising_scheduler(learned)
+    objective = DenoiserObjective(Perfect(latents, predicted, scheduler.alphas_cumprod), scheduler)
+    drawn = objective.draw(64, {"latents": latents}, torch.Generator().manual_seed(1))
+    loss = objective(latents, **drawn).item()
+    assert loss < 1e-6 if learned == predicted else loss > 0.1
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_other_prediction_types_train_and_sample(digits_zoo, tmp_path, prediction_type):
     pipe = run_train(small_config(digits_zoo, tmp_path, prediction_type=prediction_type))
     assert pipe.scheduler.config.prediction_type == prediction_type
