@@ -245,6 +245,7 @@ def test_a_reloaded_pipeline_saved_again_is_the_same(digits_pipeline, tmp_path):
         assert (tmp_path / "again" / file).read_bytes() == (digits_pipeline / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_process_without_this_package_samples_the_same_networks_and_saves_the_same_folder(
     pipe, digits_pipeline, tmp_path
 ):

@@ -156,6 +156,7 @@ def test_a_training_is_not_mixed_with_another(digits_zoo, tmp_path):
         run_train(small_config(digits_zoo, tmp_path, resume_from_checkpoint="latest", checkpointing_steps=50, seed=1))
 
 
+@pytest.mark.slow
 def test_going_on_from_an_earlier_checkpoint_replaces_the_later_ones(digits_zoo, uninterrupted, tmp_path):
     run_train(small_config(digits_zoo, tmp_path, checkpointing_steps=20))
     before = (tmp_path / "checkpoint-60").stat().st_mtime_ns
