@@ -394,10 +394,3 @@ def test_what_cannot_be_trained_at_once_is_trained_one_by_one(task_class, tmp_pa
     task = task_class()
     ((expected, _),) = NetworkTrainer(task, 1, 1).train(zoo.layout)
     assert torch.equal(zoo[1], expected)
-
-
-def test_the_tensors_that_are_asked_for_are_collected(tmp_path):
-    config = CollectConfig("digits-mlp", str(tmp_path), num_networks=2, epochs=1, patterns=("*.bias",))
-    zoo = run_collect(config)
-    assert set(zoo.layout.slices) == {name for name in zoo.state_dict(0) if name.endswith(".bias")}
-    assert zoo.vector_size == 32 + 10

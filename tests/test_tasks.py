@@ -256,3 +256,10 @@ def test_errors_of_ones_own_code_are_said_as_such(name, message, tmp_path, monke
 def test_a_task_that_is_not_there_is_explained(name, message):
     with pytest.raises(TaskError, match=message):
         load_task(name)
+
+
+def test_the_tensors_that_are_asked_for_are_collected(tmp_path):
+    config = CollectConfig("digits-mlp", str(tmp_path), num_networks=2, epochs=1, patterns=("*.bias",))
+    zoo = run_collect(config)
+    assert set(zoo.layout.slices) == {name for name in zoo.state_dict(0) if name.endswith(".bias")}
+    assert zoo.vector_size == 32 + 10

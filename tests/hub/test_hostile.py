@@ -346,6 +346,7 @@ def test_a_pull_over_an_earlier_one_leaves_no_mixture(alice, zoo, tmp_path):
     assert weights == ["diffusion_pytorch_model.fp16.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_pull_goes_into_no_folder_of_another_kind(alice, zoo, tmp_path):
     pipeline = tmp_path / "pipeline"
     pipeline_in(pipeline, zoo.folder, 0)

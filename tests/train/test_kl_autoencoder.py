@@ -220,6 +220,7 @@ def test_noise_and_behaviour_count_as_much_as_the_settings_say(digits_zoo, tmp_p
     assert loss(latent_noise=0.2) != loss()
 
 
+@pytest.mark.slow
 def test_behaviour_can_be_learned(digits_zoo, tmp_path):
     run_train(config(digits_zoo, tmp_path, behaviour_weight=1.0))
     losses = [row["loss"] for row in log(tmp_path) if row["objective"] == "autoencoder"]
