@@ -18,9 +18,10 @@ import tyro
 from benchmarks import write
 from benchmarks.conditional import ROWS
 from pdiff_hf import WeightZoo
-from pdiff_hf.evaluation.conditions import ConditionAudit, Seen
+from pdiff_hf.evaluation.conditions import NETWORKS, ConditionAudit
 from pdiff_hf.evaluation.measures import interval, resampled_means
 from pdiff_hf.evaluation.regression import BATCH, STEPS
+from pdiff_hf.evaluation.stage import seen_in_training
 from pdiff_hf.evaluation.verdict import CONFIDENCE
 from pdiff_hf.hub.pipelines import load_pipeline
 from pdiff_hf.tasks import load_family
@@ -54,18 +55,18 @@ def main(config: Config) -> None:
     if min(config.steps) < STEPS:
         raise SystemExit(f"The audit's hypernetwork is trained for {STEPS} steps or more.")
     torch.set_num_threads(config.threads)
-    row, folder = ROWS[config.row], Path(config.work_dir, config.row)
-    family, zoo = load_family(row.family), WeightZoo(folder / "zoo")
-    pipeline = load_pipeline(folder / f"seed-{config.seed}" / "pipeline")
+    folder = Path(config.work_dir, config.row)
+    family, zoo = load_family(ROWS[config.row].family), WeightZoo(folder / "zoo")
+    place = folder / f"seed-{config.seed}" / "pipeline"
+    pipeline, seen = load_pipeline(place), seen_in_training(place)
     found: list[dict[str, Any]] = []
     generated = None
     print(HEADER)
     for steps in config.steps:
-        inputs, weight = row.settings.get("behaviour_inputs", 64), row.settings.get("behaviour_weight", 1.0)
-        seen = Seen(steps * BATCH, inputs, weight)
-        audit = ConditionAudit(family, zoo, pipeline, seed=config.seed, seen=seen)
+        longer = seen._replace(networks=steps * BATCH)
+        audit = ConditionAudit(family, zoo, pipeline, seed=config.seed, seen=longer)
         if generated is None:
-            made = audit._generate(audit.asked, 16, config.guidance_scale)
+            made = audit._generate(audit.asked, NETWORKS, config.guidance_scale)
             generated = audit._score(made)["single"]
         started = time.perf_counter()
         vectors = dict(audit._answers())["hypernetwork"]

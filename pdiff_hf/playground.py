@@ -84,27 +84,31 @@ class Playground:
         self._trained_rows: list[dict[str, Any]] = []
         if zoo is not None and self.example:
             raise ZooError(f"Networks of {zoo} do different tasks of {self.name}, and are not compared: leave it out.")
-        if zoo is None and not self.example:
-            zoo = self._known_zoo(folder)
+        networks = None
         if zoo is not None:
-            networks = WeightZoo.from_pretrained(zoo)
-            check_together(networks, self.pipe.layout, pipeline)
-            if len(networks) < 2:
-                raise ZooError(f"{zoo} holds fewer than two networks: similarity to training networks needs more.")
+            networks = self._comparable(WeightZoo.from_pretrained(zoo), pipeline)
+        elif not self.example:
+            networks = self._known_zoo(folder)
+        if networks is not None:
             vectors = networks.vectors(evenly(len(networks), TRAINED))
             accuracies, wrong = self.trained = self.score(vectors, first)
             overlap = similarity(wrong, wrong).fill_diagonal_(-1).amax(1)
             pairs = zip(accuracies.tolist(), overlap.tolist(), strict=True)
             self._trained_rows = [{"accuracy, %": 100 * a, "similarity": s, "networks": "trained"} for a, s in pairs]
 
-    def _known_zoo(self, folder: Path) -> str | None:
+    def _comparable(self, zoo: WeightZoo, pipeline: str | Path) -> WeightZoo:
+        """A zoo with whose networks generated ones can be compared. Raises [`ZooError`] where they cannot."""
+        check_together(zoo, self.pipe.layout, pipeline)
+        if len(zoo) < 2:
+            raise ZooError(f"{zoo.folder} holds fewer than two networks: similarity to training networks needs more.")
+        return zoo
+
+    def _known_zoo(self, folder: Path) -> WeightZoo | None:
         """The training networks, where a folder says which they are, and they are here."""
         place = zoo_of_training(folder)
         with suppress(ZooError):
             if place is not None and is_zoo(Path(place)):
-                zoo = WeightZoo(place)
-                check_together(zoo, self.pipe.layout, folder)
-                return place if len(zoo) > 1 else None
+                return self._comparable(WeightZoo(place), folder)
         return None
 
     @property

@@ -452,7 +452,7 @@ def test_nothing_is_chosen_on_test_data(zoo, trained, monkeypatch):
 
 def test_what_a_training_saw_stays_with_its_pipeline(trained, tmp_path):
     """What was pushed and pulled, too, whose configuration stays where it was."""
-    assert stage._seen(trained) == conditions.Seen(300 * SMALL["batch_size"], 64, 1.0)
+    assert stage.seen_in_training(trained) == conditions.Seen(300 * SMALL["batch_size"], 64, 1.0)
     facts = tmp_path / "train.facts.json"
     for seen in (
         {"networks": 10**15, "inputs": -1, "weight": 1e30},
@@ -461,7 +461,7 @@ def test_what_a_training_saw_stays_with_its_pipeline(trained, tmp_path):
         None,
     ):
         facts.write_text(json.dumps({"seen": seen}))
-        assert stage._seen(tmp_path) == conditions.Seen()
+        assert stage.seen_in_training(tmp_path) == conditions.Seen()
 
 
 def test_kept_outputs_change_nothing_but_the_time(zoo, trained, monkeypatch):

@@ -39,6 +39,8 @@ WORDS = {
     "baselines": "what needs no generator: training networks with noise, their averages, Gaussians of their weights",
     "front": "at a similarity, the best accuracy that any baseline reaches there or below",
 }
+# What baselines may work on.
+CANONICAL = "of networks in canonical form, whose hidden units have one order and scale"
 # The rows of a report on conditions.
 CONDITION_MEANINGS = {
     "generated": "what is judged here",
@@ -63,6 +65,15 @@ AGAINST = {
     "shuffled": "itself, asked for another condition",
     "retrieval": "looking up, without learning",
     "regression": "regression, from the condition to the weights",
+}
+# What a report asks.
+ABOUT = {
+    "report": "A generator has learned the weights of trained networks, and made new ones. Are these as accurate? Do "
+    "they differ from what was learned from? And are they better than what is had for nothing, by noise on trained "
+    "networks, or by averages?",
+    "conditions": "A generator is asked for networks by a condition, which says what they are to do. It is asked here "
+    "for what no training network was trained for. Do its networks do that, does the condition matter, and is there a "
+    "simpler way to such networks?",
 }
 # What is to be seen, and what a good and a bad one looks like.
 CAPTIONS = {
@@ -269,7 +280,7 @@ def captioned(pictures: list[Path]) -> dict[Path, str]:
 def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> None:
     """Writes `report.json`, `report.md` and `report.html`; the latter holds the pictures itself."""
     rows, kind = (condition_table(report), "conditions") if "conditions" in report else (group_table(report), "report")
-    captions = captioned(shown).items()
+    captions, canonical = captioned(shown).items(), report["baselines_on"] == "canonical form"
     texts = {"report.json": json.dumps(report, indent=1, allow_nan=False) + "\n"}
     for ending in ("md", "html"):
         escape = ending == "html"
@@ -278,7 +289,8 @@ def write_report(report: dict[str, Any], folder: Path, shown: list[Path]) -> Non
         texts[f"report.{ending}"] = template.render(
             report=report if escape else {**report, "task": plain(report["task"])},
             meanings=_meanings(report),
-            words=WORDS,
+            words=WORDS | ({"baselines": f"{WORDS['baselines']}; {CANONICAL}"} if canonical else {}),
+            about=ABOUT[kind],
             against=AGAINST,
             kinds={kind: KINDS[kind] for kind in {point["kind"]: 0 for point in report.get("baselines", ())}},
             columns=tuple(rows[0]),

@@ -93,14 +93,6 @@ def _sha256(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def content(zoo: WeightZoo) -> str:
-    """What tells the networks of a zoo from all others."""
-    digest = hashlib.sha256()
-    for batch in zoo.batches():
-        digest.update(batch.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _code(task: Task) -> list[str]:
     """The code of a task, as far as it lies in files."""
     found = []
@@ -161,7 +153,7 @@ class Scorer:
                 self.inputs,
                 *self.targets.values(),
                 self.layout.config["tensors"],
-                "" if parts is None else content(zoo),
+                "" if parts is None else zoo.networks_sha256(),
             ),
             *(*_code(task), *correct),
         )

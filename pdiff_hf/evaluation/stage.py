@@ -211,7 +211,7 @@ def _audit(
         folder = pipeline_folder(generated)
         if knows_training(folder):
             check_learned_from(folder, zoo)
-            seen = _seen(folder)
+            seen = seen_in_training(folder)
         generated = load(generated)
     if not hasattr(generated, "condition_encoder"):
         raise ZooError(
@@ -237,7 +237,7 @@ def _audit(
     return report, files
 
 
-def _seen(pipeline: Path) -> Seen:
+def seen_in_training(pipeline: Path) -> Seen:
     """What the training of a pipeline noted that it saw, in numbers that one may believe."""
     found = noted(pipeline, "train", "seen")
     known = {

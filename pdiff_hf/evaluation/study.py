@@ -19,7 +19,7 @@ from .canonical import canonical_zoo, in_form, symmetry_that_holds
 from .equal_time import from_the_same
 from .measures import Nearest, mean, most_similar, parameter_statistics, picked
 from .neighbours import CANDIDATES, Neighbours
-from .scoring import Scorer, Scores, content
+from .scoring import Scorer, Scores
 from .subjects import Subjects
 from .verdict import Place, Plane, band, beside_fresh, share_of_gap, verdict, with_gain_at_fresh
 
@@ -237,7 +237,7 @@ class Study:
 
     def _score(self, zoo: WeightZoo, name: str) -> Scores:
         known = self.scorer.parts is None or zoo is self.trained  # which tells parts from others anyway
-        return self.scorer(zoo.vectors, len(zoo), name, name if known else content(zoo), calibrate=True)
+        return self.scorer(zoo.vectors, len(zoo), name, name if known else zoo.networks_sha256(), calibrate=True)
 
     def _decoding(self, latents: torch.Tensor) -> Callable[[range], torch.Tensor]:
         pipeline = self.pipeline

@@ -234,6 +234,12 @@ class WeightZoo:
         """Of its architecture, rows, frozen tensors and networks."""
         found = hashlib.sha256(json.dumps(self.layout.architecture).encode() + self._row_bytes())
         found.update((self.folder / "frozen.safetensors").read_bytes())
+        found.update(self.networks_sha256().encode())
+        return found.hexdigest()
+
+    def networks_sha256(self) -> str:
+        """Of the generated parameters of its networks alone."""
+        found = hashlib.sha256()
         for batch in self.batches():
             found.update(batch.numpy().tobytes())
         return found.hexdigest()

@@ -905,8 +905,8 @@ def test_a_gated_repository_is_no_missing_one():
 def test_a_pull_says_what_lacks(alice, zoo, tmp_path, digits_pipeline):
     alice(push_folder, digits_pipeline, "alice/known")
     alice(put_model, "alice/weights-alone")
-    said = alice(error_of, run_cli, "info", "alice/weights-alone")
-    assert "alice/weights-alone holds no pipeline: there is no model_index.json" in said
+    error = alice(error_of, run_cli, "info", "alice/weights-alone")
+    assert "alice/weights-alone holds no pipeline: there is no model_index.json" in error
 
     def said(*arguments: str) -> str:
         return alice(error_of, run_cli, "pull", *arguments, "--output-dir", str(tmp_path / "new"))
